@@ -1,0 +1,25 @@
+# make demo: set up, train stage 1 on the embedded world, print the evaluation (minutes on two cores)
+# make test: set up, ruff, pytest
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test setup
+demo: setup
+	$(BIN)/python train_sft.py
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+setup: .venv/ready
+
+# One thing that pip cannot bring is FFmpeg, whose libraries torchcodec decodes with; Debian splits venv off, too.
+.venv/ready: requirements.txt
+	@if ! command -v ffmpeg >/dev/null || ! $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q ffmpeg python3-venv; \
+	  elif sudo -n true 2>/dev/null; then sudo apt-get update -q && sudo apt-get install -y -q ffmpeg python3-venv; \
+	  else echo "FFmpeg or venv is missing. Run: sudo apt-get install ffmpeg python3-venv"; exit 1; fi; fi
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r requirements.txt
+	touch $@

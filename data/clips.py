@@ -1,0 +1,406 @@
+"""Clips: read an annotation file, check it, decode the sampled frames, and make examples for a model.
+
+An annotation file is JSONL, one clip a line:
+
+    {"video": "a/b.mp4", "caption": "A man stands by a wall. He jumps off it.", "keywords": ["jumps off"],
+     "key_spans": [[1.2, 1.9]]}
+
+`video` (a path below the root: the file's own folder unless told otherwise) and `caption` must be there. Optional:
+`prompt`; `start` and `end`, seconds of the part to use; `keywords`, event-action phrases; `key_spans`, for each keyword
+its [start, end] in seconds from the beginning of the part, or a list of them; `truth`, which only evaluation reads.
+Keywords without key spans get theirs from `vp.find_key_slots`.
+
+What is wrong with a line or a file never stops a run and never passes in silence: it is skipped, named and counted.
+"""
+
+import difflib
+import itertools
+import json
+import math
+import multiprocessing
+import pickle
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import TimeoutError
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from pebble import ProcessExpired, ProcessPool
+from torch import Tensor
+
+import vp
+
+PROMPT = "Describe the video."
+FIELDS = ("video", "caption", "prompt", "start", "end", "keywords", "key_spans", "truth")
+
+
+class ClipError(ValueError):
+    """A clip that cannot be used, and why, in words for the person who made the annotation file."""
+
+
+@dataclass
+class Clip:
+    """One checked line of an annotation file. `where` is "file:line", for messages."""
+
+    video: Path
+    caption: str
+    where: str
+    prompt: str = PROMPT
+    start: float = 0.0
+    end: float | None = None
+    keywords: list[str] = field(default_factory=list)
+    key_spans: list[list[list[float]]] | None = None
+    truth: dict | None = None
+
+
+@dataclass
+class Frames:
+    """Sampled frames: pixels (F, C, H, W) uint8, F a multiple of the slot's frames; timestamps (F,) s from the part's
+    beginning; the video's average frames a second; the part's duration in s."""
+
+    pixels: Tensor
+    timestamps: list[float]
+    fps: float
+    duration: float
+
+
+# --- The annotation file ------------------------------------------------------------------------------------------------
+
+
+def is_number(value: object) -> bool:
+    """A finite JSON number (true and false are none)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def parse_line(line: str, where: str, root: Path) -> Clip:
+    """Check one line. Raises ClipError naming the place, the field, what was found, and the mend."""
+
+    def wrong(name: str, found: object, mend: str) -> ClipError:
+        shown = repr(found)
+        return ClipError(f"{where}: field '{name}': found {shown[:80] + '...' * (len(shown) > 80)}; {mend}")
+
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ClipError(f"{where}: not JSON ({error}); write one JSON object a line") from None
+    if not isinstance(record, dict):
+        raise ClipError(f"{where}: found a JSON {type(record).__name__}; write one JSON object a line")
+    for name in record:
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known fields are {', '.join(FIELDS)}"
+            raise ClipError(f"{where}: field '{name}' is unknown; {hint}")
+    for name in ("video", "caption"):
+        if name not in record:
+            raise ClipError(f"{where}: field '{name}' is missing; every clip needs a video and a caption")
+    for name in ("video", "caption", "prompt"):
+        if name in record and (not isinstance(record[name], str) or not record[name].strip()):
+            raise wrong(name, record[name], "give a text that is not empty")
+    try:
+        video = (root / record["video"]).resolve()
+    except (OSError, ValueError) as error:
+        raise wrong("video", record["video"], f"not a path ({error})") from None
+    if not video.is_relative_to(root.resolve()):
+        raise wrong("video", record["video"], f"it leaves the root {root}; move it there or name another root")
+    if record.get("start") is None:
+        record["start"] = 0.0
+    if not is_number(record["start"]) or record["start"] < 0:
+        raise wrong("start", record["start"], "give seconds, 0 or more")
+    end = record.get("end")
+    if end is not None and (not is_number(end) or end <= record["start"]):
+        raise wrong("end", end, f"give seconds, more than start ({record['start']})")
+    keywords = record.get("keywords") or []
+    if not isinstance(keywords, list) or not all(isinstance(k, str) and k.strip() for k in keywords):
+        raise wrong("keywords", keywords, 'give a list of phrases, like ["jumps off"]')
+    spans = record.get("key_spans")
+    if spans is not None:
+        mend = "give for each keyword its [start, end] in seconds from the beginning of the part"
+        if not isinstance(spans, list) or len(spans) != len(keywords):
+            raise wrong("key_spans", spans, f"{mend}: {len(keywords)} of them")
+        spans = [[s] if isinstance(s, list) and s and not isinstance(s[0], list) else s for s in spans]
+        for span in itertools.chain.from_iterable(s if isinstance(s, list) and s else [s] for s in spans):
+            if not isinstance(span, list) or len(span) != 2 or not all(map(is_number, span)):
+                raise wrong("key_spans", span, mend)
+            if not 0 <= span[0] < span[1]:
+                raise wrong("key_spans", span, "the start must be 0 or more, and less than the end")
+            if end is not None and span[0] >= end - record["start"]:
+                raise wrong("key_spans", span, f"it lies outside the clip, which lasts {end - record['start']:g} s")
+    truth = record.get("truth")
+    if truth is not None and not isinstance(truth, dict):
+        raise wrong("truth", truth, "give an object")
+    prompt = record.get("prompt", PROMPT)
+    return Clip(video, record["caption"].strip(), where, prompt, record["start"], end, keywords, spans, truth)
+
+
+def load_clips(annotations: Path, root: Path | None = None) -> tuple[list[Clip], list[str]]:
+    """Read an annotation file: its good clips, and a message for every line that had to be skipped.
+
+    root: the folder that the `video` paths are relative to and cannot leave (default: the file's own folder). Empty
+    lines are allowed. Raises ClipError where the file itself cannot be read, or holds no good clip at all.
+    """
+    annotations = Path(annotations)
+    root = Path(root) if root is not None else annotations.parent
+    if not annotations.is_file():
+        raise ClipError(f"{annotations}: no such file; give a JSONL file, one clip a line")
+    clips, problems = [], []
+    with annotations.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{annotations}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    clips.append(parse_line(text, where, root))
+            except UnicodeDecodeError as error:
+                problems.append(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
+            except ClipError as error:
+                problems.append(str(error))
+    if not clips:
+        shown = "\n  ".join(problems[:10]) or "it has no line"
+        raise ClipError(f"{annotations}: no usable clip among {len(problems)} lines:\n  {shown}")
+    return clips, problems
+
+
+# --- Frames --------------------------------------------------------------------------------------------------------------
+
+
+def sample_times(duration: float, count: int, rng: np.random.Generator | None = None) -> list[float]:
+    """One moment in each of `count` equal parts of [0, duration): the middles, or, with rng, anywhere in each.
+
+    >>> sample_times(2.0, 4)
+    [0.25, 0.75, 1.25, 1.75]
+    """
+    place = np.full(count, 0.5) if rng is None else rng.uniform(0.02, 0.98, count)
+    return ((np.arange(count) + place) * (duration / count)).tolist()
+
+
+def read_frames(
+    clip: Clip,
+    max_frames: int,
+    fps: float | None = None,
+    rng: np.random.Generator | None = None,
+    frames_per_slot: int = 2,
+) -> Frames:
+    """Decode the sampled frames of a clip, and no others.
+
+    At most max_frames, uniform over the part; with fps, that many a second. With rng, each moment is jittered inside its
+    share. An odd count is filled up to whole slots by showing the last frame again. Raises ClipError with the reason
+    where the file cannot give at least two slots of frames, or where a key span lies behind its end.
+    """
+    from torchcodec.decoders import VideoDecoder  # late: what runs on synthetic input alone needs no FFmpeg
+
+    path = clip.video
+    if not path.exists():
+        raise ClipError(f"{clip.where}: {path}: no such file")
+    if not path.is_file():
+        raise ClipError(f"{clip.where}: {path}: not a regular file")
+    if path.stat().st_size == 0:
+        raise ClipError(f"{clip.where}: {path}: the file is empty")
+    try:
+        decoder = VideoDecoder(path)
+        about = decoder.metadata
+        begin, stop, native_fps = about.begin_stream_seconds, about.end_stream_seconds, about.average_fps
+        if not native_fps or begin is None or stop is None:
+            raise ClipError(f"{clip.where}: {path}: the file does not tell its duration; re-encode it")
+        duration = min(stop - begin, clip.end if clip.end is not None else math.inf) - clip.start
+        if duration <= 0:
+            raise ClipError(f"{clip.where}: field 'start': {clip.start:g} s, but {path} lasts {stop - begin:.2f} s")
+        for span in itertools.chain.from_iterable(clip.key_spans or []):
+            if span[0] >= duration:
+                raise ClipError(f"{clip.where}: field 'key_spans': found {span}, but the clip lasts {duration:.2f} s")
+        available = max(1, round(duration * native_fps))
+        if available < 2 * frames_per_slot:
+            raise ClipError(f"{clip.where}: {path}: too short: {available} frame(s); need {2 * frames_per_slot}")
+        count = min(max_frames, available)
+        if fps is not None:
+            count = min(count, max(2 * frames_per_slot, round(duration * fps)))
+        times = [begin + clip.start + t for t in sample_times(duration, count, rng)]
+        decoded = decoder.get_frames_played_at(times)
+    except (RuntimeError, ValueError, IndexError, OSError) as error:
+        if isinstance(error, ClipError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ClipError(f"{clip.where}: {path}: cannot be decoded ({reason[:160]})") from None
+    pixels, timestamps = decoded.data, (decoded.pts_seconds - begin - clip.start).clamp(min=0).tolist()
+    if pad := -len(pixels) % frames_per_slot:
+        pixels = torch.cat([pixels, pixels[-1:].expand(pad, -1, -1, -1)])
+        timestamps += timestamps[-1:] * pad
+    return Frames(pixels, timestamps, native_fps, duration)
+
+
+# --- Examples ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Preparation:
+    """How clips become examples: the processor of the model, and the sampling."""
+
+    processor: object
+    max_frames: int = 16
+    fps: float | None = None
+    jitter: bool = False
+
+    @property
+    def frames_per_slot(self) -> int:
+        """The vision encoder's temporal patch size."""
+        return self.processor.video_processor.temporal_patch_size
+
+
+def key_slots(clip: Clip, frames: Frames, frames_per_slot: int = 2) -> list[Tensor]:
+    """The key slots (S,) bool of each keyword: from its key spans, or from the finder where there are none."""
+    if clip.key_spans is not None:
+        return [vp.span_slots(spans, frames.timestamps, frames_per_slot) for spans in clip.key_spans]
+    if not clip.keywords:
+        return []
+    return [vp.find_key_slots(frames.pixels, frames_per_slot)] * len(clip.keywords)
+
+
+def make_example(clip: Clip, frames: Frames, preparation: Preparation) -> vp.Example:
+    """Tokens, patches, key slots and the twin's sources of one clip. The twin has no pixels: it is a gather."""
+    processor, tokenizer = preparation.processor, preparation.processor.tokenizer
+    conversation = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": clip.prompt}]}]
+    text = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    metadata = {
+        "total_num_frames": max(1, round(frames.duration * frames.fps)),
+        "fps": frames.fps,
+        "duration": frames.duration,
+        "frames_indices": [t * frames.fps for t in frames.timestamps],
+    }
+    inputs = processor(
+        text=[text], videos=[frames.pixels], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
+    )
+    prompt_ids, token_types = inputs["input_ids"][0], inputs["mm_token_type_ids"][0]
+    answer = torch.tensor(tokenizer(clip.caption + "<|im_end|>\n", add_special_tokens=False).input_ids)
+    slots = key_slots(clip, frames, preparation.frames_per_slot)
+    return vp.Example(
+        name=clip.where,
+        input_ids=torch.cat([prompt_ids, answer]),
+        token_types=torch.cat([token_types, torch.zeros_like(answer)]),
+        prompt_length=len(prompt_ids),
+        pixels=inputs["pixel_values_videos"],
+        grid=inputs["video_grid_thw"][0],
+        seconds_per_slot=float(inputs["second_per_grid_ts"][0]) if "second_per_grid_ts" in inputs else 1.0,
+        source=vp.twin_sources(torch.stack(slots).any(0)) if slots else None,
+        keywords=clip.keywords,
+        # with the leading space that the phrase has inside a caption: the tokens that the model will have to write
+        keyword_ids=[torch.tensor(tokenizer(" " + k, add_special_tokens=False).input_ids) for k in clip.keywords],
+        keyword_slots=slots,
+    )
+
+
+def prepare(clip: Clip, preparation: Preparation, seed: Sequence[int] = ()) -> vp.Example:
+    """Read and make one example; `seed` names the draw, so that jitter is the same on every run."""
+    rng = np.random.default_rng(seed) if preparation.jitter else None
+    step = preparation.frames_per_slot
+    return make_example(clip, read_frames(clip, preparation.max_frames, preparation.fps, rng, step), preparation)
+
+
+# --- The loader ----------------------------------------------------------------------------------------------------------
+
+
+_preparation: Preparation | None = None  # of a worker process: sent once, not with every clip
+
+
+def _start_worker(preparation: Preparation) -> None:
+    global _preparation
+    torch.set_num_threads(1)
+    _preparation = preparation
+
+
+def _work(clip: Clip, seed: Sequence[int]) -> bytes:
+    # Plain bytes, not shared memory: nothing that a killed worker still owns is left in the parent.
+    return pickle.dumps(prepare(clip, _preparation, seed), pickle.HIGHEST_PROTOCOL)
+
+
+class ClipLoader:
+    """An endless, seeded stream of examples that survives every clip.
+
+    Worker processes read ahead (0: none, in this process). A clip that raises, that kills its worker, or that takes
+    longer than time_limit seconds (the worker is killed) is skipped for good: `skipped` maps its index to the reason.
+    When more than max_bad_share of the clips are lost, the stream raises ClipError with the list.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        preparation: Preparation,
+        seed: int = 0,
+        workers: int = 1,
+        time_limit: float = 60.0,
+        max_bad_share: float = 0.05,
+        shuffle: bool = True,
+    ):
+        self.clips, self.preparation, self.seed, self.shuffle = clips, preparation, seed, shuffle
+        self.time_limit, self.max_bad_share, self.workers = time_limit, max_bad_share, workers
+        self.skipped: dict[int, str] = {}
+        self.pool = None
+
+    def start(self) -> None:
+        """Start the workers, if there are any, ahead of the first clip."""
+        if self.workers and self.pool is None:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["data.clips"])  # a worker in place of a killed one starts in no time
+            self.pool = ProcessPool(
+                self.workers, initializer=_start_worker, initargs=(self.preparation,), context=context
+            )
+
+    def close(self) -> None:
+        """End the workers."""
+        if self.pool is not None:
+            self.pool.stop()
+            self.pool.join()
+            self.pool = None
+
+    def order(self) -> Iterator[tuple[int, int]]:
+        """(epoch, clip index) without end, every clip once an epoch."""
+        for epoch in itertools.count():
+            indices = np.arange(len(self.clips))
+            if self.shuffle:
+                np.random.default_rng([self.seed, epoch]).shuffle(indices)
+            yield from ((epoch, int(i)) for i in indices)
+
+    def examples(self, epochs: int | None = None) -> Iterator[tuple[int, vp.Example]]:
+        """(clip index, example), in an order that depends on the seed alone. Raises ClipError when too many are lost."""
+        self.start()
+        draws = (d for d in self.order() if d[1] not in self.skipped)
+        if epochs is not None:
+            draws = itertools.takewhile(lambda d: d[0] < epochs, draws)
+        draws = iter(draws)
+        ahead: deque = deque()
+        while True:
+            while len(ahead) < max(1, 8 * self.workers) and (draw := next(draws, None)) is not None:
+                ahead.append((draw[1], self.submit(*draw)))
+            if not ahead:
+                return
+            index, result = ahead.popleft()
+            if index in self.skipped:
+                continue
+            try:
+                yield index, result()
+            except ClipError as error:
+                self.skip(index, str(error))
+            except TimeoutError:
+                where = f"{self.clips[index].where}: {self.clips[index].video}"
+                self.skip(index, f"{where}: the decoder hung for {self.time_limit:g} s and was stopped")
+            except ProcessExpired as error:
+                where = f"{self.clips[index].where}: {self.clips[index].video}"
+                self.skip(index, f"{where}: the decoder crashed (exit code {error.exitcode})")
+
+    def submit(self, epoch: int, index: int):
+        """A function that gives the example, being made by a worker or, without workers, when it is called."""
+        seed = (self.seed, epoch, index)
+        if self.pool is None:
+            return lambda: prepare(self.clips[index], self.preparation, seed)
+        future = self.pool.schedule(_work, args=(self.clips[index], seed), timeout=self.time_limit)
+        return lambda: pickle.loads(future.result())
+
+    def skip(self, index: int, reason: str) -> None:
+        """Note a lost clip; too many of them end the run."""
+        self.skipped[index] = reason
+        if len(self.skipped) > self.max_bad_share * len(self.clips):
+            listed = "\n  ".join(self.skipped.values())
+            raise ClipError(
+                f"{len(self.skipped)} of {len(self.clips)} clips cannot be used, more than the allowed share of "
+                f"{self.max_bad_share:g} (max_bad_share):\n  {listed}"
+            )

@@ -1,0 +1,135 @@
+"""Tiny checkpoints: a Qwen2.5-VL and a Qwen3-VL of one to two million parameters, built offline from a seed.
+
+They are ordinary Hugging Face directories (safetensors, config, tokenizer, chat template, processor), so that
+`AutoModelForImageTextToText` and `AutoProcessor` load them and the scripts have one code path for tiny and real models.
+
+    python -m data.tiny --family qwen3_vl --out runs/tiny-qwen3
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from data.world import ACTIONS, COLOURS, FLOORS, OPENERS, PIXELS, SHAPES
+
+Family = Literal["qwen2_5_vl", "qwen3_vl"]
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass
+class TinySettings:
+    """Settings of `python -m data.tiny`."""
+
+    out: Path = Path("runs/tiny")
+    """Folder to write."""
+    family: Family = "qwen2_5_vl"
+    """Architecture."""
+    seed: int = 0
+    """Seed of the random weights."""
+
+
+def train_tokenizer() -> Qwen2Tokenizer:
+    """Byte-level BPE on the world's language: a word of the world is one token, and any other text falls to bytes."""
+    words = [*ACTIONS, *COLOURS, *SHAPES, *FLOORS, *OPENERS, "drifts rests on a an and floor user assistant system"]
+    corpus = [f" {w}" for phrase in words for w in phrase.split()] * 4
+    corpus += ["Describe the video.", "A an the .", "0 1 2 3 4 5 6 7 8 9 seconds"] * 4
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=640, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(corpus, trainer)
+    import json
+
+    parts = json.loads(bpe.to_str())["model"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in parts["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=parts["vocab"], merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+    tokenizer.model_max_length = 4096
+    return tokenizer
+
+
+def build_tiny(out: Path, family: Family = "qwen2_5_vl", seed: int = 0) -> Path:
+    """Write a tiny checkpoint with random weights to `out` and return the folder."""
+    tokenizer = train_tokenizer()
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
+    ids |= {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+    vision = dict(depth=2, hidden_size=96, num_heads=4, intermediate_size=192, patch_size=12, out_hidden_size=128)
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    config_ids = dict(image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], tie_word_embeddings=True)
+    config_ids |= dict(vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"])
+    torch.manual_seed(seed)
+    pixels = dict(patch_size=12, cap_pixels_per_frame=False)
+    image_processor = Qwen2VLImageProcessor(patch_size=12, size={"shortest_edge": 24**2, "longest_edge": PIXELS**2})
+    if family == "qwen2_5_vl":
+        vision |= dict(window_size=PIXELS, fullatt_block_indexes=[0, 1], tokens_per_second=4)
+        config = Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision, **config_ids)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+        video_processor = Qwen2VLVideoProcessor(size={"shortest_edge": 24**2, "longest_edge": PIXELS**2}, **pixels)
+        processor_class = Qwen2_5_VLProcessor
+    elif family == "qwen3_vl":
+        vision |= dict(num_position_embeddings=16, deepstack_visual_indexes=[0])
+        text |= {"head_dim": 32, "rope_parameters": rope | {"mrope_interleaved": True}}
+        config = Qwen3VLConfig(text_config=text, vision_config=vision, **config_ids)
+        model = Qwen3VLForConditionalGeneration(config)
+        # Qwen3-VL's sizes count the pixels of the whole video: here those of 16 frames.
+        size = {"shortest_edge": 16 * 24**2, "longest_edge": 16 * PIXELS**2}
+        video_processor = Qwen3VLVideoProcessor(size=size, **pixels)
+        processor_class = Qwen3VLProcessor
+    else:
+        raise ValueError(f"family: got {family!r}, expected qwen2_5_vl or qwen3_vl")
+    processor = processor_class(image_processor, tokenizer, video_processor, chat_template=CHAT_TEMPLATE)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    return out
+
+
+if __name__ == "__main__":
+    import tyro
+
+    settings = tyro.cli(TinySettings)
+    print(build_tiny(settings.out, settings.family, settings.seed))

@@ -1,0 +1,242 @@
+"""Measure a model: describe each clip and its twin, and look for the event in the words.
+
+    python eval.py --model runs/sft --data runs/world/test.jsonl      # table, results.json, a Markdown row
+    python eval.py describe VIDEO.mp4 --model runs/sft                # one file, one description
+
+A model that does not look at the event scores the same on the full video and on its twin: the difference is the
+perception gap. Keyword recall is the share of a clip's keywords that stand, word for word, in the greedy description;
+caption similarity is ROUGE-L F1 (package rouge-score) against the caption. Clips with a `truth` field (the embedded
+world) add: action right (that action is named, and no other of the data set's), actor right (in the sentence that ends
+the description), and similarity of the static part (all but that sentence).
+"""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rouge_score.rouge_scorer import RougeScorer
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import vp
+from data.clips import PROMPT, Clip, ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
+from data.runs import find_checkpoint
+
+ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
+
+
+@dataclass
+class EvalSettings:
+    """Describe clips and their twins, and score the descriptions."""
+
+    model: str = "runs/sft"
+    """A run's folder, a Hugging Face directory, or a name on the hub."""
+    data: Path = Path("runs/world/test.jsonl")
+    """Annotation file (JSONL)."""
+    root: Path | None = None
+    """Folder of the videos (default: the annotation file's)."""
+    out: Path | None = None
+    """Where results.json and row.md go (default: the run's folder, or runs/eval)."""
+    limit: int = -1
+    """Score only the first so many clips (-1: all)."""
+    batch_size: int = 32
+    """Clips described at a time."""
+    max_new_tokens: int = 64
+    """Longest description."""
+    max_frames: int = 16
+    """Frames sampled from a clip, at most."""
+    fps: float | None = None
+    """Frames sampled a second (default: max_frames, whatever the length)."""
+    workers: int = 1
+    """Processes that decode ahead (0: none)."""
+    time_limit: float = 60.0
+    """Seconds after which a decoder counts as hung."""
+
+
+@dataclass
+class DescribeSettings:
+    """Describe one video file."""
+
+    video: tyro.conf.Positional[Path]
+    """The video file."""
+    model: str = "runs/sft"
+    """A run's folder, a Hugging Face directory, or a name on the hub."""
+    prompt: str = PROMPT
+    """What to ask."""
+    max_new_tokens: int = 128
+    """Longest description."""
+    max_frames: int = 16
+    """Frames sampled, at most."""
+    fps: float | None = None
+    """Frames sampled a second (default: max_frames, whatever the length)."""
+
+
+def load_model(model: str) -> tuple[vp.VideoLM, object]:
+    """A VideoLM on the best device at hand, and its processor."""
+    source = find_checkpoint(model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    try:
+        hf = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        processor = AutoProcessor.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(f"--model {model}: {str(error).strip().splitlines()[0]}") from None
+    return vp.VideoLM(hf.to(device).eval()), processor
+
+
+def names(keyword: str, text: str) -> bool:
+    """Whether a keyword stands in a text, word for word, whatever the case and punctuation.
+
+    >>> names("jumps up", "The red circle jumps up."), names("jumps up", "It jumps upward.")
+    (True, False)
+    """
+    words = [" " + " ".join(re.findall(r"\w+", s.lower())) + " " for s in (keyword, text)]
+    return words[0] in words[1]
+
+
+def similarity(reference: str, text: str) -> float:
+    """ROUGE-L F1 of a description against a reference."""
+    return ROUGE.score(reference, text)["rougeL"].fmeasure
+
+
+def last_sentence(text: str) -> tuple[str, str]:
+    """What stands before the last sentence, and the last sentence.
+
+    >>> last_sentence("A red circle rests. The red circle jumps up.")
+    ('A red circle rests.', 'The red circle jumps up.')
+    """
+    parts = re.split(r"(?<=\.)\s+", text.strip())
+    return " ".join(parts[:-1]), parts[-1]
+
+
+def score(clip: Clip, text: str, actions: set[str]) -> dict[str, float]:
+    """Every score of one description, each in [0, 1]; those whose truth the clip does not have are left out."""
+    scores = {"caption similarity": similarity(clip.caption, text)}
+    if clip.keywords:
+        scores["keyword recall"] = sum(names(k, text) for k in clip.keywords) / len(clip.keywords)
+    if clip.truth:
+        before, event = last_sentence(text)
+        scores["action right"] = float({a for a in actions if names(a, text)} == {clip.truth["action"]})
+        scores["actor right"] = float(names(clip.truth["actor"], event))
+        scores["static similarity"] = similarity(clip.truth["static"], before)
+    return scores
+
+
+@torch.inference_mode()
+def evaluate(
+    lm: vp.VideoLM,
+    preparation: Preparation,
+    clips: Sequence[Clip],
+    batch_size: int = 32,
+    max_new_tokens: int = 64,
+    workers: int = 0,
+    time_limit: float = 60.0,
+) -> dict:
+    """Describe every clip and its twin from one vision pass each, and average the scores.
+
+    Twins are made from the truth's span where a clip has one, so that they are not as good as the finder. Clips that
+    cannot be decoded are listed under "skipped" and are in no average; clips without a twin have scores on full only.
+    """
+    spans = {i: [[c.truth["span"]]] * len(c.keywords) for i, c in enumerate(clips) if c.truth}
+    clips = [Clip(**vars(c) | {"key_spans": spans.get(i, c.key_spans)}) for i, c in enumerate(clips)]
+    actions = {c.truth["action"] for c in clips if c.truth}
+    loader = ClipLoader(clips, preparation, workers=workers, time_limit=time_limit, max_bad_share=1.0, shuffle=False)
+    device, rows = lm.heads.log_temperature.device, []
+    training = lm.training
+    lm.eval()
+    stream = loader.examples(epochs=1)
+    while group := list(islice(stream, batch_size)):
+        batch = lm.collate([example for _, example in group], for_generation=True).to(device)
+        tokens = lm.describe(batch, max_new_tokens=max_new_tokens)
+        full, twin = (preparation.processor.batch_decode(t, skip_special_tokens=True) for t in tokens)
+        for (index, example), y, y_twin in zip(group, full, twin):
+            row = {"clip": clips[index].where, "video": str(clips[index].video), "description": y.strip()}
+            row["scores"] = score(clips[index], y, actions)
+            if example.source is not None:
+                row |= {"twin description": y_twin.strip(), "twin scores": score(clips[index], y_twin, actions)}
+            rows.append(row)
+    loader.close()
+    lm.train(training)
+    results = {"clips": len(rows), "with twin": sum("twin scores" in r for r in rows), "full": {}, "twin": {}, "gap": {}}
+    for name in dict.fromkeys(n for r in rows for n in r["scores"]):
+        scored = [r for r in rows if name in r["scores"]]
+        paired = [r for r in scored if "twin scores" in r]
+        results["full"][name] = sum(r["scores"][name] for r in scored) / len(scored)
+        if paired:
+            results["twin"][name] = sum(r["twin scores"][name] for r in paired) / len(paired)
+            results["gap"][name] = sum(r["scores"][name] - r["twin scores"][name] for r in paired) / len(paired)
+    return results | {"skipped": list(loader.skipped.values()), "rows": rows}
+
+
+def show_results(results: dict, title: str, console: Console) -> None:
+    """Print results as a table, and what was skipped by name."""
+    table = Table(title=f"{title}: {results['clips']} clips, {results['with twin']} with a twin")
+    for column in ("score", "full", "twin", "perception gap"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    for name, value in results["full"].items():
+        cells = [f"{results[part][name]:.3f}" if name in results[part] else "-" for part in ("twin", "gap")]
+        table.add_row(name, f"{value:.3f}", *cells)
+    console.print(table)
+    for reason in results["skipped"]:
+        console.print(f"[yellow]skipped[/] {reason}", highlight=False)
+
+
+def markdown_row(results: dict, title: str) -> str:
+    """One line of a Markdown table: full / twin for every score."""
+    cells = [f"{v:.3f} / {results['twin'].get(n, float('nan')):.3f}" for n, v in results["full"].items()]
+    head = ["model", "clips", *(f"{n} (full / twin)" for n in results["full"])]
+    lines = [head, ["---"] * len(head), [title, str(results["clips"]), *cells]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def run_evaluation(settings: EvalSettings, console: Console) -> dict:
+    """The command `python eval.py`."""
+    lm, processor = load_model(settings.model)
+    clips, problems = load_clips(settings.data, settings.root)
+    if settings.limit >= 0:
+        clips = clips[: settings.limit]
+    preparation = Preparation(processor, settings.max_frames, settings.fps)
+    results = evaluate(
+        lm, preparation, clips, settings.batch_size, settings.max_new_tokens, settings.workers, settings.time_limit
+    )
+    results["skipped"] = problems + results["skipped"]
+    show_results(results, settings.model, console)
+    model = Path(settings.model)
+    out = settings.out or (model if (model / "checkpoint").exists() else Path("runs/eval"))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "row.md").write_text(markdown_row(results, settings.model))
+    console.print(f"{out / 'results.json'}, {out / 'row.md'}", highlight=False)
+    return results
+
+
+def run_describe(settings: DescribeSettings, console: Console) -> str:
+    """The command `python eval.py describe`."""
+    lm, processor = load_model(settings.model)
+    clip = Clip(settings.video, "", str(settings.video), settings.prompt)
+    preparation = Preparation(processor, settings.max_frames, settings.fps)
+    frames = read_frames(clip, settings.max_frames, settings.fps, frames_per_slot=preparation.frames_per_slot)
+    batch = lm.collate([make_example(clip, frames, preparation)], for_generation=True)
+    tokens = lm.describe(batch.to(lm.heads.log_temperature.device), twin=False, max_new_tokens=settings.max_new_tokens)
+    text = processor.batch_decode(tokens[0], skip_special_tokens=True)[0].strip()
+    console.print(f"frames at {' '.join(f'{t:.2f}' for t in frames.timestamps)} s", highlight=False)
+    console.print(text, highlight=False)
+    return text
+
+
+if __name__ == "__main__":
+    console = Console()
+    try:
+        if sys.argv[1:2] == ["describe"]:
+            run_describe(tyro.cli(DescribeSettings, args=sys.argv[2:], prog="eval.py describe"), console)
+        else:
+            run_evaluation(tyro.cli(EvalSettings, description=__doc__), console)
+    except (ClipError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,59 @@
+"""Shared, built once a session: tiny checkpoints of both families and a small world, all offline."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import vp
+from data.clips import Preparation, load_clips, prepare
+from data.tiny import build_tiny
+from data.world import WorldSettings, make_world
+
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def checkpoint(request, tmp_path_factory) -> Path:
+    """The folder of a tiny checkpoint, one test run for each family."""
+    return build_tiny(tmp_path_factory.mktemp("tiny") / request.param, request.param, seed=1)
+
+
+@pytest.fixture(scope="session")
+def qwen2_5(tmp_path_factory) -> Path:
+    """A tiny Qwen2.5-VL, for what does not depend on the family."""
+    return build_tiny(tmp_path_factory.mktemp("tiny") / "qwen2_5_vl", "qwen2_5_vl", seed=1)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """48 training and 24 test clips."""
+    return make_world(WorldSettings(tmp_path_factory.mktemp("world"), train=48, test=24, workers=2))
+
+
+@pytest.fixture
+def lm(checkpoint) -> vp.VideoLM:
+    """A VideoLM with random weights, float32, in training mode."""
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    return vp.VideoLM(model).train()
+
+
+@pytest.fixture(scope="session")
+def preparation(checkpoint) -> Preparation:
+    """How the family's examples are made."""
+    return Preparation(AutoProcessor.from_pretrained(checkpoint))
+
+
+@pytest.fixture(scope="session")
+def ragged(world, preparation) -> list[vp.Example]:
+    """Four examples of unequal length: 16, 8, 12 and 6 frames, one without keywords."""
+    clips, _ = load_clips(world / "train.jsonl")
+    clips[2].keywords = []
+    counts = (16, 8, 12, 6)
+    return [prepare(c, Preparation(preparation.processor, n)) for c, n in zip(clips, counts)]

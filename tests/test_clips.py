@@ -1,0 +1,286 @@
+"""Annotation lines and video files, good, odd and broken: every one gives the promised message or skip."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchcodec.encoders import VideoEncoder
+from transformers import AutoProcessor
+
+from data.clips import Clip, ClipError, ClipLoader, Preparation, load_clips, prepare, read_frames, sample_times
+
+GOOD = {"video": "a.mp4", "caption": "A man jumps off a wall.", "keywords": ["jumps off"], "key_spans": [[0.5, 0.9]]}
+
+
+def line(**changes) -> str:
+    """A good line with some fields changed; None removes a field."""
+    return json.dumps({k: v for k, v in (GOOD | changes).items() if v is not None})
+
+
+BROKEN_LINES = [
+    ("", "not JSON", "{"),
+    ("", "not JSON", "video, caption"),
+    ("", "not JSON", '{"video": "a.mp4", "caption": "x",}'),
+    ("", "found a JSON list", '["a.mp4", "x"]'),
+    ("", "found a JSON str", '"a.mp4"'),
+    ("", "found a JSON NoneType", "null"),
+    ("video", "is missing", line(video=None)),
+    ("caption", "is missing", line(caption=None)),
+    ("video", "not empty", line(video="")),
+    ("video", "not empty", line(video=3)),
+    ("video", "not empty", line(video=["a.mp4"])),
+    ("caption", "not empty", line(caption="  ")),
+    ("caption", "not empty", line(caption=["A man"])),
+    ("prompt", "not empty", line(prompt=7)),
+    ("video", "leaves the root", line(video="../a.mp4")),
+    ("video", "leaves the root", line(video="b/../../a.mp4")),
+    ("video", "leaves the root", line(video="/etc/hostname")),
+    ("video", "leaves the root", line(video="out/a.mp4")),  # out is a link that leaves the root
+    ("video", "not a path", line(video="a\0.mp4")),
+    ("key_span", "did you mean 'key_spans'", line(key_span=[0, 1])),
+    ("captions", "did you mean 'caption'", line(captions="x")),
+    ("license", "known fields are", line(license="CC0")),
+    ("start", "0 or more", line(start=-1)),
+    ("start", "0 or more", line(start="1")),
+    ("start", "0 or more", line(start=True)),
+    ("start", "0 or more", '{"video": "a.mp4", "caption": "x", "start": NaN}'),
+    ("end", "more than start", line(start=2, end=2)),
+    ("end", "more than start", line(end="9")),
+    ("keywords", "list of phrases", line(keywords="jumps off")),
+    ("keywords", "list of phrases", line(keywords=[1])),
+    ("keywords", "list of phrases", line(keywords=[""], key_spans=None)),
+    ("key_spans", "1 of them", line(key_spans=[])),
+    ("key_spans", "1 of them", line(key_spans=[[0, 1], [1, 2]])),
+    ("key_spans", "1 of them", line(key_spans="0-1")),
+    ("key_spans", "in seconds", line(key_spans=[[0]])),
+    ("key_spans", "in seconds", line(key_spans=[["0", "1"]])),
+    ("key_spans", "in seconds", line(key_spans=[5])),
+    ("key_spans", "in seconds", line(key_spans=[[]])),
+    ("key_spans", "less than the end", line(key_spans=[[2, 1]])),
+    ("key_spans", "less than the end", line(key_spans=[[-1, 1]])),
+    ("key_spans", "outside the clip", line(start=1, end=2, key_spans=[[1.5, 1.8]])),
+    ("truth", "give an object", line(truth="jumps")),
+]
+
+
+@pytest.mark.parametrize("name, message, broken", BROKEN_LINES)
+def test_a_broken_line_is_named_and_skipped(tmp_path, name, message, broken):
+    """File, line number, field, what is wrong; the lines around it stay."""
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "out").symlink_to("/usr")
+    file = tmp_path / "root" / "clips.jsonl"
+    file.write_text("\n".join([line(), broken, "", line()]) + "\n")
+    clips, problems = load_clips(file)
+    assert len(clips) == 2 and len(problems) == 1
+    assert problems[0].startswith(f"{file}:2: ") and message in problems[0]
+    assert not name or f"field '{name}'" in problems[0]
+
+
+def test_bytes_that_are_no_text_are_named_and_skipped(tmp_path):
+    """Not UTF-8 is one bad line; a byte-order mark is fine."""
+    file = tmp_path / "clips.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + line().encode() + b"\n" + b"\xff\xfe\n" + line().encode())
+    clips, problems = load_clips(file)
+    assert len(clips) == 2 and len(problems) == 1 and ":2: not UTF-8" in problems[0]
+
+
+def test_no_usable_line_is_an_error(tmp_path):
+    """A missing file, and a file with nothing to train on, say so."""
+    with pytest.raises(ClipError, match="no such file"):
+        load_clips(tmp_path / "none.jsonl")
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    with pytest.raises(ClipError, match="no usable clip among 1"):
+        load_clips(tmp_path / "bad.jsonl")
+
+
+def test_several_spans_of_one_keyword(tmp_path):
+    """A keyword may happen twice."""
+    (tmp_path / "c.jsonl").write_text(line(key_spans=[[[0.1, 0.2], [0.5, 0.6]]]))
+    assert load_clips(tmp_path / "c.jsonl")[0][0].key_spans == [[[0.1, 0.2], [0.5, 0.6]]]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_video(path: Path, frames: int = 16, size: tuple[int, int] = (48, 64), fps: float = 8.0, seed: int = 0) -> None:
+    """A video whose frame t has brightness 10 t, and some noise."""
+    rng = np.random.default_rng(seed)
+    video = (10 * np.arange(frames)[:, None, None, None] + rng.integers(0, 5, (frames, 3, *size))) % 250
+    VideoEncoder(torch.from_numpy(video.astype(np.uint8)), frame_rate=fps).to_file(path)
+
+
+def make_broken_files(folder: Path) -> list[Path]:
+    """At least 40 files that cannot be used, made from one good file."""
+    good = folder / "good.mp4"
+    write_video(good)
+    data = good.read_bytes()
+    rng = np.random.default_rng(0)
+    made = {"missing.mp4": None, "empty.mp4": b"", "text.mp4": b"not a video\n" * 50, "zeros.mp4": bytes(4000)}
+    made |= {"json.mp4": b"{}", "html.mp4": b"<html><body>404</body></html>", "gzip.mp4": b"\x1f\x8b\x08" + data[:500]}
+    for percent in (1, 5, 10, 20, 40, 60, 80, 95):  # the index stands at the end: every cut loses it
+        made[f"cut{percent}.mp4"] = data[: len(data) * percent // 100]
+    for i in range(8):  # heads lost
+        made[f"tail{i}.mp4"] = data[(i + 1) * len(data) // 10 :]
+    for i in range(8):
+        made[f"noise{i}.mp4"] = rng.integers(0, 256, 200 * 4**i % 5000 + 10).astype(np.uint8).tobytes()
+    moov = data.index(b"moov")
+    for i in range(4):  # the index itself damaged
+        hurt = bytearray(data)
+        hurt[moov - 4 + i : moov + 3 + i] = b"\xff" * 7
+        made[f"moov{i}.mp4"] = bytes(hurt)
+    for name, content in made.items():
+        if content is not None:
+            (folder / name).write_bytes(content)
+    names = list(made)
+    (folder / "folder.mp4").mkdir()
+    os.mkfifo(folder / "pipe.mp4")  # opening it would wait for ever
+    (folder / "dangling.mp4").symlink_to("nowhere.mp4")
+    write_video(folder / "one.mp4", 1)
+    write_video(folder / "two.mp4", 2)
+    write_video(folder / "three.mp4", 3)
+    quiet = ["ffmpeg", "-loglevel", "error", "-y"]
+    tone = ["-f", "lavfi", "-i", "sine=duration=1"]
+    for name in ("sound.wav", "sound.mp3", "sound.mp4", "sound.mkv"):
+        subprocess.run([*quiet, *tone, folder / name], check=True)
+    subprocess.run([*quiet, "-i", good, "-frames:v", "1", folder / "picture.png"], check=True)
+    subprocess.run([*quiet, "-i", good, "-frames:v", "1", folder / "picture.jpg"], check=True)
+    names += ["folder.mp4", "pipe.mp4", "dangling.mp4", "one.mp4", "two.mp4", "three.mp4"]
+    names += ["sound.wav", "sound.mp3", "sound.mp4", "sound.mkv", "picture.png", "picture.jpg"]
+    return [folder / n for n in names]
+
+
+def test_broken_files_are_skipped_by_name(tmp_path):
+    """Issue bar: at least 40 broken or odd files; each raises ClipError that names it, none crashes, none hangs."""
+    files = make_broken_files(tmp_path)
+    assert len(files) >= 40
+    for file in files:
+        with pytest.raises(ClipError) as caught:
+            read_frames(Clip(file, "x", f"clips.jsonl:{file.name}"), 16)
+        assert str(caught.value).startswith(f"clips.jsonl:{file.name}: ") and str(file) in str(caught.value)
+
+
+def test_odd_but_good_files(tmp_path):
+    """Containers, odd sizes, variable frame rate and a late start all give frames with rising timestamps."""
+    write_video(tmp_path / "a.mp4")
+    quiet = ["ffmpeg", "-loglevel", "error", "-y", "-i", tmp_path / "a.mp4"]
+    subprocess.run([*quiet, tmp_path / "a.mkv"], check=True)
+    subprocess.run([*quiet, tmp_path / "a.webm"], check=True)
+    subprocess.run([*quiet, "-vf", "select='lt(n,5)+gt(n,9)'", "-fps_mode", "vfr", tmp_path / "vfr.mp4"], check=True)
+    subprocess.run([*quiet, "-output_ts_offset", "5", tmp_path / "late.ts"], check=True)
+    write_video(tmp_path / "thin.mp4", size=(16, 400))
+    for name in ("a.mp4", "a.mkv", "a.webm", "vfr.mp4", "late.ts", "thin.mp4"):
+        frames = read_frames(Clip(tmp_path / name, "x", name), 8)
+        assert len(frames.pixels) == len(frames.timestamps) == 8
+        assert all(a < b for a, b in zip(frames.timestamps, frames.timestamps[1:])) or name == "vfr.mp4"
+        assert 0 <= frames.timestamps[0] < 0.3 and frames.timestamps[-1] < 2.1
+        assert (frames.pixels.float().mean((1, 2, 3)).diff() > -1).all()
+
+
+@pytest.mark.parametrize("count, fps, want", [(16, None, 16), (8, None, 8), (7, None, 8), (16, 4.0, 8), (64, None, 16)])
+def test_sampling(tmp_path, count, fps, want):
+    """Uniform with a maximum, or by fps; odd counts are filled up; each frame is the one shown at its time."""
+    write_video(tmp_path / "a.mp4")
+    frames = read_frames(Clip(tmp_path / "a.mp4", "x", "a"), count, fps)
+    assert len(frames.pixels) == want
+    shown = (frames.pixels.float().mean((1, 2, 3)) / 10).round() - 0  # brightness tells the frame's number
+    for brightness, t in zip(shown.tolist(), frames.timestamps):
+        assert abs(brightness - t * 8) <= 1
+
+
+def test_parts_of_a_video(tmp_path):
+    """start and end: timestamps count from the part's beginning, key spans too."""
+    write_video(tmp_path / "a.mp4")
+    frames = read_frames(Clip(tmp_path / "a.mp4", "x", "a", start=1.0, end=1.5), 16)
+    assert frames.timestamps == pytest.approx([0, 0.125, 0.25, 0.375], abs=1e-3)
+    assert (frames.pixels[0].float().mean() / 10).round() == 8
+    with pytest.raises(ClipError, match="field 'start': 9 s"):
+        read_frames(Clip(tmp_path / "a.mp4", "x", "a", start=9.0), 16)
+    with pytest.raises(ClipError, match="field 'key_spans'.*lasts 2.00 s"):
+        read_frames(Clip(tmp_path / "a.mp4", "x", "a", keywords=["k"], key_spans=[[[3.0, 4.0]]]), 16)
+
+
+def test_jitter_is_seeded(world, qwen2_5):
+    """Jitter moves frames, stays in each frame's share, and repeats with its seed."""
+    rngs = [np.random.default_rng(s) for s in (1, 1, 2)]
+    a, b, c = (sample_times(2.0, 8, r) for r in rngs)
+    assert a == b != c
+    assert all(i * 0.25 <= t < (i + 1) * 0.25 for i, t in enumerate(a))
+
+
+# --- the loader ---------------------------------------------------------------------------------------------------------
+
+
+class Marked:
+    """Passes everything on to the processor; a prompt of "hang" or "die" does just that. Workers import it from here."""
+
+    def __init__(self, inner):
+        self.inner, self.video_processor = inner, inner.video_processor
+
+    @property
+    def tokenizer(self):
+        """The real tokenizer."""
+        return self.inner.tokenizer
+
+    def apply_chat_template(self, conversation, **more):
+        """Hang, die, or go on."""
+        prompt = conversation[0]["content"][1]["text"]
+        if prompt == "hang":
+            threading.Event().wait()
+        if prompt == "die":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return self.inner.apply_chat_template(conversation, **more)
+
+    def __call__(self, **inputs):
+        return self.inner(**inputs)
+
+
+def test_loader_survives_what_decoders_do(world, qwen2_5):
+    """One clip hangs, one kills its worker, one is missing: each is named, the rest come in order, twice."""
+    clips, _ = load_clips(world / "train.jsonl")
+    clips = clips[:8]
+    clips[1].prompt, clips[3].prompt, clips[5].video = "hang", "die", world / "gone.mp4"
+    preparation = Preparation(Marked(AutoProcessor.from_pretrained(qwen2_5)))
+    loader = ClipLoader(clips, preparation, workers=1, time_limit=8.0, max_bad_share=0.5, shuffle=False)
+    try:
+        assert [index for index, _ in loader.examples(epochs=2)] == [0, 2, 4, 6, 7] * 2
+    finally:
+        loader.close()
+    assert sorted(loader.skipped) == [1, 3, 5]
+    for index, words in ((1, "hung for 8 s"), (3, "crashed"), (5, "no such file")):
+        assert clips[index].where in loader.skipped[index] and words in loader.skipped[index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loader_order_and_content(world, qwen2_5, workers):
+    """Shuffled by the seed, each clip once an epoch, the same with and without workers."""
+    clips, _ = load_clips(world / "train.jsonl")
+    preparation = Preparation(AutoProcessor.from_pretrained(qwen2_5), max_frames=8, jitter=True)
+    loader = ClipLoader(clips[:6], preparation, seed=3, workers=workers)
+    try:
+        got = list(islice(loader.examples(), 12))
+    finally:
+        loader.close()
+    order = [index for index, _ in got]
+    assert sorted(order[:6]) == sorted(order[6:]) == list(range(6)) and order[:6] != order[6:]
+    epoch_of = [0] * 6 + [1] * 6
+    for (index, example), epoch in zip(got, epoch_of):
+        want = prepare(clips[index], preparation, (3, epoch, index))
+        assert torch.equal(example.pixels, want.pixels) and torch.equal(example.input_ids, want.input_ids)
+
+
+def test_too_many_lost_clips_stop_the_run(world, qwen2_5):
+    """Beyond the allowed share the stream ends with the list of what was lost."""
+    clips, _ = load_clips(world / "train.jsonl")
+    for i in (1, 2):
+        clips[i].video = world / f"gone{i}.mp4"
+    preparation = Preparation(AutoProcessor.from_pretrained(qwen2_5))
+    loader = ClipLoader(clips[:10], preparation, workers=0, max_bad_share=0.1, shuffle=False)
+    with pytest.raises(ClipError, match=r"2 of 10 clips(?s:.*gone1.*gone2)"):
+        list(loader.examples(epochs=1))

@@ -1,0 +1,253 @@
+"""VideoLM against plain transformers, on both families, with random weights, float32, ragged batches."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+import vp
+from data.clips import Preparation, make_example, prepare, read_frames
+from data.runs import merged_state_dict
+
+
+def plain_inputs(example: vp.Example, ids=None) -> dict:
+    """What the Hugging Face processor would hand to the model for one clip."""
+    ids = example.input_ids if ids is None else ids
+    inputs = {
+        "input_ids": ids[None],
+        "attention_mask": torch.ones_like(ids)[None],
+        "mm_token_type_ids": example.token_types[None, : len(ids)],
+        "pixel_values_videos": example.pixels,
+        "video_grid_thw": example.grid[None],
+    }
+    return inputs
+
+
+def plain_logits(lm: vp.VideoLM, example: vp.Example, **more) -> torch.Tensor:
+    """Logits (T, vocabulary) of the untouched model on one clip."""
+    inputs = plain_inputs(example)
+    if lm.config.model_type == "qwen2_5_vl":
+        inputs["second_per_grid_ts"] = torch.tensor([example.seconds_per_slot])
+    return lm.hf(**inputs, **more)
+
+
+def degraded(example: vp.Example) -> torch.Tensor:
+    """The patches of the twin's frames, as if they had been shown: whole slots of pixels replaced."""
+    per_slot = len(example.pixels) // int(example.grid[0])
+    return example.pixels.view(-1, per_slot, example.pixels.shape[1])[example.source].flatten(0, 1)
+
+
+def test_caption_loss_equals_plain_transformers(lm, ragged):
+    """Mean cross-entropy over caption tokens of a padded batch equals that of clips run one by one (fp32, 1e-5)."""
+    batch = lm.collate(ragged)
+    with torch.no_grad():
+        out = lm(batch, contrastive=False)
+        want = torch.zeros(())
+        for e in ragged:
+            logits = plain_logits(lm, e).logits[0]
+            at = torch.arange(e.prompt_length, len(e.input_ids))
+            want += torch.nn.functional.cross_entropy(logits[at - 1], e.input_ids[at], reduction="sum")
+    assert len(batch.label_ids) == sum(len(e.input_ids) - e.prompt_length for e in ragged)
+    torch.testing.assert_close(out.lm_loss, want, rtol=1e-5, atol=1e-5)
+
+
+def test_twin_tokens_are_a_gather(lm, ragged):
+    """Issue bar: gathered features equal those of the encoded degraded frames (1e-5), deepstack too."""
+    batch = lm.collate(ragged)
+    with torch.no_grad():
+        full = lm.encode_video(batch)
+        twin = lm.twin_video(full, batch)
+        for b, e in enumerate(ragged):
+            if e.source is None:
+                torch.testing.assert_close(twin.pooler_output[b], full.pooler_output[b], rtol=0, atol=0)
+                continue
+            really = lm.base.model.get_video_features(degraded(e), e.grid[None])
+            torch.testing.assert_close(twin.pooler_output[b], really.pooler_output[0], rtol=1e-5, atol=1e-5)
+            assert (twin.pooler_output[b] - full.pooler_output[b]).abs().max() > 1e-3  # it is not simply the full one
+            if lm.config.model_type == "qwen3_vl":
+                for mine, theirs in zip(twin.deepstack_features, really.deepstack_features, strict=True):
+                    torch.testing.assert_close(mine[b], theirs[0], rtol=1e-5, atol=1e-5)
+    assert sum(e.source is not None for e in ragged) >= 3
+
+
+def states_by_hand(lm: vp.VideoLM, ragged) -> tuple[torch.Tensor, torch.Tensor]:
+    """Layer-l states of the key-slot tokens in full and twin, each clip run whole and by itself."""
+    found = {"full": [], "twin": []}
+    for e in ragged:
+        if e.source is None:
+            continue
+        for kind, pixels in (("full", e.pixels), ("twin", degraded(e))):
+            clip = copy.copy(e)
+            clip.pixels = pixels
+            hidden = plain_logits(lm, clip, output_hidden_states=True).hidden_states[lm.contrastive_layer][0]
+            places = (e.token_types == 2).nonzero().squeeze(1).view(int(e.grid[0]), -1)
+            found[kind].append(hidden[places[torch.stack(e.keyword_slots).any(0)].flatten()])
+    return torch.cat(found["full"]), torch.cat(found["twin"])
+
+
+def test_states_of_full_and_early_exit_twin(lm, ragged, monkeypatch):
+    """The states that reach the loss are those of whole, separate runs of full and degraded clips."""
+    seen = {}
+    monkeypatch.setattr(
+        lm.heads, "forward", lambda h, h_twin, t, tokens: seen.update(h=h, h_twin=h_twin, t=t) or (h.sum() * 0, {})
+    )
+    with torch.no_grad():
+        lm(lm.collate(ragged))
+        full, twin = states_by_hand(lm, ragged)
+        keywords = [k for e in ragged if e.source is not None for k in e.keyword_ids]
+        t = torch.stack([lm.base.get_input_embeddings()(k).mean(0) for k in keywords])
+    torch.testing.assert_close(seen["h"], full, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen["h_twin"], twin, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen["t"], t)
+    assert (full - twin).abs().max() > 1e-3
+
+
+def gradients(lm: vp.VideoLM, batch: vp.Batch) -> list[torch.Tensor]:
+    """Loss and every gradient of one step."""
+    lm.zero_grad()
+    out = lm(batch)
+    loss = out.lm_loss / len(batch.label_ids) + out.contrastive_loss / len(batch.keyword_ids)
+    loss.backward()
+    return [loss.detach()] + [p.grad.clone() for p in lm.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("enable", [False, True])
+def test_gradient_checkpointing_changes_nothing(lm, ragged, enable):
+    """Same loss and gradients with and without; and the states that the loss saw carry gradient below layer l."""
+    batch = lm.collate(ragged)
+    want = gradients(lm, batch)
+    if enable:
+        lm.hf.gradient_checkpointing_enable()
+    got = gradients(lm, batch)
+    assert len(got) == len(want) and len(got) == 1 + len(list(lm.parameters()))
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_contrastive_gradient_against_separate_runs(lm, ragged):
+    """The gradient of the contrastive loss alone equals that through whole, separate runs of full and twin."""
+    batch = lm.collate(ragged)
+    weights = [p for n, p in lm.named_parameters() if "layers.0" in n or "layers.1." in n or "visual.blocks" in n]
+    got = torch.autograd.grad(lm(batch).contrastive_loss, weights, allow_unused=True)
+    full, twin = states_by_hand(lm, ragged)
+    keywords = [k for e in ragged if e.source is not None for k in e.keyword_ids]
+    t = torch.stack([lm.base.get_input_embeddings()(k).mean(0) for k in keywords]).detach()
+    loss, _ = lm.heads(full, twin, t, batch.key_tokens)
+    want = torch.autograd.grad(loss, weights, allow_unused=True)
+    assert sum(g is not None for g in got) > 20
+    for a, b in zip(got, want):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def count_calls(module: torch.nn.Module) -> list:
+    """A list that grows by one at each forward of the module."""
+    calls = []
+    module.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_vision_once_and_twin_leaves_early(lm, ragged):
+    """One vision pass serves both videos; layers above l run once, those below twice; the baseline runs nothing extra."""
+    layers = lm.base.model.language_model.layers
+    vision, low, high = (count_calls(m) for m in (lm.base.model.visual, layers[0], layers[lm.contrastive_layer]))
+    heads = count_calls(lm.heads)
+    batch = lm.collate(ragged)
+    with torch.no_grad():
+        lm(batch)
+        assert (len(vision), len(low), len(high), len(heads)) == (1, 2, 1, 1)
+        lm(batch, twin_negatives=False)
+        assert (len(vision), len(low), len(high), len(heads)) == (2, 3, 2, 2)
+        lm(batch, contrastive=False)
+        assert (len(vision), len(low), len(high), len(heads)) == (3, 4, 3, 2)
+
+
+def test_micro_batches_change_nothing(lm, ragged):
+    """Summed losses over one-clip batches, divided by the whole batch's counts, give the whole batch's gradient."""
+    whole = lm.collate(ragged)
+    lm(whole, contrastive=False).lm_loss.div(len(whole.label_ids)).backward()
+    want = {n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}
+    lm.zero_grad()
+    for e in ragged:
+        lm(lm.collate([e]), contrastive=False).lm_loss.div(len(whole.label_ids)).backward()
+    for name, parameter in lm.named_parameters():
+        if name in want:
+            torch.testing.assert_close(parameter.grad, want[name], rtol=1e-3, atol=1e-6)
+
+
+def test_only_content_tells_the_twin(world, preparation):
+    """Issue bar: run the twin's frames through the processor: text, grid, timestamps, lengths equal; pixels differ."""
+    from data.clips import load_clips
+
+    for clip in load_clips(world / "test.jsonl")[0][:6]:
+        frames = read_frames(clip, 16)
+        full = make_example(clip, frames, preparation)
+        per_slot = torch.stack([2 * full.source, 2 * full.source + 1], 1).flatten()
+        shown = copy.copy(frames)
+        shown.pixels = frames.pixels[per_slot]
+        clip.key_spans = [[[0.0, 1.0]]]  # the finder must not run on the twin: text and grid do not depend on it
+        twin = make_example(clip, shown, preparation)
+        assert torch.equal(full.input_ids, twin.input_ids) and torch.equal(full.token_types, twin.token_types)
+        assert torch.equal(full.grid, twin.grid) and full.seconds_per_slot == twin.seconds_per_slot
+        assert full.pixels.shape == twin.pixels.shape and not torch.equal(full.pixels, twin.pixels)
+        torch.testing.assert_close(degraded(full), twin.pixels)
+
+
+def test_describe_equals_generate(lm, ragged):
+    """Greedy descriptions of a left-padded batch equal plain generate() on full and on really degraded clips."""
+    lm.eval()
+    special = [lm.config.image_token_id, lm.config.video_token_id]
+    special += [lm.config.vision_start_token_id, lm.config.vision_end_token_id]
+    both = lm.describe(lm.collate(ragged, for_generation=True), max_new_tokens=8)
+    for b, e in enumerate(ragged):
+        for tokens, pixels in zip(both, (e.pixels, e.pixels if e.source is None else degraded(e))):
+            inputs = plain_inputs(e, e.input_ids[: e.prompt_length]) | {"pixel_values_videos": pixels}
+            if lm.config.model_type == "qwen2_5_vl":
+                inputs["second_per_grid_ts"] = torch.tensor([e.seconds_per_slot])
+            want = lm.hf.generate(**inputs, max_new_tokens=8, do_sample=False, suppress_tokens=special)
+            want = want[0, e.prompt_length :]
+            assert tokens[b, : len(want)].tolist() == want.tolist()
+
+
+def test_contrastive_layer_is_checked(checkpoint):
+    """Below Qwen3-VL's deepstack layers, or beyond the last, the layer is refused with the range that is allowed."""
+    hf = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    lowest = 2 if hf.config.model_type == "qwen3_vl" else 1
+    vp.VideoLM(hf, lowest)
+    for layer in (lowest - 1, 4, 9):
+        with pytest.raises(ValueError, match=f"taken after {lowest} to 3"):
+            vp.VideoLM(hf, layer)
+
+
+def test_lora_through_the_adapter(lm, ragged):
+    """With peft: only adapters and heads train, and the merged weights give the adapted model's logits."""
+    from peft import LoraConfig, get_peft_model
+
+    plain = copy.deepcopy(lm.hf)
+    linears = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    adapted = vp.VideoLM(get_peft_model(lm.hf, LoraConfig(r=4, target_modules=linears)))
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    assert all("lora_" in n or n.startswith("heads.") for n, p in adapted.named_parameters() if p.requires_grad)
+    batch = adapted.collate(ragged)
+    out = adapted(batch)
+    (out.lm_loss + out.contrastive_loss).backward()
+    plain.load_state_dict(merged_state_dict(adapted.hf), strict=True)
+    with torch.no_grad():
+        merged = vp.VideoLM(plain).train()(batch, contrastive=False).lm_loss
+    torch.testing.assert_close(merged, out.lm_loss.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_no_keyword_trains_on_the_caption_alone(lm, preparation, world):
+    """A batch without any twin has a caption loss and a contrastive loss of zero."""
+    from data.clips import load_clips
+
+    clips, _ = load_clips(world / "train.jsonl")
+    for clip in clips[:2]:
+        clip.keywords = []
+    out = lm(lm.collate([prepare(c, Preparation(preparation.processor)) for c in clips[:2]]))
+    assert out.contrastive_loss == 0 and out.lm_loss > 0
