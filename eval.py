@@ -2,6 +2,7 @@
 
     python eval.py --model runs/sft --data runs/world/test.jsonl      # table, results.json, a Markdown row
     python eval.py describe VIDEO.mp4 --model runs/sft                # one file, one description
+    python eval.py report                                             # the README's tables: trains what they need
 
 A model that does not look at the event scores the same on the full video and on its twin: the difference is the
 perception gap. Keyword recall is the share of a clip's keywords that stand, word for word, in the greedy description;
@@ -12,7 +13,10 @@ the description), and similarity of the static part (all but that sentence).
 
 import json
 import re
+import statistics
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -27,7 +31,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vp
 from data.clips import PROMPT, Clip, ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
-from data.runs import find_checkpoint
+from data.runs import describe_environment, find_checkpoint
 
 ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
 
@@ -76,6 +80,25 @@ class DescribeSettings:
     """Frames sampled, at most."""
     fps: float | None = None
     """Frames sampled a second (default: max_frames, whatever the length)."""
+
+
+@dataclass
+class ReportSettings:
+    """Train every variant of stage 1 on the embedded world with several seeds, and write the README's tables."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds; each gives every variant its own weights and order of clips."""
+    out: Path = Path("runs/report")
+    """Folder of the runs and of report.md; runs that are there already are not repeated."""
+    steps: int | None = None
+    """Steps of a run (default: the preset's)."""
+
+
+VARIANTS = {
+    "caption loss alone": ["--contrastive-weight", "0"],
+    "+ contrastive, no twin": ["--no-twin-negatives"],
+    "+ contrastive, twin (default)": [],
+}
 
 
 def load_model(model: str) -> tuple[vp.VideoLM, object]:
@@ -164,7 +187,13 @@ def evaluate(
             rows.append(row)
     loader.close()
     lm.train(training)
-    results = {"clips": len(rows), "with twin": sum("twin scores" in r for r in rows), "full": {}, "twin": {}, "gap": {}}
+    results = {
+        "clips": len(rows),
+        "with twin": sum("twin scores" in r for r in rows),
+        "full": {},
+        "twin": {},
+        "gap": {},
+    }
     for name in dict.fromkeys(n for r in rows for n in r["scores"]):
         scored = [r for r in rows if name in r["scores"]]
         paired = [r for r in scored if "twin scores" in r]
@@ -231,11 +260,67 @@ def run_describe(settings: DescribeSettings, console: Console) -> str:
     return text
 
 
+def step_seconds(model: str, data: Path, pairs: int = 30, batch_size: int = 16) -> tuple[float, float]:
+    """Median seconds of a training step with and without the contrastive loss, the two in turn on the same batches."""
+    lm, processor = load_model(model)
+    lm.train()
+    optimizer = torch.optim.AdamW(lm.parameters(), 1e-5)
+    clips, _ = load_clips(data)
+    loader = ClipLoader(clips, Preparation(processor), workers=0)
+    stream, seconds = loader.examples(), ([], [])
+    for _ in range(pairs):
+        batch = lm.collate([next(stream)[1] for _ in range(batch_size)])
+        for contrastive in (True, False):
+            began = time.perf_counter()
+            out = lm(batch, contrastive)
+            (out.lm_loss / len(batch.label_ids) + out.contrastive_loss / len(batch.keyword_ids)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds[not contrastive].append(time.perf_counter() - began)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def run_report(settings: ReportSettings, console: Console) -> str:
+    """The command `python eval.py report`."""
+    names = ("action right", "actor right", "static similarity", "caption similarity")
+    lines = ["| stage 1, world, test split | " + " | ".join(f"{n} (full)" for n in names) + " | action right (twin) |"]
+    lines.append("|---" * (len(names) + 2) + "|")
+    for variant, arguments in VARIANTS.items():
+        runs = []
+        for seed in settings.seeds:
+            out = settings.out / re.sub(r"[^a-z]+", "-", f"{variant} ").strip("-") / f"seed-{seed}"
+            if not (out / "results.json").exists():
+                command = [sys.executable, str(Path(__file__).with_name("train_sft.py")), "--out", str(out)]
+                command += ["--seed", str(seed), *arguments]
+                command += [] if settings.steps is None else ["--steps", str(settings.steps)]
+                console.print(" ".join(command[1:]), highlight=False, soft_wrap=True)
+                subprocess.run(command, check=True)
+            runs.append(json.loads((out / "results.json").read_text()))
+        cells = []
+        for part, name in [("full", n) for n in names] + [("twin", "action right")]:
+            values = [r[part][name] for r in runs]
+            cells.append(f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    about = describe_environment()
+    seeds = ", ".join(map(str, settings.seeds))
+    lines.append(f"\nMean (least to most) over seeds {seeds}; {runs[0]['clips']} clips; chance of the action is 1/8. "
+                 f"Commit {about['commit']}, torch {about['torch']}, {about['device']}.")  # fmt: skip
+    with_twin, without = step_seconds(str(out), Path("runs/world/train.jsonl"))
+    lines.append(f"\nStep with the twin loss {1e3 * with_twin:.0f} ms, caption-only {1e3 * without:.0f} ms, ratio "
+                 f"{with_twin / without:.2f} (medians of 30 pairs, batch 16, in turn in one process).")  # fmt: skip
+    report = "\n".join(lines) + "\n"
+    (settings.out / "report.md").write_text(report)
+    console.print(report, highlight=False, soft_wrap=True)
+    return report
+
+
 if __name__ == "__main__":
     console = Console()
     try:
         if sys.argv[1:2] == ["describe"]:
             run_describe(tyro.cli(DescribeSettings, args=sys.argv[2:], prog="eval.py describe"), console)
+        elif sys.argv[1:2] == ["report"]:
+            run_report(tyro.cli(ReportSettings, args=sys.argv[2:], prog="eval.py report"), console)
         else:
             run_evaluation(tyro.cli(EvalSettings, description=__doc__), console)
     except (ClipError, ValueError) as error:

@@ -15,7 +15,10 @@ keywords toward the full video's key-slot states and away from the twin's.
 Deviations from the paper, whose equations and settings are not public, stand numbered in the README.
 """
 
+import json
+import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -36,7 +39,6 @@ from data.clips import ClipError, ClipLoader, Preparation, load_clips, prepare, 
 from data.runs import RunLog, describe_environment, find_checkpoint, save_checkpoint
 from data.sheets import contact_sheet
 from data.tiny import build_tiny
-from data.world import WorldSettings, make_world
 from eval import evaluate, show_results
 
 PRESETS = {
@@ -143,7 +145,10 @@ def resolve(settings: Settings) -> Settings:
     if s.model is None:
         s.model = str(build_tiny(Path("runs/tiny"), "qwen2_5_vl", s.seed))
     if s.data is None:
-        folder = make_world(WorldSettings(Path("runs/world"), train=s.world_clips))
+        folder = Path("runs/world")
+        # In a process of its own: it starts one process a core, and each of them would import all of this script.
+        command = [sys.executable, "-m", "data.world", "--out", str(folder), "--train", str(s.world_clips)]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)})
         s.data, s.eval_data = folder / "train.jsonl", s.eval_data or folder / "test.jsonl"
     return s
 
@@ -188,7 +193,9 @@ def main(settings: Settings) -> dict | None:
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     rank, world_size, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     if s.batch_size % (s.micro_batch_size * world_size):
-        raise ValueError(f"--batch-size {s.batch_size} is not a multiple of micro-batch {s.micro_batch_size} x {world_size} processes")
+        raise ValueError(
+            f"--batch-size {s.batch_size} is not a multiple of micro-batch {s.micro_batch_size} x {world_size} processes"
+        )
     console = Console(quiet=not main_process)
     clips, problems = load_clips(s.data, s.root)
     eval_clips, eval_problems = load_clips(s.eval_data, s.root) if s.eval_data else ([], [])
@@ -277,6 +284,7 @@ def main(settings: Settings) -> dict | None:
                 scored = eval_clips if last or s.eval_clips < 0 else eval_clips[: s.eval_clips]
                 results = evaluate(lm, steady, scored, workers=s.workers, time_limit=s.time_limit)
                 log.write({"step": step} | {f"eval/{p} {n}": v for p in ("full", "twin") for n, v in results[p].items()})
+                (s.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
                 show_results(results, f"step {step}", console)
                 mark = time.perf_counter()
             if main_process and (last or (s.save_every > 0 and step % s.save_every == 0)):

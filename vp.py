@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # --- The twin (method, section 1) ---------------------------------------------------------------------------------
 
@@ -69,9 +70,10 @@ def find_key_slots(frames: Tensor, frames_per_slot: int = 2, contrast: float = 1
     """The slots that look unlike the frames around them: a finder of brief events that needs no model.
 
     frames: (F, C, H, W) uint8, F a multiple of frames_per_slot. Each frame is compared with the per-pixel median of its
-    seven-frame neighbourhood: slow motion stays in the median, a brief event does not. A frame counts as key when its
-    mean absolute distance is more than half-way from the median distance to the largest. Returns (S,) bool, empty
-    where nothing stands out: the largest distance is below `contrast` times the median one.
+    seven-frame neighbourhood: slow motion stays in the median, a brief event does not. A frame's distance is that of its
+    most changed block, a sixth of the picture wide, since an event is local. A frame counts as key when its distance is
+    more than half-way from the clip's median distance to the largest. Returns (S,) bool, all false where nothing
+    stands out: the largest distance is below `contrast` times the median one.
     """
     pixels = frames
     if max(pixels.shape[-2:]) > 64:
@@ -85,7 +87,9 @@ def find_key_slots(frames: Tensor, frames_per_slot: int = 2, contrast: float = 1
         for i in range(round_ % 2, len(window) - 1, 2):
             a, b = window[i], window[i + 1]
             window[i], window[i + 1] = torch.minimum(a, b), torch.maximum(a, b)
-    distance = (pixels.float() - window[reach]).abs().mean((1, 2, 3))  # (F,)
+    block = max(2, min(pixels.shape[-2:]) // 6)
+    change = (pixels.float() - window[reach]).abs().mean(1, keepdim=True)  # (F, 1, H, W)
+    distance = F.avg_pool2d(change, block, max(1, block // 2)).amax((1, 2, 3))  # (F,)
     low, high = distance.median(), distance.max()
     if high <= contrast * low + 1e-3:
         return torch.zeros(num_frames // frames_per_slot, dtype=torch.bool)
@@ -209,7 +213,7 @@ class Batch:
     """Padded clips with every index worked out beforehand, so that the training loop never waits for the device.
 
     input_ids, attention_mask, token_types (B, T); position_ids (3, B, T) or None; pixels, grid (B, 3),
-    seconds_per_slot (B,) as in `Example`. label_rows (L,): rows of the flattened (B*T) sequence that predict label_ids (L,).
+    seconds_per_slot (B,) as in `Example`. label_rows (L,): rows of the flattened (B*T) sequence that predict label_ids.
     twin_index (V,): the visual token that the twin shows in the place of each. prefix_length: tokens up to the last
     visual one. key_rows (N,): key-slot tokens as rows of the flattened (B*prefix_length) prefix. keyword_ids (K, W)
     padded with keyword_mask (K, W). key_tokens: who asks for whom.
@@ -250,6 +254,33 @@ class SFTOutput:
     metrics: dict[str, Tensor]
 
 
+# --- Attention of the vision encoder -----------------------------------------------------------------------------------
+
+
+def attend_in_chunks(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float,
+    dropout: float = 0.0, cu_seq_lens_q: Tensor | None = None, **_,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention inside each chunk of a packed sequence (a slot, or a window of one), chunks of a length in one call.
+
+    query, key, value: (1, heads, P, head_dim), cut at cu_seq_lens_q (chunks + 1,). Returns (1, P, heads, head_dim). Without
+    flash-attn, transformers calls sdpa once for every chunk: a clip of 16 slots makes hundreds of small calls.
+    """
+    lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
+    starts, out = cu_seq_lens_q[:-1].tolist(), torch.empty_like(query.transpose(1, 2))
+    for length in sorted(set(lengths)):
+        rows = torch.tensor([s for s, n in zip(starts, lengths) if n == length], device=query.device)
+        rows = (rows[:, None] + torch.arange(length, device=query.device)).flatten()
+        q, k, v = (rearrange(x[0][:, rows], "h (n l) d -> n h l d", l=length) for x in (query, key, value))
+        attended = F.scaled_dot_product_attention(q, k, v, scale=scaling, dropout_p=dropout)
+        out = out.index_copy(1, rows, rearrange(attended, "n h l d -> 1 (n l) h d"))
+    return out, None
+
+
+# transformers hands cu_seqlens to implementations with "flash" in their name, and to no others.
+ALL_ATTENTION_FUNCTIONS.register("chunked_not_flash", attend_in_chunks)
+
+
 # --- The model ----------------------------------------------------------------------------------------------------------
 
 
@@ -266,13 +297,16 @@ class VideoLM(nn.Module):
         self.hf = hf
         base = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
         self.config = base.config
+        vision_config = base.model.visual.config
+        if "flash" not in (vision_config._attn_implementation or ""):
+            vision_config._attn_implementation = "chunked_not_flash"
         num_layers = self.config.text_config.num_hidden_layers
         # Qwen3-VL adds visual features to the states after its first layers: the states are taken behind that.
         deepstack = len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
         self.contrastive_layer = num_layers // 2 if contrastive_layer is None else contrastive_layer
         if not deepstack < self.contrastive_layer < num_layers:
             raise ValueError(
-                f"contrastive_layer: got {self.contrastive_layer}; this model has {num_layers} layers and the states can be "
+                f"contrastive_layer: got {self.contrastive_layer}; this model has {num_layers} layers and states can be "
                 f"taken after {deepstack + 1} to {num_layers - 1} of them"
             )
         self.heads = ContrastiveHeads(self.config.text_config.hidden_size, temperature=temperature)
@@ -284,7 +318,7 @@ class VideoLM(nn.Module):
         return self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
 
     def first_layers(self) -> nn.Module:
-        """The multimodal model cut off after l layers and before the final norm: a shallow copy that shares every weight."""
+        """The multimodal model cut off after l layers, before the final norm: a shallow copy that shares all weights."""
         model = copy.copy(self.base.model)
         language = copy.copy(model.language_model)
         cut = {"layers": language.layers[: self.contrastive_layer], "norm": nn.Identity()}

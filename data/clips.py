@@ -341,9 +341,7 @@ class ClipLoader:
         if self.workers and self.pool is None:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["data.clips"])  # a worker in place of a killed one starts in no time
-            self.pool = ProcessPool(
-                self.workers, initializer=_start_worker, initargs=(self.preparation,), context=context
-            )
+            self.pool = ProcessPool(self.workers, initializer=_start_worker, initargs=(self.preparation,), context=context)
 
     def close(self) -> None:
         """End the workers."""

@@ -1,6 +1,6 @@
 """A run's folder: settings.json, metrics.jsonl, curves.png, contact sheets, and checkpoints that a kill cannot spoil.
 
-    runs/sft/checkpoint -> checkpoint-001000      the newest whole one: an ordinary Hugging Face directory
+runs/sft/checkpoint -> checkpoint-001000      the newest whole one: an ordinary Hugging Face directory
 """
 
 import json

@@ -202,7 +202,7 @@ def test_parts_of_a_video(tmp_path):
     assert (frames.pixels[0].float().mean() / 10).round() == 8
     with pytest.raises(ClipError, match="field 'start': 9 s"):
         read_frames(Clip(tmp_path / "a.mp4", "x", "a", start=9.0), 16)
-    with pytest.raises(ClipError, match="field 'key_spans'.*lasts 2.00 s"):
+    with pytest.raises(ClipError, match=r"field 'key_spans'.*lasts 2\.00 s"):
         read_frames(Clip(tmp_path / "a.mp4", "x", "a", keywords=["k"], key_spans=[[[3.0, 4.0]]]), 16)
 
 

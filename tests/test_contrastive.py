@@ -116,9 +116,7 @@ def test_same_words_are_no_negatives():
     other = vp.KeyTokens(one, torch.zeros(2, dtype=torch.long), one, torch.tensor([5, 6]), slots)
     assert vp.contrastive_loss(full, None, keywords, torch.tensor(1.0), same)[0] == 0
     want = 2 * math.log1p(math.exp(-1.0))
-    torch.testing.assert_close(
-        vp.contrastive_loss(full, None, keywords, torch.tensor(1.0), other)[0], torch.tensor(want)
-    )
+    torch.testing.assert_close(vp.contrastive_loss(full, None, keywords, torch.tensor(1.0), other)[0], torch.tensor(want))
 
 
 def test_counts():

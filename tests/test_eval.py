@@ -1,0 +1,96 @@
+"""Scores of descriptions, on small cases worked out by hand, and a whole evaluation."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import eval as evaluation
+import vp
+from data.clips import Clip, Preparation, load_clips
+from data.world import ACTIONS
+
+STATIC = "A red circle and a blue square on a grey floor."
+TRUTH = {"actor": "red circle", "action": "jumps up", "span": [0.5, 0.75], "static": STATIC}
+CLIP = Clip(Path("a.mp4"), f"{STATIC} The red circle jumps up.", "c:1", keywords=["red circle jumps up"], truth=TRUTH)
+
+
+@pytest.mark.parametrize(
+    "text, action, actor, recall",
+    [
+        (f"{STATIC} The red circle jumps up.", 1, 1, 1),
+        (f"{STATIC} Suddenly the red circle JUMPS UP!", 1, 1, 1),
+        (f"{STATIC} The blue square jumps up.", 1, 0, 0),
+        (f"{STATIC} The red circle turns black.", 0, 1, 0),
+        (f"{STATIC} The red circle jumps up. The red circle turns black.", 0, 1, 1),  # naming more than happened
+        ("The red circle " + " and ".join(ACTIONS) + ".", 0, 1, 1),  # naming everything does not count as right
+        ("", 0, 0, 0),
+        ("The red circle jumps upward.", 0, 1, 0),
+    ],
+)
+def test_scores_by_hand(text, action, actor, recall):
+    """Action right needs the right action and no other; the actor must do it; words must match whole."""
+    got = evaluation.score(CLIP, text, set(ACTIONS))
+    assert (got["action right"], got["actor right"], got["keyword recall"]) == (action, actor, recall)
+
+
+def test_static_part_leaves_the_event_out():
+    """Its similarity is that of everything before the last sentence."""
+    assert evaluation.score(CLIP, f"{STATIC} The blue square turns black.", set())["static similarity"] == 1
+    assert evaluation.score(CLIP, "The red circle jumps up.", set())["static similarity"] == 0
+    # 5 of 11 reference words, in order, and nothing else: precision 1, recall 5/11
+    half = evaluation.score(CLIP, "A red circle and a. It jumps up.", set())["static similarity"]
+    assert half == pytest.approx(2 * (5 / 11) / (1 + 5 / 11))
+
+
+def test_clips_without_truth_have_no_truth_scores():
+    """Real clips get keyword recall and caption similarity only."""
+    clip = Clip(Path("a.mp4"), "A man jumps off.", "c:1", keywords=["jumps off", "falls"])
+    assert evaluation.score(clip, "He jumps off.", set()).keys() == {"caption similarity", "keyword recall"}
+    assert evaluation.score(clip, "He jumps off.", set())["keyword recall"] == 0.5
+
+
+def test_evaluation_counts_what_it_says(world, qwen2_5, monkeypatch):
+    """Averages over clips, twins made from the truth's span, skipped clips named and in no average."""
+    clips, _ = load_clips(world / "test.jsonl")
+    clips = clips[:5]
+    clips[1].video = world / "gone.mp4"
+    clips[2].truth = clips[2].truth | {"span": [0.0, 9.0]}  # everything is key: no twin
+    lm = vp.VideoLM(AutoModelForImageTextToText.from_pretrained(qwen2_5))
+    processor = AutoProcessor.from_pretrained(qwen2_5)
+    said = iter([[c.caption for c in (clips[0], clips[2])], [clips[0].truth["static"]] * 2] * 2)
+
+    def describe(batch, **_):
+        full, twin = next(said), next(said)
+        return [processor.tokenizer([t[i] for i in range(len(batch.grid))], padding=True, return_tensors="pt").input_ids
+                for t in (full, twin)]  # fmt: skip
+
+    monkeypatch.setattr(lm, "describe", describe)
+    results = evaluation.evaluate(lm, Preparation(processor), clips, batch_size=2)
+    assert (results["clips"], results["with twin"], len(results["skipped"])) == (4, 3, 1)
+    assert "gone.mp4" in results["skipped"][0]
+    rows = results["rows"]
+    assert rows[0]["scores"]["action right"] == 1 and rows[0]["twin scores"]["action right"] == 0
+    mean = sum(r["scores"]["keyword recall"] for r in rows) / 4
+    assert results["full"]["keyword recall"] == pytest.approx(mean)
+    paired = [r for r in rows if "twin scores" in r]
+    gap = sum(r["scores"]["keyword recall"] - r["twin scores"]["keyword recall"] for r in paired) / 3
+    assert results["gap"]["keyword recall"] == pytest.approx(gap)
+    assert "| m | 4 |" in evaluation.markdown_row(results, "m")
+
+
+def test_describe_one_file(world, qwen2_5, tmp_path):
+    """`describe` prints the sampled timestamps and a text, the same as greedy evaluation gives."""
+    from rich.console import Console
+
+    clips, _ = load_clips(world / "test.jsonl")
+    console = Console(file=(tmp_path / "out").open("w+"), width=200)
+    text = evaluation.run_describe(evaluation.DescribeSettings(clips[0].video, str(qwen2_5), max_new_tokens=5), console)
+    console.file.seek(0)
+    shown = console.file.read()
+    assert "frames at 0.00 0.12 0.25" in shown and text in shown
+    lm, processor = evaluation.load_model(str(qwen2_5))
+    torch.testing.assert_close(lm.heads.log_temperature.exp().item(), 0.1, rtol=1e-4, atol=1e-4)
+    rows = evaluation.evaluate(lm, Preparation(processor), clips[:1], max_new_tokens=5)["rows"]
+    assert rows[0]["description"] == text

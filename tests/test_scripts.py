@@ -1,0 +1,171 @@
+"""Every script as a person runs it, small; and every command of the README is one that the scripts accept."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent.parent
+FAST = ["--steps", "3", "--batch-size", "4", "--micro-batch-size", "2", "--log-every", "1", "--sheets", "1"]
+
+
+def run(*command: object, check: bool = True, **more) -> subprocess.CompletedProcess:
+    """Run a script of the repo offline and return what it printed."""
+    env = os.environ | {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+    done = subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True, **more)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, world, qwen2_5) -> Path:
+    """A run of three steps."""
+    out = tmp_path_factory.mktemp("run") / "sft"
+    data = ["--model", qwen2_5, "--data", world / "train.jsonl", "--eval-data", world / "test.jsonl"]
+    run(HERE / "train_sft.py", *FAST, *data, "--out", out, cwd=tmp_path_factory.mktemp("elsewhere"))
+    return out
+
+
+def test_training_writes_what_it_promises(trained):
+    """Metrics of every step, curves, a sheet, results, and a checkpoint with heads."""
+    lines = [json.loads(x) for x in (trained / "metrics.jsonl").open()]
+    steps = [x for x in lines if "loss/lm" in x]
+    assert [x["step"] for x in steps] == [1, 2, 3]
+    for key in ("loss/contrastive", "contrastive/positives", "contrastive/negatives", "contrastive/temperature"):
+        assert all(x[key] > 0 for x in steps)
+    assert any("eval/full action right" in x for x in lines)
+    for name in ("curves.png", "settings.json", "results.json", "checkpoint/heads.safetensors"):
+        assert (trained / name).stat().st_size > 0
+    assert list(trained.glob("sheet-*.png"))
+    heads = load_file(trained / "checkpoint/heads.safetensors")
+    assert set(heads) == {"visual.weight", "text.weight", "log_temperature"}
+
+
+def test_eval_and_describe(trained, world):
+    """The two commands of eval.py on the run's folder."""
+    shown = run(HERE / "eval.py", "--model", trained, "--data", world / "test.jsonl", "--limit", 6, cwd=trained).stdout
+    assert "perception gap" in shown and "6 clips, 6 with a twin" in shown
+    results = json.loads((trained / "results.json").read_text())
+    assert results["clips"] == 6 and len(results["rows"]) == 6
+    assert (trained / "row.md").read_text().startswith("| model | clips |")
+    shown = run(HERE / "eval.py", "describe", world / "test/000/000000.mp4", "--model", trained, cwd=trained).stdout
+    assert "frames at 0.00 0.12" in shown
+
+
+def test_same_seed_same_weights(tmp_path, world, qwen2_5):
+    """Two runs with one seed end bit for bit equal; another seed does not; micro-batches only regroup negatives."""
+
+    def weights(name: str, *more):
+        data = ["--model", qwen2_5, "--data", world / "train.jsonl", "--workers", 0]
+        run(HERE / "train_sft.py", *FAST, *data, "--out", tmp_path / name, *more, cwd=tmp_path)
+        return load_file(tmp_path / name / "checkpoint/model.safetensors")
+
+    a, b = weights("a"), weights("b")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    c = weights("c", "--seed", 1)
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+    # the caption loss is a mean over the whole batch, so accumulation changes nothing
+    d = weights("d", "--contrastive-weight", 0)
+    e = weights("e", "--contrastive-weight", 0, "--micro-batch-size", 4)
+    for k in d:
+        torch.testing.assert_close(d[k], e[k], rtol=1e-3, atol=2e-4)
+    assert not (tmp_path / "d/checkpoint/heads.safetensors").exists()
+    lines = [json.loads(x) for x in (tmp_path / "d/metrics.jsonl").open()]
+    assert not any("loss/contrastive" in x for x in lines)
+
+
+def test_bad_clips_are_named_and_too_many_stop_the_run(tmp_path, world, qwen2_5):
+    """A bad line and a missing file are printed and trained around; beyond the share the run ends with the list."""
+    lines = (world / "train.jsonl").read_text().splitlines()[:12]
+    lines = [x.replace('"train/', f'"{world.name}/train/') for x in lines]
+    lines[2] = lines[2].replace("000002.mp4", "gone.mp4")
+    lines[4] = "{"
+    data = world.parent / f"{tmp_path.name}.jsonl"
+    data.write_text("\n".join(lines))
+    command = [
+        HERE / "train_sft.py",
+        *FAST,
+        "--model",
+        qwen2_5,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "o",
+        "--workers",
+        0,
+    ]
+    done = run(*command, "--max-bad-share", 0.2, "--steps", 6, cwd=tmp_path)
+    assert f"{data}:5: not JSON" in done.stdout and f"{data}:3:" in done.stdout and "gone.mp4" in done.stdout
+    assert (tmp_path / "o/checkpoint/model.safetensors").exists()
+    done = run(*command, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "max-bad-share" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--steps", "0"], "--steps: got 0"),
+        (["--batch-size", "5", "--micro-batch-size", "2"], "not a multiple"),
+        (["--contrastive-weight", "-1"], "--contrastive-weight: got -1"),
+        (["--max-frames", "2"], "a twin needs two slots"),
+        (["--model", "nowhere/none", "--data", "none.jsonl"], "none.jsonl: no such file"),
+    ],
+)
+def test_bad_settings_are_one_line(tmp_path, arguments, message):
+    """The name, the value, the mend; no traceback."""
+    done = run(HERE / "train_sft.py", *arguments, check=False, cwd=tmp_path)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_sigterm_saves_and_ends_well(tmp_path, world, qwen2_5):
+    """A polite kill ends the run after the step with a checkpoint and exit code 0."""
+    env = os.environ | {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, HERE / "train_sft.py", "--model", qwen2_5, "--data", world / "train.jsonl"]
+    command += ["--out", "o", "--workers", "0", "--steps", "100000", *FAST[2:]]
+    process = subprocess.Popen(list(map(str, command)), env=env, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "o/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        pass
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 0
+    assert (tmp_path / "o/checkpoint/model.safetensors").exists()
+
+
+def readme_commands() -> list[str]:
+    """Every `python ...` line of the README's shell blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    lines = [x.split("#")[0].strip() for block in blocks for x in block.splitlines()]
+    return [x for x in lines if x.startswith("python ")]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_commands_are_accepted(command):
+    """Each command is parsed by the script it names: its flags exist and its values have the right type."""
+    words = shlex.split(command)[1:]
+    if words[0] == "-m":
+        script = HERE / (words[1].replace(".", "/") + ".py")
+        words = words[1:]
+    else:
+        script = HERE / words[0]
+    assert script.exists()
+    parse = "import sys, tyro, runpy\n" + (
+        "real = tyro.cli\n"
+        "def only_parse(*a, **k):\n    real(*a, **k)\n    print('accepted')\n    sys.exit(0)\n"
+        "tyro.cli = only_parse\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    assert "accepted" in run("-c", parse, script, *words[1:], cwd=HERE).stdout
+
+
+def test_readme_names_every_make_target():
+    """make demo and make test are in the README, and in the Makefile."""
+    readme, makefile = (HERE / "README.md").read_text(), (HERE / "Makefile").read_text()
+    for target in ("demo", "test"):
+        assert f"make {target}" in readme and f"\n{target}:" in makefile

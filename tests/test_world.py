@@ -1,0 +1,88 @@
+"""The embedded world: seeded, held out, resumable, honest about where its event is."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data.clips import load_clips, read_frames
+from data.world import ACTIONS, COLOURS, FPS, NUM_FRAMES, SHAPES, WorldSettings, draw_clip, held_out, make_world
+
+
+def combination(line: dict) -> tuple[str, str, str]:
+    """(shape, colour, action) of the actor."""
+    colour, shape = line["truth"]["actor"].split()
+    return shape, colour, line["truth"]["action"]
+
+
+def test_same_seed_same_frames():
+    """Frames and text depend on split, index and seed, and on nothing else."""
+    for index in range(5):
+        (a, line_a), (b, line_b) = (draw_clip("train", index, 7) for _ in range(2))
+        assert np.array_equal(a, b) and line_a == line_b
+    assert not np.array_equal(draw_clip("train", 0, 7)[0], draw_clip("train", 0, 8)[0])
+    assert not np.array_equal(draw_clip("train", 0, 7)[0], draw_clip("test", 0, 7)[0])
+
+
+def test_held_out_combinations_never_occur_in_training():
+    """Every actor of the test split is new; yet each of its parts, and each pair of parts, is known."""
+    train = {combination(draw_clip("train", i)[1]) for i in range(1500)}
+    test = Counter(combination(draw_clip("test", i)[1]) for i in range(200))
+    assert not train & set(test)
+    for shape, colour, action in test:
+        assert held_out(SHAPES.index(shape), list(COLOURS).index(colour), ACTIONS.index(action))
+        assert any(t[0] == shape and t[1] == colour for t in train)
+        assert any(t[0] == shape and t[2] == action for t in train)
+        assert any(t[1] == colour and t[2] == action for t in train)
+    assert {t[2] for t in test} == set(ACTIONS)
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_the_event_is_in_its_span_and_nowhere_else(index):
+    """Frames outside the span hardly differ from their neighbours; those inside do; a caption names actor and action."""
+    frames, line = draw_clip("train", index)
+    start, end = (round(t * FPS) for t in line["truth"]["span"])
+    assert end - start in (2, 3) and start > 0 and end < NUM_FRAMES
+    smooth = np.abs(np.diff(frames.astype(float), axis=0)).mean((1, 2, 3))
+    edges = [start - 1, end - 1]
+    inside = [smooth[e] for e in edges]
+    outside = [s for t, s in enumerate(smooth) if t not in edges]
+    assert min(inside) > max(outside)
+    assert line["caption"].endswith(f"{line['truth']['actor']} {line['truth']['action']}.")
+    assert line["keywords"] == [f"{line['truth']['actor']} {line['truth']['action']}"]
+    assert line["caption"].startswith(line["truth"]["static"])
+
+
+def test_files_decode_to_what_was_drawn(world):
+    """MP4s of 16 frames at 8 a second, close to the drawn pixels."""
+    clips, problems = load_clips(world / "train.jsonl")
+    assert len(clips) == 48 and not problems
+    for index in (0, 17, 47):
+        frames = read_frames(clips[index], 16)
+        assert frames.timestamps == pytest.approx([t / FPS for t in range(16)])
+        drawn = draw_clip("train", index)[0].transpose(0, 3, 1, 2).astype(float)
+        assert np.abs(frames.pixels.numpy() - drawn).mean() < 6
+
+
+def test_resumed_and_parallel_worlds_are_equal(tmp_path):
+    """A world interrupted half-way and finished by other processes equals one made at once; finished files stay."""
+    whole = make_world(WorldSettings(tmp_path / "whole", train=10, test=4, workers=1))
+    part = make_world(WorldSettings(tmp_path / "part", train=5, test=2, workers=2))
+    kept = (part / "train/000/000001.mp4").stat().st_mtime_ns
+    (part / "train/000/000003.mp4").unlink()
+    make_world(WorldSettings(tmp_path / "part", train=10, test=4, workers=2))
+    assert (part / "train/000/000001.mp4").stat().st_mtime_ns == kept
+    for split in ("train", "test"):
+        assert (whole / f"{split}.jsonl").read_text() == (part / f"{split}.jsonl").read_text()
+    for file in sorted(whole.rglob("*.mp4")):
+        assert file.read_bytes() == (part / file.relative_to(whole)).read_bytes()
+    assert not list(part.rglob("*.partial"))
+
+
+def test_worlds_are_not_mixed(tmp_path):
+    """A folder made with another seed is refused, in words."""
+    make_world(WorldSettings(tmp_path / "w", train=2, test=2, workers=1))
+    with pytest.raises(ValueError, match=r'"seed": 0.*asked for.*"seed": 1'):
+        make_world(WorldSettings(tmp_path / "w", train=2, test=2, seed=1, workers=1))
+    assert len([json.loads(line) for line in (tmp_path / "w/train.jsonl").open()]) == 2
