@@ -42,7 +42,7 @@ from data.tiny import build_tiny
 from eval import evaluate, show_results
 
 PRESETS = {
-    "tiny": dict(steps=1000, batch_size=16, micro_batch_size=16, learning_rate=1e-3, max_frames=16),
+    "tiny": dict(steps=1400, batch_size=16, micro_batch_size=16, learning_rate=7e-4, max_frames=16),
     "gpu-24gb": dict(
         steps=2000, batch_size=16, micro_batch_size=1, learning_rate=1e-4, max_frames=32, fps=2.0, lora_rank=16,
         freeze_vision=True, gradient_checkpointing=True, workers=4,
@@ -85,7 +85,7 @@ class Settings:
     """AdamW's weight decay."""
     grad_clip: float = 1.0
     """Largest gradient norm."""
-    contrastive_weight: float = 1.0
+    contrastive_weight: float = 0.5
     """lambda; 0 is the caption-only baseline and computes nothing of the rest."""
     twin_negatives: bool = True
     """Use the twin's tokens as hard negatives."""
@@ -220,7 +220,7 @@ def main(settings: Settings) -> dict | None:
             contact_sheet(clip, frames, prepare(clip, steady), s.out / f"sheet-{Path(clip.video).stem}.png")
         except ClipError as error:
             console.print(f"[yellow]no sheet[/] {error}", highlight=False)
-    optimizer = torch.optim.AdamW(trained, s.learning_rate, betas=(0.9, 0.95), weight_decay=s.weight_decay)
+    optimizer = torch.optim.AdamW(trained, s.learning_rate, betas=(0.9, 0.99), weight_decay=s.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(s.warmup * s.steps), s.steps)
     model, optimizer = accelerator.prepare(lm, optimizer)
     stop_asked = []

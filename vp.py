@@ -166,6 +166,9 @@ class ContrastiveHeads(nn.Module):
         super().__init__()
         self.visual = nn.Linear(width, d, bias=False)
         self.text = nn.Linear(width, d, bias=False)
+        # Both start equal: states are pulled from the first step toward the keywords' own embeddings, where the layers
+        # above, and the output head, can read them.
+        self.text.load_state_dict(self.visual.state_dict())
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
 
     @property

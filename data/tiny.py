@@ -25,7 +25,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from data.world import ACTIONS, COLOURS, FLOORS, OPENERS, PIXELS, SHAPES
+from data.world import ACTIONS, COLOURS, PIXELS, SHAPES
 
 Family = Literal["qwen2_5_vl", "qwen3_vl"]
 SPECIAL_TOKENS = (
@@ -60,9 +60,9 @@ class TinySettings:
 
 def train_tokenizer() -> Qwen2Tokenizer:
     """Byte-level BPE on the world's language: a word of the world is one token, and any other text falls to bytes."""
-    words = [*ACTIONS, *COLOURS, *SHAPES, *FLOORS, *OPENERS, "on a and floor user assistant system"]
+    words = [*ACTIONS, *COLOURS, *SHAPES, "a and the something user assistant system"]
     corpus = [f" {w}" for phrase in words for w in phrase.split()] * 4
-    corpus += ["Describe the video.", "A the .", "0 1 2 3 4 5 6 7 8 9 seconds"] * 4
+    corpus += ["Describe the video.", "A Something the . , :", "0 1 2 3 4 5 6 7 8 9 seconds"] * 4
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -11,36 +11,37 @@ import vp
 from data.clips import Clip, Preparation, load_clips
 from data.world import ACTIONS
 
+ALL = set(ACTIONS)
 STATIC = "A red circle and a blue square on a grey floor."
-TRUTH = {"actor": "red circle", "action": "jumps up", "span": [0.5, 0.75], "static": STATIC}
-CLIP = Clip(Path("a.mp4"), f"{STATIC} The red circle jumps up.", "c:1", keywords=["red circle jumps up"], truth=TRUTH)
+TRUTH = {"actor": "red circle", "action": "vanishes", "span": [0.5, 0.75], "static": STATIC}
+CLIP = Clip(Path("a.mp4"), f"{STATIC} The red circle vanishes.", "c:1", keywords=["red circle vanishes"], truth=TRUTH)
 
 
 @pytest.mark.parametrize(
     "text, action, actor, recall",
     [
-        (f"{STATIC} The red circle jumps up.", 1, 1, 1),
-        (f"{STATIC} Suddenly the red circle JUMPS UP!", 1, 1, 1),
-        (f"{STATIC} The blue square jumps up.", 1, 0, 0),
+        (f"{STATIC} The red circle vanishes.", 1, 1, 1),
+        (f"{STATIC} Suddenly the red circle VANISHES!", 1, 1, 1),
+        (f"{STATIC} The blue square vanishes.", 1, 0, 0),
         (f"{STATIC} The red circle turns black.", 0, 1, 0),
-        (f"{STATIC} The red circle jumps up. The red circle turns black.", 0, 1, 1),  # naming more than happened
+        (f"{STATIC} The red circle vanishes. The red circle turns black.", 0, 1, 1),  # naming more than happened
         ("The red circle " + " and ".join(ACTIONS) + ".", 0, 1, 1),  # naming everything does not count as right
         ("", 0, 0, 0),
-        ("The red circle jumps upward.", 0, 1, 0),
+        ("The red circle vanishesward.", 0, 1, 0),
     ],
 )
 def test_scores_by_hand(text, action, actor, recall):
     """Action right needs the right action and no other; the actor must do it; words must match whole."""
-    got = evaluation.score(CLIP, text, set(ACTIONS))
+    got = evaluation.score(CLIP, text, ALL)
     assert (got["action right"], got["actor right"], got["keyword recall"]) == (action, actor, recall)
 
 
 def test_static_part_leaves_the_event_out():
     """Its similarity is that of everything before the last sentence."""
     assert evaluation.score(CLIP, f"{STATIC} The blue square turns black.", set())["static similarity"] == 1
-    assert evaluation.score(CLIP, "The red circle jumps up.", set())["static similarity"] == 0
+    assert evaluation.score(CLIP, "The red circle vanishes.", set())["static similarity"] == 0
     # 5 of 11 reference words, in order, and nothing else: precision 1, recall 5/11
-    half = evaluation.score(CLIP, "A red circle and a. It jumps up.", set())["static similarity"]
+    half = evaluation.score(CLIP, "A red circle and a. It vanishes.", set())["static similarity"]
     assert half == pytest.approx(2 * (5 / 11) / (1 + 5 / 11))
 
 

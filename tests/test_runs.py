@@ -100,12 +100,12 @@ def test_both_packages_named_kernels(tmp_path, installed):
     theirs = tmp_path / "kernels"
     if installed:
         theirs.mkdir()
-        (theirs / "__init__.py").write_text("from kernels.far import far\nfrom .near import get_kernel\n")
+        (theirs / "__init__.py").write_text("from kernels.far import FAR\nfrom .near import get_kernel\n")
         (theirs / "near.py").write_text("def get_kernel():\n    return 'theirs'\n")
-        (theirs / "far.py").write_text("far = 1\n")
+        (theirs / "far.py").write_text("FAR = 1\n")
     script = (
         "import kernels, vp, bitsandbytes, transformers.integrations.hub_kernels\n"
-        "try:\n    from kernels import get_kernel, far\n    print(get_kernel(), far)\n"
+        "try:\n    from kernels import get_kernel, FAR\n    print(get_kernel(), FAR)\n"
         "except ImportError:\n    print('absent')\n"
         "print(kernels.__file__)"
     )

@@ -49,8 +49,8 @@ def test_the_event_is_in_its_span_and_nowhere_else(index):
     inside = [smooth[e] for e in edges]
     outside = [s for t, s in enumerate(smooth) if t not in edges]
     assert min(inside) > max(outside)
-    assert line["caption"].endswith(f"{line['truth']['actor']} {line['truth']['action']}.")
-    assert line["keywords"] == [f"{line['truth']['actor']} {line['truth']['action']}"]
+    assert line["caption"].endswith(f"{line['truth']['action']}: the {line['truth']['actor']}.")
+    assert line["keywords"] == [line["truth"]["action"]]
     assert line["caption"].startswith(line["truth"]["static"])
 
 
