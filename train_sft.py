@@ -42,7 +42,7 @@ from data.tiny import build_tiny
 from eval import evaluate, show_results
 
 PRESETS = {
-    "tiny": dict(steps=1400, batch_size=16, micro_batch_size=16, learning_rate=7e-4, max_frames=16),
+    "tiny": dict(steps=1000, batch_size=16, micro_batch_size=16, learning_rate=7e-4, max_frames=16),
     "gpu-24gb": dict(
         steps=2000, batch_size=16, micro_batch_size=1, learning_rate=1e-4, max_frames=32, fps=2.0, lora_rank=16,
         freeze_vision=True, gradient_checkpointing=True, workers=4,

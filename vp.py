@@ -248,6 +248,45 @@ class Batch:
         return Batch(**moved | {"key_tokens": KeyTokens(**tokens)})
 
 
+def index_keywords(
+    examples: Sequence[Example], visual_places: Sequence[Tensor], prefix_length: int
+) -> tuple[Tensor, Tensor, KeyTokens]:
+    """Key-slot tokens and keywords of a batch, those of clips without a twin left out.
+
+    visual_places: for each clip (S, tokens of a slot) places in its sequence. Returns key_rows (N,), keyword_ids (K, W)
+    padded with -1, and who asks for whom; see `Batch`.
+    """
+    keywords = [
+        (b, text, ids, slots)
+        for b, e in enumerate(examples)
+        for text, ids, slots in zip(e.keywords, e.keyword_ids, e.keyword_slots)
+        if e.source is not None and slots.any()
+    ]
+    key_rows, clip, slot = [], [], []
+    for b, places in enumerate(visual_places):
+        of_clip = [slots for c, _, _, slots in keywords if c == b]
+        key = torch.stack(of_clip).any(0).nonzero().squeeze(1) if of_clip else torch.empty(0, dtype=torch.long)
+        key_rows.append((b * prefix_length + places[key]).flatten())
+        clip.append(torch.full_like(key_rows[-1], b))
+        slot.append(key.repeat_interleave(places.shape[1]))
+    keyword_slots = torch.zeros(len(keywords), max(len(p) for p in visual_places), dtype=torch.bool)
+    for j, (_, _, _, slots) in enumerate(keywords):
+        keyword_slots[j, : len(slots)] = slots
+    number = {text: i for i, text in enumerate(dict.fromkeys(text for _, text, _, _ in keywords))}
+    ids = [ids for _, _, ids, _ in keywords]
+    return (
+        torch.cat(key_rows),
+        nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1) if ids else torch.full((0, 1), -1),
+        KeyTokens(
+            clip=torch.cat(clip),
+            slot=torch.cat(slot),
+            keyword_clip=torch.tensor([b for b, _, _, _ in keywords], dtype=torch.long),
+            keyword_id=torch.tensor([number[text] for _, text, _, _ in keywords], dtype=torch.long),
+            keyword_slots=keyword_slots,
+        ),
+    )
+
+
 @dataclass
 class SFTOutput:
     """Losses of one micro-batch, summed over its caption tokens and its keywords; nothing has been read from the device."""
@@ -335,8 +374,7 @@ class VideoLM(nn.Module):
         width, pad_id = max(length), self.base.generation_config.pad_token_id or 0
         input_ids = torch.full((len(examples), width), pad_id)
         attention_mask, token_types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-        label_rows, label_ids, twin_index, key_rows, clip, slot = [], [], [], [], [], []
-        visual_places, offset = [], 0
+        label_rows, label_ids, twin_index, visual_places, offset = [], [], [], [], 0
         for b, (e, n) in enumerate(zip(examples, length)):
             at = slice(width - n, width) if for_generation else slice(0, n)
             input_ids[b, at], token_types[b, at], attention_mask[b, at] = e.input_ids[:n], e.token_types[:n], 1
@@ -351,24 +389,7 @@ class VideoLM(nn.Module):
             offset += len(visual)
             visual_places.append(visual.view(num_slots, per_slot))
         prefix_length = max(int(places.max()) + 1 for places in visual_places)
-        keywords = [
-            (b, text, ids, slots)
-            for b, e in enumerate(examples)
-            for text, ids, slots in zip(e.keywords, e.keyword_ids, e.keyword_slots)
-            if e.source is not None and slots.any()
-        ]
-        for b, places in enumerate(visual_places):
-            of_clip = [slots for c, _, _, slots in keywords if c == b]
-            key = torch.stack(of_clip).any(0).nonzero().squeeze(1) if of_clip else torch.empty(0, dtype=torch.long)
-            rows = b * prefix_length + places[key]  # (key slots, per_slot)
-            key_rows.append(rows.flatten())
-            clip.append(torch.full_like(key_rows[-1], b))
-            slot.append(key.repeat_interleave(places.shape[1]))
-        slots_wide = torch.zeros(len(keywords), max(len(p) for p in visual_places), dtype=torch.bool)
-        for j, (_, _, _, slots) in enumerate(keywords):
-            slots_wide[j, : len(slots)] = slots
-        vocabulary = {text: i for i, text in enumerate(dict.fromkeys(k[1] for k in keywords))}
-        keyword_ids = nn.utils.rnn.pad_sequence([k[2] for k in keywords], True, -1) if keywords else torch.full((0, 1), -1)
+        key_rows, keyword_ids, key_tokens = index_keywords(examples, visual_places, prefix_length)
         grid = torch.stack([e.grid for e in examples])
         seconds = torch.tensor([e.seconds_per_slot for e in examples])
         position_ids = None
@@ -388,16 +409,10 @@ class VideoLM(nn.Module):
             label_ids=torch.cat(label_ids),
             twin_index=torch.cat(twin_index),
             prefix_length=prefix_length,
-            key_rows=torch.cat(key_rows),
+            key_rows=key_rows,
             keyword_ids=keyword_ids.clamp(min=0),
             keyword_mask=(keyword_ids >= 0).float(),
-            key_tokens=KeyTokens(
-                clip=torch.cat(clip),
-                slot=torch.cat(slot),
-                keyword_clip=torch.tensor([k[0] for k in keywords], dtype=torch.long),
-                keyword_id=torch.tensor([vocabulary[k[1]] for k in keywords], dtype=torch.long),
-                keyword_slots=slots_wide,
-            ),
+            key_tokens=key_tokens,
         )
 
     def encode_video(self, batch: Batch):

@@ -8,8 +8,8 @@ MP4s that take the road of any other clip: written here, decoded again by `data/
     python -m data.world --out runs/world80k --train 80000     # any size; resumable, one process a core
 
 Sixteen combinations of shape, colour and action are kept from training, and the test split has no other actors. The
-ground truth goes into the `truth` field of a line, which only evaluation reads;
-training finds its key slots by looking at the frames.
+ground truth goes into the `truth` field of a line, which only evaluation reads; training finds its key slots by looking
+at the frames.
 """
 
 import json
@@ -133,13 +133,15 @@ def draw_clip(split: str, index: int, seed: int = 0) -> tuple[np.ndarray, dict]:
         picture = np.broadcast_to(paint[:, None, None], video.shape)
         if name == "turns striped":
             picture = np.where(event[:, None, None, None], (ys.astype(int) // 3 % 2 * 250.0)[None, :, :, None], picture)
-        light = {
-            "lights a halo": 1.5 - np.abs(np.hypot(dx, dy) - 1.5 * size),
-            "shoots a beam": np.minimum(2.0 - np.abs(dx), -dy),  # from the shape to the upper edge
-            "throws sparks": 2.2 - np.hypot(np.abs(dx) - 1.2 * size, np.abs(dy) - 1.2 * size),  # one at each corner
-        }.get(name)
+        light = None
+        if name == "lights a halo":
+            light = 1.5 - np.abs(np.hypot(dx, dy) - 1.5 * size)
+        elif name == "shoots a beam":
+            light = 2.0 - np.abs(dx)  # from edge to edge, behind the shape
+        elif name == "throws sparks":
+            light = 3.0 - np.hypot(np.abs(dx) - 1.2 * size, np.abs(dy) - 1.2 * size)  # one at each corner
         if light is not None:
-            video += (np.clip(light, 0, 1) * during)[..., None] * (np.float32([255, 250, 200]) - video)
+            video += (np.clip(light, 0, 1) * during)[..., None] * (np.float32([0, 240, 255]) - video)
         video += alpha[..., None] * (picture - video)
     video += 3 * rng.standard_normal(video.shape, np.float32)
     frames = np.clip(video, 0, 255).astype(np.uint8)

@@ -1,6 +1,7 @@
 """VideoLM against plain transformers, on both families, with random weights, float32, ragged batches."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -24,12 +25,18 @@ def plain_inputs(example: vp.Example, ids=None) -> dict:
     return inputs
 
 
-def plain_logits(lm: vp.VideoLM, example: vp.Example, **more) -> torch.Tensor:
-    """Logits (T, vocabulary) of the untouched model on one clip."""
+def plain_forward(hf: torch.nn.Module, example: vp.Example, **more):
+    """The Hugging Face model's own output on one clip."""
     inputs = plain_inputs(example)
-    if lm.config.model_type == "qwen2_5_vl":
+    if hf.config.model_type == "qwen2_5_vl":
         inputs["second_per_grid_ts"] = torch.tensor([example.seconds_per_slot])
-    return lm.hf(**inputs, **more)
+    return hf(**inputs, **more)
+
+
+@pytest.fixture
+def plain(checkpoint) -> torch.nn.Module:
+    """The same weights in a model that VideoLM has never touched: transformers' own attention, everywhere."""
+    return AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
 
 
 def degraded(example: vp.Example) -> torch.Tensor:
@@ -38,21 +45,50 @@ def degraded(example: vp.Example) -> torch.Tensor:
     return example.pixels.view(-1, per_slot, example.pixels.shape[1])[example.source].flatten(0, 1)
 
 
-def test_caption_loss_equals_plain_transformers(lm, ragged):
+def test_caption_loss_equals_plain_transformers(lm, plain, ragged):
     """Mean cross-entropy over caption tokens of a padded batch equals that of clips run one by one (fp32, 1e-5)."""
     batch = lm.collate(ragged)
     with torch.no_grad():
         out = lm(batch, contrastive=False)
         want = torch.zeros(())
         for e in ragged:
-            logits = plain_logits(lm, e).logits[0]
+            logits = plain_forward(plain, e).logits[0]
             at = torch.arange(e.prompt_length, len(e.input_ids))
             want += torch.nn.functional.cross_entropy(logits[at - 1], e.input_ids[at], reduction="sum")
     assert len(batch.label_ids) == sum(len(e.input_ids) - e.prompt_length for e in ragged)
     torch.testing.assert_close(out.lm_loss, want, rtol=1e-5, atol=1e-5)
 
 
-def test_twin_tokens_are_a_gather(lm, ragged):
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [6, 2, 6, 1, 2], [5], [1, 1]])
+def test_chunked_attention_against_a_loop(lengths):
+    """Chunks of equal and unequal length attend within themselves only; gradients too."""
+    torch.manual_seed(len(lengths))
+    qkv = [torch.randn(1, 3, sum(lengths), 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    cuts = torch.tensor([0, *lengths]).cumsum(0)
+    got, _ = vp.attend_in_chunks(None, *qkv, None, 0.3, cu_seq_lens_q=cuts)
+    parts = []
+    for a, b in itertools.pairwise(cuts):
+        q, k, v = (x[:, :, a:b] for x in qkv)
+        parts.append(((q @ k.transpose(2, 3) * 0.3).softmax(-1) @ v).transpose(1, 2))
+    want = torch.cat(parts, 1)
+    torch.testing.assert_close(got, want)
+    weight = torch.randn_like(want)
+    for x, y in zip(torch.autograd.grad((got * weight).sum(), qkv), torch.autograd.grad((want * weight).sum(), qkv)):
+        torch.testing.assert_close(x, y)
+
+
+def test_vision_features_equal_plain_transformers(lm, plain, ragged):
+    """Chunked attention in the vision encoder changes nothing, and is in use."""
+    batch = lm.collate(ragged)
+    assert lm.base.model.visual.config._attn_implementation == "chunked_not_flash"
+    assert plain.model.visual.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        mine = torch.cat(list(lm.encode_video(batch).pooler_output))
+        want = torch.cat(list(plain.model.get_video_features(batch.pixels, batch.grid).pooler_output))
+    torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-5)
+
+
+def test_twin_tokens_are_a_gather(lm, plain, ragged):
     """Issue bar: gathered features equal those of the encoded degraded frames (1e-5), deepstack too."""
     batch = lm.collate(ragged)
     with torch.no_grad():
@@ -62,7 +98,7 @@ def test_twin_tokens_are_a_gather(lm, ragged):
             if e.source is None:
                 torch.testing.assert_close(twin.pooler_output[b], full.pooler_output[b], rtol=0, atol=0)
                 continue
-            really = lm.base.model.get_video_features(degraded(e), e.grid[None])
+            really = plain.model.get_video_features(degraded(e), e.grid[None])
             torch.testing.assert_close(twin.pooler_output[b], really.pooler_output[0], rtol=1e-5, atol=1e-5)
             assert (twin.pooler_output[b] - full.pooler_output[b]).abs().max() > 1e-3  # it is not simply the full one
             if lm.config.model_type == "qwen3_vl":
@@ -80,7 +116,7 @@ def states_by_hand(lm: vp.VideoLM, ragged) -> tuple[torch.Tensor, torch.Tensor]:
         for kind, pixels in (("full", e.pixels), ("twin", degraded(e))):
             clip = copy.copy(e)
             clip.pixels = pixels
-            hidden = plain_logits(lm, clip, output_hidden_states=True).hidden_states[lm.contrastive_layer][0]
+            hidden = plain_forward(lm.hf, clip, output_hidden_states=True).hidden_states[lm.contrastive_layer][0]
             places = (e.token_types == 2).nonzero().squeeze(1).view(int(e.grid[0]), -1)
             found[kind].append(hidden[places[torch.stack(e.keyword_slots).any(0)].flatten()])
     return torch.cat(found["full"]), torch.cat(found["twin"])
@@ -195,7 +231,7 @@ def test_only_content_tells_the_twin(world, preparation):
         torch.testing.assert_close(degraded(full), twin.pixels)
 
 
-def test_describe_equals_generate(lm, ragged):
+def test_describe_equals_generate(lm, plain, ragged):
     """Greedy descriptions of a left-padded batch equal plain generate() on full and on really degraded clips."""
     lm.eval()
     special = [lm.config.image_token_id, lm.config.video_token_id]
@@ -206,7 +242,7 @@ def test_describe_equals_generate(lm, ragged):
             inputs = plain_inputs(e, e.input_ids[: e.prompt_length]) | {"pixel_values_videos": pixels}
             if lm.config.model_type == "qwen2_5_vl":
                 inputs["second_per_grid_ts"] = torch.tensor([e.seconds_per_slot])
-            want = lm.hf.generate(**inputs, max_new_tokens=8, do_sample=False, suppress_tokens=special)
+            want = plain.generate(**inputs, max_new_tokens=8, do_sample=False, suppress_tokens=special)
             want = want[0, e.prompt_length :]
             assert tokens[b, : len(want)].tolist() == want.tolist()
 
