@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -35,14 +36,14 @@ from rich.table import Table
 from transformers import AutoModelForImageTextToText, AutoProcessor, get_cosine_schedule_with_warmup
 
 import vp
-from data.clips import ClipError, ClipLoader, Preparation, load_clips, prepare, read_frames
+from data.clips import ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
 from data.runs import RunLog, describe_environment, find_checkpoint, save_checkpoint
 from data.sheets import contact_sheet
 from data.tiny import build_tiny
 from eval import evaluate, show_results
 
 PRESETS = {
-    "tiny": dict(steps=1000, batch_size=16, micro_batch_size=16, learning_rate=7e-4, max_frames=16),
+    "tiny": dict(steps=1000, batch_size=16, micro_batch_size=16, learning_rate=7e-4, max_frames=16, eval_every=250),
     "gpu-24gb": dict(
         steps=2000, batch_size=16, micro_batch_size=1, learning_rate=1e-4, max_frames=32, fps=2.0, lora_rank=16,
         freeze_vision=True, gradient_checkpointing=True, workers=4,
@@ -52,7 +53,7 @@ PRESETS = {
         freeze_vision=True, gradient_checkpointing=True, workers=8,
     ),
 }  # fmt: skip
-DEFAULTS = dict(fps=None, lora_rank=0, freeze_vision=False, gradient_checkpointing=False, workers=1)
+DEFAULTS = dict(fps=None, lora_rank=0, freeze_vision=False, gradient_checkpointing=False, workers=1, eval_every=-1)
 
 
 @dataclass
@@ -113,9 +114,9 @@ class Settings:
     """Share of clips that may be lost before the run stops."""
     log_every: int = 10
     """Steps between two lines of metrics."""
-    eval_every: int = -1
+    eval_every: int | None = None
     """Steps between evaluations (-1: only at the end)."""
-    eval_clips: int = -1
+    eval_clips: int = 64
     """Clips of an evaluation before the last (-1: all)."""
     save_every: int = -1
     """Steps between checkpoints (-1: only at the end)."""
@@ -200,6 +201,8 @@ def main(settings: Settings) -> dict | None:
     clips, problems = load_clips(s.data, s.root)
     eval_clips, eval_problems = load_clips(s.eval_data, s.root) if s.eval_data else ([], [])
     lm, processor = load_policy(s)
+    contrastive = s.contrastive_weight > 0
+    lm.heads.requires_grad_(contrastive)
     preparation = Preparation(processor, s.max_frames, s.fps, s.jitter)
     steady = Preparation(processor, s.max_frames, s.fps)
     loader = ClipLoader(clips[rank::world_size], preparation, s.seed, s.workers, s.time_limit, s.max_bad_share)
@@ -217,32 +220,40 @@ def main(settings: Settings) -> dict | None:
     for clip in clips[: s.sheets] if main_process else []:
         try:
             frames = read_frames(clip, s.max_frames, s.fps, frames_per_slot=steady.frames_per_slot)
-            contact_sheet(clip, frames, prepare(clip, steady), s.out / f"sheet-{Path(clip.video).stem}.png")
+            contact_sheet(clip, frames, make_example(clip, frames, steady), s.out / f"sheet-{Path(clip.video).stem}.png")
         except ClipError as error:
             console.print(f"[yellow]no sheet[/] {error}", highlight=False)
     optimizer = torch.optim.AdamW(trained, s.learning_rate, betas=(0.9, 0.99), weight_decay=s.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(s.warmup * s.steps), s.steps)
     model, optimizer = accelerator.prepare(lm, optimizer)
+
+    def save(step: int) -> None:
+        save_checkpoint(s.out, step, lm.hf, processor, lm.heads if contrastive else None, {"settings": vars(s)})
+
     stop_asked = []
     signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(True))
 
     # --- the loop: data -> forward, backward -> step -> log -> eval -> save
-    contrastive = s.contrastive_weight > 0
     examples = loader.examples()
     num_micro = s.batch_size // (s.micro_batch_size * world_size)
     results, pending, metrics, tokens_seen = None, [], {}, 0
     began = mark = time.perf_counter()
-    with Live(console=console, auto_refresh=False) if console.is_terminal and main_process else open("/dev/null") as live:
+    with loader, Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
         for step in range(1, s.steps + 1):
             # All micro-batches are collated first, so that losses are divided by the counts of the whole step.
-            batches = [lm.collate([next(examples)[1] for _ in range(s.micro_batch_size)]) for _ in range(num_micro)]
+            try:
+                batches = [lm.collate([next(examples)[1] for _ in range(s.micro_batch_size)]) for _ in range(num_micro)]
+            except ClipError:  # too many clips are lost: end the run, but keep what it has learned
+                if main_process and step > 1:
+                    save(step - 1)
+                raise
             counts = torch.tensor([sum(len(b.label_ids) for b in batches), sum(len(b.keyword_ids) for b in batches)])
             if world_size > 1:  # DDP averages gradients: each process divides by the mean count
                 counts = accelerator.reduce(counts.to(accelerator.device), "mean")
             num_tokens, num_keywords = counts[0], counts[1].clamp(min=1)
             losses = torch.zeros(4, device=accelerator.device)
             for i, batch in enumerate(batches):
-                with accelerator.accumulate(model) if i == num_micro - 1 else accelerator.no_sync(model):
+                with nullcontext() if i == num_micro - 1 else accelerator.no_sync(model):
                     out = model(batch.to(accelerator.device), contrastive, s.twin_negatives)
                     lm_loss, con_loss = out.lm_loss / num_tokens, out.contrastive_loss / num_keywords
                     accelerator.backward(lm_loss + s.contrastive_weight * con_loss)
@@ -272,15 +283,17 @@ def main(settings: Settings) -> dict | None:
                 if main_process:
                     log.write(metrics)
                 left = (s.steps - step) * (now - began) / step
-                if isinstance(live, Live):
+                if live:
                     live.update(progress_table(step, s, metrics, left), refresh=True)
                 elif step % (10 * s.log_every) == 0 or step == s.steps:
                     shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
                     console.print(f"{shown}  {left / 60:.1f} min left", highlight=False, soft_wrap=True)
 
             # --- eval, save
-            last = step == s.steps or bool(stop_asked)
-            if main_process and eval_clips and (last or (s.eval_every > 0 and step % s.eval_every == 0)):
+            stopping = bool(stop_asked)  # by SIGTERM: save at once, and end well
+            last = step == s.steps or stopping
+            due = step == s.steps or (s.eval_every > 0 and step % s.eval_every == 0)
+            if main_process and eval_clips and due and not stopping:
                 scored = eval_clips if last or s.eval_clips < 0 else eval_clips[: s.eval_clips]
                 results = evaluate(lm, steady, scored, workers=s.workers, time_limit=s.time_limit)
                 log.write({"step": step} | {f"eval/{p} {n}": v for p in ("full", "twin") for n, v in results[p].items()})
@@ -288,18 +301,18 @@ def main(settings: Settings) -> dict | None:
                 show_results(results, f"step {step}", console)
                 mark = time.perf_counter()
             if main_process and (last or (s.save_every > 0 and step % s.save_every == 0)):
-                save_checkpoint(s.out, step, lm.hf, processor, lm.heads if contrastive else None, {"settings": vars(s)})
+                save(step)
             if last:
                 break
 
     # --- afterwards
-    loader.close()
     for reason in loader.skipped.values():
         console.print(f"[yellow]skipped[/] {reason}", highlight=False)
     if main_process:
-        panels = [["loss/lm", "loss/contrastive"], ["contrastive/temperature", "grad_norm"], ["perf/step_seconds"]]
+        panels = [["loss/lm", "loss/contrastive"], ["contrastive/temperature"], ["grad_norm"]]
         if results and results["full"]:
-            panels.append([f"eval/{p} {n}" for n in results["full"] if n != "static similarity" for p in ("full", "twin")])
+            name = "action right" if "action right" in results["full"] else "caption similarity"
+            panels.append([f"eval/full {name}", f"eval/twin {name}"])
         console.print(f"{log.plot(panels)}\n{s.out / 'checkpoint'}  ({step} steps in {time.perf_counter() - began:.0f} s)")
     accelerator.end_training()
     return results

@@ -350,6 +350,13 @@ class ClipLoader:
             context.set_forkserver_preload(["data.clips"])
             self.pool = ProcessPool(self.workers, initializer=_start_worker, initargs=(self.preparation,), context=context)
 
+    def __enter__(self) -> "ClipLoader":
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the workers."""
         if self.pool is not None:

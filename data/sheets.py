@@ -33,7 +33,7 @@ def contact_sheet(clip: Clip, frames: Frames, example: vp.Example, path: Path, c
     per_slot = slots.shape[1]
     width = len(shown) * per_slot
     height, wide = slots.shape[2:4]
-    figure, axes = plt.subplots(2, width, figsize=(width * 1.0, 2.3 * height / wide + 1.3), squeeze=False)
+    figure, axes = plt.subplots(2, width, figsize=(width * 1.0, 2.2 * height / wide + 0.9), squeeze=False)
     step = len(frames.timestamps) // num_slots
     for row, (label, order, colour) in enumerate((("full", shown, FULL_COLOUR), ("twin", source[shown], TWIN_COLOUR))):
         for i, (place, slot) in enumerate(zip(shown.tolist(), order.tolist())):
@@ -49,7 +49,8 @@ def contact_sheet(clip: Clip, frames: Frames, example: vp.Example, path: Path, c
     note = "" if example.source is not None else "  (no twin: no key slot, or nothing else)"
     words = f"keywords: {', '.join(clip.keywords) or 'none'}{note}\n" + textwrap.fill(clip.caption, 20 + 9 * width)
     figure.text(0.01, 0.01, words, fontsize=8, va="bottom")
-    figure.tight_layout(rect=(0, 0.07 + 0.05 * words.count("\n"), 1, 1), h_pad=0.4, w_pad=0.1)
+    room = 0.18 * (words.count("\n") + 1) / figure.get_figheight()  # for the words, 0.18 inch a line
+    figure.tight_layout(rect=(0, room, 1, 1), h_pad=0.4, w_pad=0.1)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

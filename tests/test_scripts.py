@@ -107,6 +107,13 @@ def test_bad_clips_are_named_and_too_many_stop_the_run(tmp_path, world, qwen2_5)
     assert (tmp_path / "o/checkpoint/model.safetensors").exists()
     done = run(*command, cwd=tmp_path, check=False)
     assert done.returncode == 1 and "max-bad-share" in done.stderr and "Traceback" not in done.stderr
+    # a run that loses too many clips on the way ends with the list, and keeps what it has learned
+    lines = (world / "train.jsonl").read_text().replace('"train/', f'"{world.name}/train/').splitlines()[:24]
+    data.write_text("\n".join(lines[:12] + [x.replace(".mp4", "-gone.mp4") for x in lines[12:]]))
+    command[-3] = tmp_path / "late"
+    done = run(*command, "--max-bad-share", 0.3, "--steps", 20, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "-gone.mp4" in done.stderr and "more than the allowed share" in done.stderr
+    assert (tmp_path / "late/checkpoint/model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
