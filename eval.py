@@ -27,11 +27,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vp
 from data.clips import PROMPT, Clip, ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
-from data.runs import describe_environment, find_checkpoint
+from data.runs import describe_environment, load_pretrained
 
 ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
 
@@ -102,14 +101,9 @@ ABLATION = {"+ contrastive, no twin": ["--no-twin-negatives"]}
 
 def load_model(model: str) -> tuple[vp.VideoLM, object]:
     """A VideoLM on the best device at hand, and its processor."""
-    source = find_checkpoint(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    try:
-        hf = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True)
-        processor = AutoProcessor.from_pretrained(source)
-    except OSError as error:
-        raise ValueError(f"--model {model}: {str(error).strip().splitlines()[0]}") from None
+    hf, processor = load_pretrained(model, dtype)
     return vp.VideoLM(hf.to(device).eval()), processor
 
 

@@ -33,11 +33,11 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from transformers import AutoModelForImageTextToText, AutoProcessor, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 import vp
 from data.clips import ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
-from data.runs import RunLog, describe_environment, find_checkpoint, save_checkpoint
+from data.runs import RunLog, describe_environment, load_pretrained, save_checkpoint
 from data.sheets import contact_sheet
 from data.tiny import build_tiny
 from eval import evaluate, show_results
@@ -156,13 +156,8 @@ def resolve(settings: Settings) -> Settings:
 
 def load_policy(s: Settings) -> tuple[vp.VideoLM, object]:
     """The model to train, with adapters, frozen parts and checkpointing as the settings say, and its processor."""
-    source = find_checkpoint(s.model)
     dtype = torch.bfloat16 if torch.cuda.is_available() and s.lora_rank else torch.float32
-    try:
-        hf = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True)
-        processor = AutoProcessor.from_pretrained(source)
-    except OSError as error:
-        raise ValueError(f"--model {s.model}: {str(error).strip().splitlines()[0]}") from None
+    hf, processor = load_pretrained(s.model, dtype)
     if s.gradient_checkpointing:
         hf.gradient_checkpointing_enable()
         hf.enable_input_require_grads()

@@ -16,6 +16,9 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+transformers.utils.logging.disable_progress_bar()  # progress is shown by rich, and once
 
 
 def describe_environment() -> dict[str, str]:
@@ -119,6 +122,16 @@ def save_checkpoint(folder: Path, step: int, hf: nn.Module, processor, heads: nn
         if old != final:
             shutil.rmtree(old)
     return final
+
+
+def load_pretrained(model: str | Path, dtype: torch.dtype) -> tuple[nn.Module, object]:
+    """The Hugging Face model that `--model` means, safetensors only, and its processor."""
+    source = find_checkpoint(model)
+    try:
+        hf = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        return hf, AutoProcessor.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(f"--model {model}: {str(error).strip().splitlines()[0]}") from None
 
 
 def find_checkpoint(model: str | Path) -> str:
