@@ -30,7 +30,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 import vp
 from data.clips import PROMPT, Clip, ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
-from data.runs import describe_environment, load_pretrained
+from data.runs import load_pretrained
 
 ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
 
@@ -294,7 +294,7 @@ def run_report(settings: ReportSettings, console: Console) -> str:
             values = [r[part][name] for r in runs]
             cells.append(f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})")
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-    about = describe_environment()
+    about = json.loads((out / "settings.json").read_text())
     seeds = ", ".join(map(str, settings.seeds))
     lines.append(f"\nMean (least to most) over seeds {seeds}; {runs[0]['clips']} clips; chance of the action is 1/8. "
                  f"Commit {about['commit']}, torch {about['torch']}, {about['device']}.")  # fmt: skip
