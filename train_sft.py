@@ -53,7 +53,7 @@ PRESETS = {
         freeze_vision=True, gradient_checkpointing=True, workers=8,
     ),
 }  # fmt: skip
-DEFAULTS = dict(fps=None, lora_rank=0, freeze_vision=False, gradient_checkpointing=False, workers=1, eval_every=-1)
+DEFAULTS = dict(fps=None, lora_rank=0, freeze_vision=False, gradient_checkpointing=False, eval_every=-1)
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Settings:
     jitter: bool = False
     """Jitter the sampled moments, differently in every epoch."""
     workers: int | None = None
-    """Processes that decode ahead (0: none, and no time limit)."""
+    """Processes that decode ahead (0: none, and no time limit; default: 1, none for the embedded world on a CPU)."""
     time_limit: float = 60.0
     """Seconds after which a decoder counts as hung, and its clip is skipped."""
     max_bad_share: float = 0.05
@@ -151,6 +151,9 @@ def resolve(settings: Settings) -> Settings:
         command = [sys.executable, "-m", "data.world", "--out", str(folder), "--train", str(s.world_clips)]
         subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)})
         s.data, s.eval_data = folder / "train.jsonl", s.eval_data or folder / "test.jsonl"
+        if s.workers is None and not torch.cuda.is_available():
+            s.workers = 0  # its clips decode in no time, and a worker would take a core from the model
+    s.workers = 1 if s.workers is None else s.workers
     return s
 
 

@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import os
 import pickle
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -338,14 +337,8 @@ class ClipLoader:
         self.pool = None
 
     def start(self) -> None:
-        """Start the workers, if there are any, ahead of the first clip.
-
-        Without a GPU the model's threads are cut to the cores that the workers leave: a thread that waits for a core
-        holds up all the others (0.26 s a step against 0.21 s on two cores).
-        """
+        """Start the workers, if there are any, ahead of the first clip."""
         if self.workers and self.pool is None:
-            if not torch.cuda.is_available():
-                torch.set_num_threads(max(1, os.cpu_count() - self.workers))
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["data.clips"])
             self.pool = ProcessPool(self.workers, initializer=_start_worker, initargs=(self.preparation,), context=context)
