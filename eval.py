@@ -242,7 +242,7 @@ def run_evaluation(settings: EvalSettings, console: Console) -> dict:
 def run_describe(settings: DescribeSettings, console: Console) -> str:
     """The command `python eval.py describe`."""
     lm, processor = load_model(settings.model)
-    clip = Clip(settings.video, "", str(settings.video), settings.prompt)
+    clip = Clip(settings.video, "", "describe", settings.prompt)
     preparation = Preparation(processor, settings.max_frames, settings.fps)
     frames = read_frames(clip, settings.max_frames, settings.fps, frames_per_slot=preparation.frames_per_slot)
     batch = lm.collate([make_example(clip, frames, preparation)], for_generation=True)
