@@ -231,7 +231,7 @@ def main(settings: Settings) -> dict | None:
     stop_asked = []
     signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(True))
 
-    # --- the loop: data -> forward, backward -> step -> log -> eval -> save
+    # --- the loop: data -> forward, backward -> step -> log -> save -> eval
     examples = loader.examples()
     num_micro = s.batch_size // (s.micro_batch_size * world_size)
     results, pending, metrics, tokens_seen = None, [], {}, 0
@@ -287,10 +287,12 @@ def main(settings: Settings) -> dict | None:
                     shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
                     console.print(f"{shown}  {left / 60:.1f} min left", highlight=False, soft_wrap=True)
 
-            # --- eval, save
+            # --- save, eval: in this order, so that no evaluation can lose what is trained
             stopping = bool(stop_asked)  # by SIGTERM: save at once, and end well
             last = step == s.steps or stopping
             due = step == s.steps or (s.eval_every > 0 and step % s.eval_every == 0)
+            if main_process and (last or (s.save_every > 0 and step % s.save_every == 0)):
+                save(step)
             if main_process and eval_clips and due and not stopping:
                 scored = eval_clips if last or s.eval_clips < 0 else eval_clips[: s.eval_clips]
                 results = evaluate(lm, steady, scored, workers=s.workers, time_limit=s.time_limit)
@@ -298,8 +300,6 @@ def main(settings: Settings) -> dict | None:
                 (s.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
                 show_results(results, f"step {step}", console)
                 mark = time.perf_counter()
-            if main_process and (last or (s.save_every > 0 and step % s.save_every == 0)):
-                save(step)
             if last:
                 break
 

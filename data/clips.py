@@ -128,8 +128,13 @@ def parse_line(line: str, where: str, root: Path) -> Clip:
             if end is not None and span[0] >= end - record["start"]:
                 raise wrong("key_spans", span, f"it lies outside the clip, which lasts {end - record['start']:g} s")
     truth = record.get("truth")
-    if truth is not None and not isinstance(truth, dict):
-        raise wrong("truth", truth, "give an object")
+    if truth is not None:
+        mend = "give an object with the texts actor, action and static, and span: [start, end] in seconds"
+        if not isinstance(truth, dict) or not all(isinstance(truth.get(k), str) for k in ("actor", "action", "static")):
+            raise wrong("truth", truth, mend)
+        span = truth.get("span")
+        if not isinstance(span, list) or len(span) != 2 or not all(map(is_number, span)) or not 0 <= span[0] < span[1]:
+            raise wrong("truth", truth, mend)
     prompt = record.get("prompt", PROMPT)
     return Clip(video, record["caption"].strip(), where, prompt, record["start"], end, keywords, spans, truth)
 

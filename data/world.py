@@ -149,7 +149,7 @@ def draw_clip(split: str, index: int, seed: int = 0) -> tuple[np.ndarray, dict]:
     names = [f"{colours[c]} {shapes[s]}" for s, c in objects]
     parts = [f"a {names[i]}" for i in order]
     static = (", ".join(parts[:-1]) + " and " + parts[-1] + ".").capitalize()
-    # The event comes before its actor: no habit of who does what can answer in place of the eyes.
+    # The event comes before its actor, so that it cannot be guessed from the actor's name.
     caption = f"{static} Something {ACTIONS[action]}: the {names[0]}."
     truth = {"actor": names[0], "action": ACTIONS[action], "span": [start / FPS, (start + length) / FPS]}
     line = {"video": f"{split}/{index // 1000:03d}/{index:06d}.mp4", "caption": caption}

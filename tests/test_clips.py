@@ -67,6 +67,8 @@ BROKEN_LINES = [
     ("key_spans", "less than the end", line(key_spans=[[-1, 1]])),
     ("key_spans", "outside the clip", line(start=1, end=2, key_spans=[[1.5, 1.8]])),
     ("truth", "give an object", line(truth="jumps")),
+    ("truth", "give an object", line(truth={"action": "jumps"})),
+    ("truth", "give an object", line(truth={"actor": "a", "action": "b", "static": "c", "span": [2, 1]})),
 ]
 
 

@@ -130,6 +130,7 @@ def test_counts():
 def test_heads_clamp_the_temperature():
     """tau stays within [0.01, 1], however far its parameter has run."""
     heads = vp.ContrastiveHeads(8)
+    assert torch.equal(heads.visual.weight, heads.text.weight) and heads.visual.weight is not heads.text.weight
     for value, want in ((-50.0, 0.01), (50.0, 1.0), (math.log(0.3), 0.3)):
         heads.log_temperature.data.fill_(value)
         assert heads.temperature.item() == pytest.approx(want)

@@ -155,6 +155,7 @@ def test_gradient_checkpointing_changes_nothing(lm, ragged, enable):
     want = gradients(lm, batch)
     if enable:
         lm.hf.gradient_checkpointing_enable()
+        assert all(layer.gradient_checkpointing for layer in lm.base.model.language_model.layers)
     got = gradients(lm, batch)
     assert len(got) == len(want) and len(got) == 1 + len(list(lm.parameters()))
     for a, b in zip(got, want):
