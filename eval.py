@@ -3,6 +3,8 @@
     python eval.py --model runs/sft --data runs/world/test.jsonl      # table, results.json, a Markdown row
     python eval.py describe VIDEO.mp4 --model runs/sft                # one file, one description
     python eval.py report                                             # the README's tables: trains what they need
+    python eval.py report --stage 2
+    python eval.py cost                                               # what sharing prefixes saves in stage 2
 
 A model that does not look at the event scores the same on the full video and on its twin: the difference is the
 perception gap. Keyword recall is the share of a clip's keywords that stand, word for word, in the greedy description;
@@ -12,6 +14,7 @@ the description), and similarity of the static part (all but that sentence).
 """
 
 import json
+import multiprocessing
 import re
 import statistics
 import subprocess
@@ -22,6 +25,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 from rich.console import Console
@@ -30,7 +34,8 @@ from rouge_score.rouge_scorer import RougeScorer
 
 import vp
 from data.clips import PROMPT, Clip, ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
-from data.runs import load_pretrained
+from data.runs import describe_environment, load_pretrained
+from data.tiny import build_tiny
 
 ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
 
@@ -53,6 +58,8 @@ class EvalSettings:
     """Clips described at a time."""
     max_new_tokens: int = 64
     """Longest description."""
+    temperature: float = 0.0
+    """Sample the descriptions at this temperature (0: greedy)."""
     max_frames: int = 16
     """Frames sampled from a clip, at most."""
     fps: float | None = None
@@ -93,6 +100,24 @@ class ReportSettings:
     """Steps of a run (default: the preset's)."""
     ablation: bool = False
     """Train without the twin's negatives, too."""
+
+
+@dataclass
+class CostSettings:
+    """Time and memory of stage 2 with shared prefixes against the plain way, on random pixels; results must be equal."""
+
+    model: str | None = None
+    """Qwen2.5-VL checkpoint (default: the tiny one, made on the spot)."""
+    visual_tokens: int = 1024
+    """Visual tokens of the clip, a multiple of 16."""
+    new_tokens: int = 64
+    """Tokens of a description."""
+    rollouts: int = 8
+    """G, descriptions of the full video, and of the twin."""
+    repeats: int = 5
+    """Runs of each, in turn; medians are shown."""
+    out: Path = Path("runs/cost")
+    """Folder of cost.json and cost.md."""
 
 
 VARIANTS = {"caption loss alone": ["--contrastive-weight", "0"], "+ contrastive, twin (default)": []}
@@ -154,8 +179,9 @@ def evaluate(
     max_new_tokens: int = 64,
     workers: int = 0,
     time_limit: float = 60.0,
+    temperature: float = 0.0,
 ) -> dict:
-    """Describe every clip and its twin from one vision pass each, and average the scores.
+    """Describe every clip and its twin from one vision pass each, greedily or at a temperature, and average the scores.
 
     Twins are made from the truth's span where a clip has one, so that they are not as good as the finder. Clips that
     cannot be decoded are listed under "skipped" and are in no average; clips without a twin have scores on full only.
@@ -164,15 +190,20 @@ def evaluate(
     clips = [Clip(**vars(c) | {"key_spans": spans.get(i, c.key_spans)}) for i, c in enumerate(clips)]
     actions = {c.truth["action"] for c in clips if c.truth}
     loader = ClipLoader(clips, preparation, workers=workers, time_limit=time_limit, max_bad_share=1.0, shuffle=False)
-    device, rows = lm.heads.log_temperature.device, []
+    rows = []
     training = lm.training
     lm.eval()
     with loader:
         stream = loader.examples(epochs=1)
         while group := list(islice(stream, batch_size)):
-            batch = lm.collate([example for _, example in group], for_generation=True).to(device)
-            tokens = lm.describe(batch, max_new_tokens=max_new_tokens)
-            full, twin = (preparation.processor.batch_decode(t, skip_special_tokens=True) for t in tokens)
+            numbers = None  # greedy
+            if temperature > 0:
+                draws = [np.random.default_rng([0, index]).random((2, max_new_tokens), np.float32) for index, _ in group]
+                numbers = torch.from_numpy(np.stack(draws))
+            examples = [example for _, example in group]
+            described, _ = lm.roll_out(examples, 1, 1, max_new_tokens, numbers, temperature or 1.0)
+            said = described.tokens.unbind(1)
+            full, twin = (preparation.processor.batch_decode(t, skip_special_tokens=True) for t in said)
             for (index, example), y, y_twin in zip(group, full, twin):
                 row = {"clip": clips[index].where, "video": str(clips[index].video), "description": y.strip()}
                 row["scores"] = score(clips[index], y, actions)
@@ -210,6 +241,18 @@ def show_results(results: dict, title: str, console: Console) -> None:
         console.print(f"[yellow]skipped[/] {reason}", highlight=False)
 
 
+def show_change(before: dict, after: dict, console: Console) -> None:
+    """Print two evaluations of the same clips beside each other."""
+    table = Table(title="before and after")
+    for column in ("score", "full before", "full after", "change", "twin before", "twin after"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    for name, value in before["full"].items():
+        twins = [f"{r['twin'][name]:.3f}" if name in r["twin"] else "-" for r in (before, after)]
+        change = after["full"][name] - value
+        table.add_row(name, f"{value:.3f}", f"{after['full'][name]:.3f}", f"{change:+.3f}", *twins)
+    console.print(table)
+
+
 def markdown_row(results: dict, title: str) -> str:
     """One line of a Markdown table: full / twin for every score."""
     cells = [f"{v:.3f} / {results['twin'].get(n, float('nan')):.3f}" for n, v in results["full"].items()]
@@ -225,9 +268,8 @@ def run_evaluation(settings: EvalSettings, console: Console) -> dict:
     if settings.limit >= 0:
         clips = clips[: settings.limit]
     preparation = Preparation(processor, settings.max_frames, settings.fps)
-    results = evaluate(
-        lm, preparation, clips, settings.batch_size, settings.max_new_tokens, settings.workers, settings.time_limit
-    )
+    s = settings
+    results = evaluate(lm, preparation, clips, s.batch_size, s.max_new_tokens, s.workers, s.time_limit, s.temperature)
     results["skipped"] = problems + results["skipped"]
     show_results(results, settings.model, console)
     model = Path(settings.model)
@@ -245,9 +287,9 @@ def run_describe(settings: DescribeSettings, console: Console) -> str:
     clip = Clip(settings.video, "", "describe", settings.prompt)
     preparation = Preparation(processor, settings.max_frames, settings.fps)
     frames = read_frames(clip, settings.max_frames, settings.fps, frames_per_slot=preparation.frames_per_slot)
-    batch = lm.collate([make_example(clip, frames, preparation)], for_generation=True)
-    tokens = lm.describe(batch.to(lm.heads.log_temperature.device), twin=False, max_new_tokens=settings.max_new_tokens)
-    text = processor.batch_decode(tokens[0], skip_special_tokens=True)[0].strip()
+    example = make_example(clip, frames, preparation)
+    described = lm.describe([example], twin=False, max_new_tokens=settings.max_new_tokens)
+    text = processor.batch_decode(described.tokens[0], skip_special_tokens=True)[0].strip()
     console.print(f"frames at {' '.join(f'{t:.2f}' for t in frames.timestamps)} s", highlight=False)
     console.print(text, highlight=False)
     return text
@@ -271,6 +313,127 @@ def step_seconds(model: str, data: Path, pairs: int = 30, batch_size: int = 16) 
             optimizer.zero_grad()
             seconds[not contrastive].append(time.perf_counter() - began)
     return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def long_example(lm: vp.VideoLM, processor, visual_tokens: int) -> vp.Example:
+    """A clip of random pixels with a prompt, a third of its slots key."""
+    generator = torch.Generator().manual_seed(0)
+    vision, num_slots = lm.config.vision_config, visual_tokens // 16
+    conversation = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": PROMPT}]}]
+    text = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    ids = processor.tokenizer(text.replace("<|video_pad|>", "<|video_pad|>" * visual_tokens)).input_ids
+    ids = torch.tensor(ids)
+    key = torch.zeros(num_slots, dtype=torch.bool)
+    key[num_slots // 3 : 2 * num_slots // 3] = True
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return vp.Example(
+        name="random", input_ids=ids, token_types=2 * (ids == lm.config.video_token_id).long(), prompt_length=len(ids),
+        pixels=torch.randn(num_slots * 64, width, generator=generator), grid=torch.tensor([num_slots, 8, 8]),
+        seconds_per_slot=0.5, source=vp.twin_sources(key), keywords=[], keyword_ids=[], keyword_slots=[],
+    )  # fmt: skip
+
+
+def cost_jobs(settings: CostSettings) -> dict:
+    """The four things that are measured, by name: each runs once when called and returns what the other must equal."""
+    lm, processor = load_model(settings.model)
+    hf, example, G = lm.hf, long_example(lm, processor, settings.visual_tokens), settings.rollouts
+    device = lm.base.lm_head.weight.device
+    hf.generation_config.eos_token_id = lm.config.text_config.vocab_size  # none: every description is as long as it may be
+    generator = torch.Generator().manual_seed(1)
+    ys = [[torch.randint(0, 256, (settings.new_tokens,), generator=generator) for _ in range(G)]]
+    with torch.no_grad():
+        video = lm.encode_examples([example])
+    hf.model.visual.requires_grad_(False)
+    per_slot = len(example.pixels) // int(example.grid[0])
+    degraded = example.pixels.view(-1, per_slot, example.pixels.shape[1])[example.source].flatten(0, 1)
+
+    def update(share: bool) -> torch.Tensor:
+        lm.shares_prefix = share
+        logp, _ = lm.log_probs(lm.pack_rollouts([example], ys).to(device), video)
+        advantage = torch.linspace(-1, 1, G, device=device).repeat_interleave(settings.new_tokens)
+        vp.grpo_loss(logp, logp.detach(), None, advantage, torch.ones_like(logp))[0].backward()
+        gradient = hf.model.language_model.layers[0].self_attn.q_proj.weight.grad.clone()
+        hf.zero_grad()
+        return torch.cat([logp.detach(), gradient.flatten()])
+
+    def shared_rollouts() -> torch.Tensor:
+        lm.shares_prefix = True
+        return lm.roll_out([example], G, G, settings.new_tokens)[0].tokens[0]
+
+    def generate_twice() -> torch.Tensor:
+        parts = []
+        for pixels in (example.pixels, degraded):
+            inputs = {"input_ids": example.input_ids[None], "mm_token_type_ids": example.token_types[None]}
+            inputs |= {"pixel_values_videos": pixels, "video_grid_thw": example.grid[None]}
+            inputs |= {
+                "second_per_grid_ts": torch.tensor([0.5]),
+                "attention_mask": torch.ones_like(example.input_ids)[None],
+            }
+            inputs = {k: v.to(device) for k, v in inputs.items()}
+            # num_return_sequences needs sampling; top_k=1 makes it greedy, so that the tokens can be compared
+            out = hf.generate(
+                **inputs, max_new_tokens=settings.new_tokens, do_sample=True, top_k=1, num_return_sequences=G,
+                suppress_tokens=lm.banned.tolist(),
+            )  # fmt: skip
+            parts.append(out[:, example.prompt_length :])
+        return torch.cat(parts)
+
+    jobs = {"update, separate sequences": lambda: update(False), "update, shared prefix": lambda: update(True)}
+    return jobs | {"rollouts, two generate()": generate_twice, "rollouts, shared prefix": shared_rollouts}
+
+
+def peak_bytes(settings: CostSettings, name: str) -> int:
+    """Peak memory of one run above what was held before; in a process of its own on the CPU."""
+    job = cost_jobs(settings)[name]
+    if torch.cuda.is_available():
+        job()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        job()
+        return torch.cuda.max_memory_allocated() - held
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+    held = resident_bytes("VmRSS")
+    job()
+    return resident_bytes("VmHWM") - held
+
+
+def resident_bytes(name: str) -> int:
+    """VmRSS, memory of this process now, or VmHWM, its peak."""
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def run_cost(settings: CostSettings, console: Console) -> dict:
+    """The command `python eval.py cost`."""
+    settings.model = settings.model or str(build_tiny(settings.out / "tiny"))
+    jobs, seconds, results = cost_jobs(settings), {}, {}
+    for repeat in range(settings.repeats + 1):
+        for name, job in jobs.items():
+            began = time.perf_counter()
+            results[name] = job().float().cpu()
+            if repeat:  # the first warms up
+                seconds.setdefault(name, []).append(time.perf_counter() - began)
+    names, rows, record = list(jobs), [], {"settings": vars(settings) | {"out": str(settings.out)}}
+    for plain, shared in ((names[0], names[1]), (names[2], names[3])):
+        torch.testing.assert_close(results[plain], results[shared], rtol=1e-3, atol=1e-3)
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            peaks = pool.starmap(peak_bytes, [(settings, plain), (settings, shared)], chunksize=1)
+        medians = [statistics.median(seconds[n]) for n in (plain, shared)]
+        record[shared] = {"plain seconds": medians[0], "shared seconds": medians[1], "plain bytes": peaks[0],
+                          "shared bytes": peaks[1]}  # fmt: skip
+        for name, t, peak in zip((plain, shared), medians, peaks):
+            rows.append(
+                f"| {name} | {1e3 * t:.0f} ms | {medians[0] / t:.1f} | {peak / 2**20:.0f} MiB | {peak / peaks[0]:.2f} |"
+            )
+    about = describe_environment()
+    report = "\n".join([
+        "| stage 2 | time (median) | times faster | peak memory | of the plain way |", "|---|---|---|---|---|", *rows,
+        f"\n{settings.visual_tokens} visual tokens, {settings.new_tokens} new tokens, G = G' = {settings.rollouts}, one "
+        f"clip; equal results; one run. Commit {about['commit']}, torch {about['torch']}, {about['device']}.",
+    ]) + "\n"  # fmt: skip
+    (settings.out / "cost.md").write_text(report)
+    (settings.out / "cost.json").write_text(json.dumps(record | about, indent=1, default=str) + "\n")
+    console.print(report, highlight=False, soft_wrap=True)
+    return record
 
 
 def run_report(settings: ReportSettings, console: Console) -> str:
@@ -314,6 +477,8 @@ if __name__ == "__main__":
             run_describe(tyro.cli(DescribeSettings, args=sys.argv[2:], prog="eval.py describe"), console)
         elif sys.argv[1:2] == ["report"]:
             run_report(tyro.cli(ReportSettings, args=sys.argv[2:], prog="eval.py report"), console)
+        elif sys.argv[1:2] == ["cost"]:
+            run_cost(tyro.cli(CostSettings, args=sys.argv[2:], prog="eval.py cost"), console)
         else:
             run_evaluation(tyro.cli(EvalSettings, description=__doc__), console)
     except (ClipError, ValueError) as error:

@@ -16,9 +16,7 @@ Deviations from the paper, whose equations and settings are not public, stand nu
 """
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -32,14 +30,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from transformers import get_cosine_schedule_with_warmup
 
 import vp
 from data.clips import ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
-from data.runs import RunLog, describe_environment, load_pretrained, save_checkpoint
+from data.runs import RunLog, above_zero, describe_environment, fill, load_trainable, progress_table, save_checkpoint
 from data.sheets import contact_sheet
 from data.tiny import build_tiny
+from data.world import embedded_world
 from eval import evaluate, show_results
 
 PRESETS = {
@@ -130,13 +128,8 @@ class Settings:
 
 def resolve(settings: Settings) -> Settings:
     """Fill what is None from the preset, check what is given, and make the embedded world and model where needed."""
-    known = DEFAULTS | PRESETS[settings.preset]
-    filled = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    filled |= {name: value for name, value in known.items() if filled[name] is None}
-    s = Settings(**filled)
-    for name in ("steps", "batch_size", "micro_batch_size", "learning_rate", "max_frames", "log_every", "time_limit"):
-        if getattr(s, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')}: got {getattr(s, name)}; give a number above 0")
+    s = fill(settings, DEFAULTS | PRESETS[settings.preset])
+    above_zero(s, "steps", "batch_size", "micro_batch_size", "learning_rate", "max_frames", "log_every", "time_limit")
     if s.batch_size % s.micro_batch_size:
         raise ValueError(f"--batch-size {s.batch_size} is not a multiple of --micro-batch-size {s.micro_batch_size}")
     if s.contrastive_weight < 0:
@@ -146,42 +139,12 @@ def resolve(settings: Settings) -> Settings:
     if s.model is None:
         s.model = str(build_tiny(Path("runs/tiny"), "qwen2_5_vl", s.seed))
     if s.data is None:
-        folder = Path("runs/world")
-        # In a process of its own: it starts one process a core, and each of them would import all of this script.
-        command = [sys.executable, "-m", "data.world", "--out", str(folder), "--train", str(s.world_clips)]
-        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)})
-        s.data, s.eval_data = folder / "train.jsonl", s.eval_data or folder / "test.jsonl"
+        s.data, test = embedded_world(s.world_clips)
+        s.eval_data = s.eval_data or test
         if s.workers is None and not torch.cuda.is_available():
             s.workers = 0  # its clips decode in no time, and a worker would take a core from the model
     s.workers = 1 if s.workers is None else s.workers
     return s
-
-
-def load_policy(s: Settings) -> tuple[vp.VideoLM, object]:
-    """The model to train, with adapters, frozen parts and checkpointing as the settings say, and its processor."""
-    dtype = torch.bfloat16 if torch.cuda.is_available() and s.lora_rank else torch.float32
-    hf, processor = load_pretrained(s.model, dtype)
-    if s.gradient_checkpointing:
-        hf.gradient_checkpointing_enable()
-        hf.enable_input_require_grads()
-    if s.freeze_vision:
-        hf.model.visual.requires_grad_(False)
-    if s.lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        linears = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-        hf = get_peft_model(hf, LoraConfig(r=s.lora_rank, lora_alpha=2 * s.lora_rank, target_modules=linears))
-    return vp.VideoLM(hf, s.contrastive_layer, s.temperature), processor
-
-
-def progress_table(step: int, s: Settings, metrics: dict[str, float], left: float) -> Table:
-    """What the terminal shows live."""
-    table = Table(title=f"stage 1  step {step}/{s.steps}  {left / 60:.1f} min left", min_width=48)
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in metrics.items():
-        table.add_row(name, f"{value:.4g}")
-    return table
 
 
 def main(settings: Settings) -> dict | None:
@@ -198,7 +161,8 @@ def main(settings: Settings) -> dict | None:
     console = Console(quiet=not main_process)
     clips, problems = load_clips(s.data, s.root)
     eval_clips, eval_problems = load_clips(s.eval_data, s.root) if s.eval_data else ([], [])
-    lm, processor = load_policy(s)
+    hf, processor = load_trainable(s.model, s.lora_rank, s.freeze_vision, s.gradient_checkpointing)
+    lm = vp.VideoLM(hf, s.contrastive_layer, s.temperature)
     contrastive = s.contrastive_weight > 0
     lm.heads.requires_grad_(contrastive)
     preparation = Preparation(processor, s.max_frames, s.fps, s.jitter)
@@ -282,7 +246,7 @@ def main(settings: Settings) -> dict | None:
                     log.write(metrics)
                 left = (s.steps - step) * (now - began) / step
                 if live:
-                    live.update(progress_table(step, s, metrics, left), refresh=True)
+                    live.update(progress_table(f"stage 1  step {step}/{s.steps}", metrics, left), refresh=True)
                 elif step % (10 * s.log_every) == 0 or step == s.steps:
                     shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
                     console.print(f"{shown}  {left / 60:.1f} min left", highlight=False, soft_wrap=True)

@@ -16,13 +16,16 @@ Everything but `VideoLM` is a pure function: no globals, no argument changed, no
 
 import copy
 import math
+import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from transformers import Cache, DynamicCache, LogitsProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # --- The twin (method, section 1) ---------------------------------------------------------------------------------
@@ -186,6 +189,181 @@ class ContrastiveHeads(nn.Module):
             return contrastive_loss(z, z_twin, k, self.temperature, tokens)
 
 
+# --- The reward (method, section 3) ---------------------------------------------------------------------------------
+
+
+def repetition_weights(tokens: Sequence[int], reference: Sequence[int]) -> Tensor:
+    """1 for each token of a text, 0 for repetitions beyond what the other text has (but once is always free): (L,).
+
+    The clipped counts of BLEU, used both ways: saying a word again and again is not precise, and saying it once does not
+    recall all its occurrences in the reference.
+
+    >>> repetition_weights([5, 7, 5, 7, 5], reference=[5, 9, 5]).tolist()
+    [1.0, 1.0, 1.0, 0.0, 0.0]
+    """
+    seen, weights = Counter(), []
+    allowed = Counter(reference)
+    for token in tokens:
+        seen[token] += 1
+        weights.append(float(seen[token] <= max(1, allowed[token])))
+    return torch.tensor(weights)
+
+
+def score_rollouts(
+    rollouts: Sequence[Tensor], weights: Sequence[Tensor], reference: Tensor, reference_weights: Tensor,
+    keywords: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Quality q and keyword recall c of each rollout of a prompt, both (R,), in [0, 1].
+
+    rollouts: R token embeddings (L_i, D); reference (T, D); keywords: the tokens (W_k, D) of each. weights (L_i,) and
+    reference_weights (R, T): `repetition_weights` of each rollout against the reference, and the other way about.
+    Similarities are cosines, those below 0 count as 0. q is the F1 of precision, the mean over a rollout's tokens of their
+    largest similarity to a reference token, and recall, the other way about (BERTScore), repetitions counting as 0. c is
+    the mean over keywords of the mean, over their tokens, of the largest similarity to a rollout token. An empty rollout
+    has q = c = 0, as has every one where the reference is empty; without keywords c = 0.
+
+    >>> word = torch.eye(4)                                  # four words that have nothing in common
+    >>> full, half = word[[0, 1, 2]], word[[0, 1, 3]]        # the reference, and one with its last word wrong
+    >>> q, c = score_rollouts([full, half], [torch.ones(3)] * 2, full, torch.ones(2, 3), keywords=[word[[2]]])
+    >>> [round(x, 2) for x in q.tolist()], c.tolist()
+    ([1.0, 0.67], [1.0, 0.0])
+    """
+    lengths = torch.tensor([len(y) for y in rollouts], device=reference.device)
+    y = F.normalize(nn.utils.rnn.pad_sequence(list(rollouts), batch_first=True).float(), dim=-1)  # (R, L, D), pads are 0
+    w = nn.utils.rnn.pad_sequence(list(weights), batch_first=True).to(y)
+    if y.shape[1] == 0 or len(reference) == 0:
+        return y.new_zeros(len(y)), y.new_zeros(len(y))
+
+    def similarity(words: Tensor) -> Tensor:
+        return (y @ F.normalize(words.float(), dim=-1).T).clamp(min=0)  # (R, L, words)
+
+    s = similarity(reference)
+    precision = (s.amax(2) * w).sum(1) / lengths.clamp(min=1)
+    recall = (s.amax(1) * reference_weights.to(s)).mean(1)
+    quality = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
+    coverage = [similarity(k).amax(1).mean(1) for k in keywords]
+    return quality, torch.stack(coverage).mean(0) if coverage else torch.zeros_like(quality)
+
+
+def relative_wins(q: Tensor, c: Tensor, q_twin: Tensor, c_twin: Tensor, margin: float = 0.1) -> Tensor:
+    """w_i, the share of the twin's rollouts that each rollout beats: equation (2), (G,).
+
+    q, c: (G,), of the full video's rollouts; q_twin, c_twin: (G',), of the twin's. One beats another when it covers the
+    keywords better by more than the margin, without being a worse description by more than the margin: naming every
+    event, or nothing but the event, covers the keywords and is still a bad description. G' = 0 gives 0.
+
+    >>> relative_wins(torch.tensor([0.9, 0.9, 0.5]), torch.tensor([1.0, 0.2, 1.0]),
+    ...               torch.tensor([0.8, 0.8]), torch.tensor([0.2, 1.0])).tolist()
+    [0.5, 0.0, 0.0]
+    """
+    better = c[:, None] > c_twin[None, :] + margin
+    no_worse = q[:, None] > q_twin[None, :] - margin
+    return (better & no_worse).float().sum(1) / max(len(c_twin), 1)
+
+
+REWARDS = ("similarity", "recall", "relative", "pooled")
+
+
+def rewards_and_advantages(
+    kind: str, q: Tensor, c: Tensor, q_twin: Tensor, c_twin: Tensor, alpha: float = 1.0, margin: float = 0.1,
+    divide: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Reward r and advantage A of each rollout of the full video: equations (3) and (4), both (G,).
+
+    similarity: r = q. recall: r = q + alpha c. relative: r = q + alpha w. pooled: r = q + alpha c, its mean taken over
+    full and twin rollouts together. divide: also divide by the standard deviation of the rewards in that mean.
+
+    >>> q, c = torch.tensor([0.9, 0.8]), torch.tensor([0.1, 1.0])
+    >>> r, a = rewards_and_advantages("relative", q, c, torch.tensor([0.9]), torch.tensor([0.1]))
+    >>> [round(x, 2) for x in r.tolist() + a.tolist()]
+    [0.9, 1.8, -0.45, 0.45]
+    """
+    if kind not in REWARDS:
+        raise ValueError(f"reward: got {kind!r}; choose one of {', '.join(REWARDS)}")
+    r = q
+    if kind == "relative":
+        r = q + alpha * relative_wins(q, c, q_twin, c_twin, margin)
+    elif kind in ("recall", "pooled"):
+        r = q + alpha * c
+    group = torch.cat([r, q_twin + alpha * c_twin]) if kind == "pooled" else r
+    advantage = r - group.mean()
+    if divide:
+        advantage = advantage / (group.std(correction=0) + 1e-4)
+    return r, advantage
+
+
+# --- The policy loss (method, section 3) ------------------------------------------------------------------------------
+
+
+def token_weights(lengths: Tensor, level: str = "token") -> Tensor:
+    """How much each token of a rollout counts in the loss of a whole batch: (R,), for rollouts of `lengths` (R,) tokens.
+
+    token: every token of the batch alike (long rollouts count more); sequence: every rollout alike.
+
+    >>> token_weights(torch.tensor([1, 3])).tolist(), token_weights(torch.tensor([1, 4]), "sequence").tolist()
+    ([0.25, 0.25], [0.5, 0.125])
+    """
+    if level == "token":
+        return torch.full(lengths.shape, 1.0) / lengths.sum().clamp(min=1)
+    if level == "sequence":
+        return 1.0 / (lengths.clamp(min=1) * lengths.numel())
+    raise ValueError(f"loss level: got {level!r}; choose token or sequence")
+
+
+def grpo_loss(
+    logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage: Tensor, weight: Tensor,
+    clip_low: float = 0.2, clip_high: float = 0.28, beta: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """The clipped policy loss with a KL penalty, summed over tokens: equation (5).
+
+    All (M,), one entry a sampled token: logp under the policy; old_logp when it was sampled; ref_logp under the frozen
+    reference (None: no penalty); the advantage of its rollout; its weight, see `token_weights`. The sum over the
+    micro-batches of a batch is the loss of the batch. The penalty is Schulman's k3: e^x - x - 1, x = ref_logp - logp.
+    """
+    rho = (logp - old_logp).exp()
+    unclipped, clipped = rho * advantage, rho.clamp(1 - clip_low, 1 + clip_high) * advantage
+    loss = -torch.minimum(unclipped, clipped)
+    kl = torch.zeros_like(loss)
+    if ref_logp is not None:
+        x = ref_logp - logp
+        kl = x.exp() - x - 1
+        loss = loss + beta * kl
+    metrics = {"kl": (weight * kl).sum().detach(), "clipped": (weight * (clipped < unclipped)).sum().detach()}
+    return (weight * loss).sum(), metrics
+
+
+def selected_log_probs(logits: Tensor, targets: Tensor, banned: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target (M,) and entropy (M,) of the distribution that rollouts are sampled from.
+
+    logits (M, vocabulary); banned: ids that are never sampled. The entropy carries no gradient.
+    """
+    logp = sampling_log_probs(logits, banned, temperature)
+    with torch.no_grad():
+        entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
+    return logp.gather(-1, targets[..., None]).squeeze(-1), entropy
+
+
+def sampling_log_probs(logits: Tensor, banned: Tensor, temperature: float) -> Tensor:
+    """The log-distribution that is sampled from: float32, banned ids at -inf, no other cut."""
+    return (logits.float().index_fill(-1, banned, -torch.inf) / temperature).log_softmax(-1)
+
+
+def choose(logp: Tensor, uniform: Tensor | None) -> Tensor:
+    """One token a row by the inverse of the cumulated distribution, or, without `uniform`, the likeliest.
+
+    logp (..., vocabulary), uniform (...) in [0, 1). One number decides a token, so a rollout depends on its own numbers
+    alone, not on its batch.
+
+    >>> choose(torch.tensor([[0.5, 0.0, 0.5]] * 2).log(), torch.tensor([0.49, 0.51])).tolist()
+    [0, 2]
+    """
+    if uniform is None:
+        return logp.argmax(-1)
+    cumulated = logp.exp().cumsum(-1)
+    place = torch.searchsorted(cumulated, (uniform * cumulated[..., -1])[..., None], right=True).squeeze(-1)
+    return place.clamp(max=logp.shape[-1] - 1)
+
+
 # --- Records ----------------------------------------------------------------------------------------------------------
 
 
@@ -240,12 +418,18 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device, copied without waiting."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in moved.items():
-            if isinstance(value, Tensor):
-                moved[name] = value.to(device, non_blocking=True)
-        tokens = {f.name: getattr(self.key_tokens, f.name).to(device, non_blocking=True) for f in fields(KeyTokens)}
-        return Batch(**moved | {"key_tokens": KeyTokens(**tokens)})
+        return move(self, device)
+
+
+def move(record, device: torch.device | str):
+    """A copy of a record with all its tensors on another device, copied without waiting."""
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            values[name] = value.to(device, non_blocking=True)
+        elif is_dataclass(value):
+            values[name] = move(value, device)
+    return replace(record, **values)
 
 
 def index_keywords(
@@ -285,6 +469,60 @@ def index_keywords(
             keyword_slots=keyword_slots,
         ),
     )
+
+
+@dataclass
+class Packed:
+    """One sequence a clip, in which branches share what stands before them: nothing is run twice.
+
+    A branch is a run of tokens that sees itself and its ancestors, and no other branch; its positions go on from where
+    its parent's end. Two kinds are made: a prefix that forks into the full video and its twin at the first replaced slot,
+    and a prefix with the rollouts that grew out of it.
+
+    input_ids, token_types, branch (B, T); position_ids (3, B, T); ancestors (n, n) bool: whether branch i sees branch j.
+    visual_index (V,): which of the encoded visual tokens stands at each visual place. rows (M,): rows of the flattened
+    (B*T) sequence whose states are wanted. Of rollouts: targets (M,), the token that each row predicts, and rollout (M,),
+    whose it is, counted through the batch.
+    """
+
+    input_ids: Tensor
+    token_types: Tensor
+    branch: Tensor
+    position_ids: Tensor
+    ancestors: Tensor
+    visual_index: Tensor
+    rows: Tensor
+    targets: Tensor | None = None
+    rollout: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Packed":
+        """The same sequences on another device."""
+        return move(self, device)
+
+    def mask(self) -> Tensor:
+        """(B, 1, T, T) bool: who sees whom."""
+        T = self.branch.shape[1]
+        sees = self.ancestors[self.branch[:, :, None], self.branch[:, None, :]]
+        return (sees & torch.ones(T, T, dtype=torch.bool, device=sees.device).tril())[:, None]
+
+
+@dataclass
+class Rollouts:
+    """Sampled descriptions of B clips, R each, those of the full video first, then those of the twin.
+
+    tokens (B, R, L), padded behind the end-of-text token; logp (B, R, L), of each when it was sampled; lengths (B, R),
+    tokens of each with its end; finished (B, R) bool, whether it ended by itself. seconds: where the time went.
+    """
+
+    tokens: Tensor
+    logp: Tensor
+    lengths: Tensor
+    finished: Tensor
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> "Rollouts":
+        """The same rollouts on another device."""
+        return move(self, device)
 
 
 @dataclass
@@ -353,6 +591,10 @@ class VideoLM(nn.Module):
             )
         self.heads = ContrastiveHeads(self.config.text_config.hidden_size, temperature=temperature)
 
+        # Linear attention carries a state along the sequence: branches cannot share a prefix by a mask there.
+        layer_types = getattr(self.config.text_config, "layer_types", None) or ["full_attention"]
+        self.shares_prefix = set(layer_types) == {"full_attention"}
+
     # The modules below belong to self.hf; properties keep them from being registered, and saved, twice.
     @property
     def base(self) -> nn.Module:
@@ -419,21 +661,34 @@ class VideoLM(nn.Module):
         """Run the vision encoder once over the batch's full videos. Returns the encoder's own output record."""
         return self.base.model.get_video_features(batch.pixels, batch.grid)
 
-    def twin_video(self, video, batch: Batch):
-        """The twins' visual features as a gather of the full videos': exact, since a slot is encoded by itself.
+    def encode_examples(self, examples: Sequence[Example]):
+        """The same for examples that are not in a batch."""
+        device = self.base.lm_head.weight.device
+        pixels, grid = torch.cat([e.pixels for e in examples]), torch.stack([e.grid for e in examples])
+        return self.base.model.get_video_features(pixels.to(device), grid.to(device))
 
-        Qwen3-VL's deepstack features, one list of clips a layer, are gathered in the same way.
+    def take_clips(self, video, clips: Sequence[int]):
+        """The encoded videos of some clips of a batch."""
+        taken = copy.copy(video)
+        taken.pooler_output = [video.pooler_output[b] for b in clips]
+        if getattr(video, "deepstack_features", None) is not None:
+            taken.deepstack_features = [[layer[b] for b in clips] for layer in video.deepstack_features]
+        return taken
+
+    def gather_video(self, video, index: Tensor):
+        """Visual features picked from encoded videos, token by token; Qwen3-VL's deepstack features in the same way.
+
+        A twin's are a gather of the full video's: exact, since a slot is encoded by itself.
         """
 
-        def gather(per_clip: Sequence[Tensor]) -> Sequence[Tensor]:
-            sizes = [len(x) for x in per_clip]
-            return torch.cat(list(per_clip)).index_select(0, batch.twin_index).split(sizes)
+        def gather(per_clip: Sequence[Tensor]) -> list[Tensor]:
+            return [torch.cat(list(per_clip)).index_select(0, index)]
 
-        twin = copy.copy(video)
-        twin.pooler_output = gather(video.pooler_output)
+        picked = copy.copy(video)
+        picked.pooler_output = gather(video.pooler_output)
         if getattr(video, "deepstack_features", None) is not None:
-            twin.deepstack_features = [gather(layer) for layer in video.deepstack_features]
-        return twin
+            picked.deepstack_features = [gather(layer) for layer in video.deepstack_features]
+        return picked
 
     def inputs(self, batch: Batch, video) -> dict:
         """Keyword arguments of the Hugging Face model for a batch and its encoded video."""
@@ -468,7 +723,7 @@ class VideoLM(nn.Module):
         h = full.hidden_states[self.contrastive_layer][:, prefix].flatten(0, 1).index_select(0, batch.key_rows)  # (N, D)
         h_twin = None
         if twin_negatives:
-            cut = self.inputs(batch, self.twin_video(video, batch))
+            cut = self.inputs(batch, self.gather_video(video, batch.twin_index))
             cut |= {name: cut[name][:, prefix] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
             position_ids = batch.position_ids[..., prefix]
             twin = self.first_layers()(**cut, position_ids=position_ids, use_cache=False).last_hidden_state
@@ -479,19 +734,246 @@ class VideoLM(nn.Module):
         t = (embedded * mask).sum(1) / mask.sum(1)
         return SFTOutput(lm_loss, *self.heads(h, h_twin, t, batch.key_tokens))
 
-    @torch.no_grad()
-    def describe(self, batch: Batch, twin: bool = True, max_new_tokens: int = 64) -> list[Tensor]:
-        """Greedy descriptions of the full videos and, if asked, of their twins, from one vision pass.
+    # --- rollouts and their log-probabilities (method, section 3)
 
-        batch: collated for_generation. Returns one (B, new tokens) tensor for full, and one for the twins.
+    @property
+    def banned(self) -> Tensor:
+        """Ids that no rollout may hold: those of the vision encoder, and padding where it does not end a text."""
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        ids = {getattr(self.config, name) for name in names} | {self.base.generation_config.pad_token_id}
+        ids = sorted(i for i in ids - set(self.end_ids.tolist()) if i is not None)
+        return torch.tensor(ids, device=self.end_ids.device)
+
+    @property
+    def end_ids(self) -> Tensor:
+        """Ids that end a text."""
+        ids = self.base.generation_config.eos_token_id
+        return torch.tensor([ids] if isinstance(ids, int) else ids, device=self.base.lm_head.weight.device)
+
+    def pack_prefixes(self, examples: Sequence[Example]) -> Packed:
+        """Prompts that fork at the first replaced slot: branch 0 is shared, 1 goes on as the full video, 2 as the twin.
+
+        rows (2B,): the last token of the full video's and of the twin's prompt, clip by clip. Where a clip has no twin
+        both are the full video's.
         """
-        video = self.encode_video(batch)
-        special = [self.config.image_token_id, self.config.video_token_id]
-        special += [self.config.vision_start_token_id, self.config.vision_end_token_id]
-        videos = [video, self.twin_video(video, batch)] if twin else [video]
-        return [
-            self.hf.generate(
-                **self.inputs(batch, v), max_new_tokens=max_new_tokens, do_sample=False, suppress_tokens=special
-            )[:, batch.input_ids.shape[1] :]
-            for v in videos
-        ]
+        clips, rows, offset = [], [], 0
+        for e in examples:
+            n, visual = e.prompt_length, torch.nonzero(e.token_types == 2).squeeze(1)
+            source, per_slot = e.source, len(visual) // int(e.grid[0])
+            index = offset + torch.arange(len(visual))
+            fork, tail = n, index[:0]
+            if source is not None:
+                first = int((source != torch.arange(len(source))).nonzero()[0]) * per_slot
+                fork = int(visual[first])
+                tail = offset + (source[:, None] * per_slot + torch.arange(per_slot)).flatten()[first:]
+            offset += len(visual)
+            at = torch.cat([torch.arange(n), torch.arange(fork, n)])  # places in the prompt
+            branch = torch.cat([torch.zeros(fork), torch.full((n - fork,), 1), torch.full((n - fork,), 2)]).long()
+            clips.append((e.input_ids[at], e.token_types[at], self.prompt_positions(e)[:, at], branch, [index, tail]))
+            rows.append(torch.tensor([n - 1, len(at) - 1]))
+        ancestors = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+        return self._pack(clips, ancestors, rows)
+
+    def pack_rollouts(self, examples: Sequence[Example], rollouts: Sequence[Sequence[Tensor]]) -> Packed:
+        """[prefix][y_1]...[y_G] of each clip: branch 0 is the prompt, g its g-th rollout, which sees the prompt and itself.
+
+        rollouts: for each clip its rollouts, tokens (L_g,) each. Where the model cannot share a prefix, each rollout gets
+        a sequence of its own.
+        """
+        clips, rows, targets, rollout, offset, number = [], [], [], [], 0, 0
+        for e, ys in zip(examples, rollouts):
+            n, num_visual = e.prompt_length, int((e.token_types == 2).sum())
+            prompt = self.prompt_positions(e)
+            follow = prompt[0, -1] + 1  # the prompt ends in text, whose position is the largest
+            for group in [ys] if self.shares_prefix else [[y] for y in ys]:
+                lengths = torch.tensor([len(y) for y in group])
+                positions = torch.cat([follow + torch.arange(k) for k in lengths]).expand(3, -1)
+                whose = torch.arange(len(group)).repeat_interleave(lengths)
+                branch = torch.cat([torch.zeros(n, dtype=torch.long), whose + 1])
+                types = torch.cat([e.token_types[:n], torch.zeros(len(whose), dtype=e.token_types.dtype)])
+                index = [offset + torch.arange(num_visual)]
+                ids = torch.cat([e.input_ids[:n], *group])
+                clips.append((ids, types, torch.cat([prompt, positions], 1), branch, index))
+                before = torch.arange(n - 1, n - 1 + len(whose))  # the token before each token predicts it,
+                before[lengths.cumsum(0) - lengths] = n - 1  # and the prompt's last one the first of every rollout
+                rows.append(before)
+                targets.append(torch.cat(list(group)))
+                rollout.append(number + whose)
+                number += len(group)
+            offset += num_visual
+        n = 1 + max(int(branch.max()) for _, _, _, branch, _ in clips)
+        ancestors = torch.eye(n, dtype=torch.bool)
+        ancestors[:, 0] = True
+        packed = self._pack(clips, ancestors, rows)
+        return replace(packed, targets=torch.cat(targets), rollout=torch.cat(rollout))
+
+    def prompt_positions(self, e: Example) -> Tensor:
+        """M-RoPE positions of an example's prompt: (3, prompt_length)."""
+        n = e.prompt_length
+        positions, _ = self.base.model.get_rope_index(
+            e.input_ids[None, :n], e.token_types[None, :n], video_grid_thw=e.grid[None],
+            second_per_grid_ts=torch.tensor([e.seconds_per_slot]), attention_mask=torch.ones(1, n, dtype=torch.long),
+        )  # fmt: skip
+        return positions[:, 0]
+
+    def _pack(self, clips: list, ancestors: Tensor, rows: list[Tensor]) -> Packed:
+        """Pad (ids, types, positions, branch, visual index) of each sequence to the right; padding sees itself only."""
+        n, pad_id = len(ancestors), self.base.generation_config.pad_token_id or 0
+        pad = nn.utils.rnn.pad_sequence
+        ids, types, positions, branch, index = zip(*clips)
+        width = max(map(len, ids))
+        see = torch.zeros(n + 1, n + 1, dtype=torch.bool)
+        see[:n, :n], see[n, n] = ancestors, True
+        return Packed(
+            input_ids=pad(ids, batch_first=True, padding_value=pad_id),
+            token_types=pad(types, batch_first=True),
+            branch=pad(branch, batch_first=True, padding_value=n),
+            position_ids=pad([p.T for p in positions], batch_first=True).permute(2, 0, 1),
+            ancestors=see,
+            visual_index=torch.cat([part for parts in index for part in parts]),
+            rows=torch.cat([b * width + places for b, places in enumerate(rows)]),
+        )
+
+    def run_packed(self, packed: Packed, video, cache: Cache | None = None) -> Tensor:
+        """States (M, D) of the wanted rows, from one pass in which nothing shared is run twice; fills `cache`."""
+        branching = packed.mask() if self.shares_prefix else (packed.branch < len(packed.ancestors) - 1).long()
+        out = self.base.model(
+            input_ids=packed.input_ids,
+            mm_token_type_ids=packed.token_types,
+            attention_mask=branching,
+            position_ids=packed.position_ids,
+            mm_encoder_outputs={"video": self.gather_video(video, packed.visual_index)},
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return out.last_hidden_state.flatten(0, 1).index_select(0, packed.rows)
+
+    def log_probs(self, packed: Packed, video, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probability (M,) of every token of packed rollouts, and the entropy (M,) where it was chosen."""
+        logits = self.base.lm_head(self.run_packed(packed, video))
+        return selected_log_probs(logits, packed.targets, self.banned, temperature)
+
+    @torch.no_grad()
+    def sample(
+        self, prefixes: Packed, video, num_full: int, num_twin: int, max_new_tokens: int,
+        uniform: Tensor | None = None, temperature: float = 1.0,
+    ) -> Rollouts:  # fmt: skip
+        """Describe full videos num_full times and their twins num_twin times, from one prefill of the forked prefixes.
+
+        uniform: (B, num_full + num_twin, max_new_tokens) numbers in [0, 1) that decide the tokens; None: greedy. A step
+        feeds one token of every rollout as one sequence a clip, behind the prefix and all earlier tokens in the cache;
+        the mask lets each see its own. So the cache is neither copied nor repeated.
+        """
+        num, (B, T) = num_full + num_twin, prefixes.input_ids.shape
+        device, banned, end_ids = prefixes.input_ids.device, self.banned, self.end_ids
+        began = wait_and_time(device)
+        kind = torch.tensor([0] * num_full + [1] * num_twin, device=device)  # row of each rollout's last prompt token
+        cache = DynamicCache(config=self.config.text_config)
+        h = self.run_packed(prefixes, video, cache).view(B, 2, -1)[:, kind]  # (B, R, D)
+        rows = prefixes.rows.view(B, 2)[:, kind]
+        position = prefixes.position_ids.flatten(1)[:, rows] + 1  # (3, B, R)
+        branch = prefixes.branch.flatten()[rows]  # (B, R): twin rollouts of a clip without a twin grow from the full one
+        sees_prefix = prefixes.ancestors[branch[:, :, None], prefixes.branch[:, None, :]]  # (B, R, T)
+        sees_own = torch.eye(num, dtype=torch.bool, device=device).repeat(B, 1, max_new_tokens)  # (B, R, R * steps)
+        mask = torch.cat([sees_prefix, sees_own], 2)[:, None]
+        prefilled = wait_and_time(device)
+        tokens = torch.full((B, num, max_new_tokens), self.base.generation_config.pad_token_id or 0, device=device)
+        logps = torch.zeros(B, num, max_new_tokens, device=device)
+        lengths = torch.zeros(B, num, dtype=torch.long, device=device)
+        done = torch.zeros(B, num, dtype=torch.bool, device=device)
+        for t in range(max_new_tokens):
+            logp = sampling_log_probs(self.base.lm_head(h), banned, temperature)  # (B, R, vocabulary)
+            token = choose(logp, None if uniform is None else uniform[:, :, t])
+            tokens[:, :, t] = torch.where(done, tokens[:, :, t], token)
+            logps[:, :, t] = torch.where(done, 0.0, logp.gather(-1, token[..., None]).squeeze(-1))
+            lengths += ~done
+            done = done | torch.isin(token, end_ids)
+            # Asking whether all are done waits for the device: on a GPU only now and then.
+            if t + 1 == max_new_tokens or ((device.type == "cpu" or t % 8 == 7) and done.all()):
+                break
+            h = self.base.model.language_model(
+                inputs_embeds=self.base.get_input_embeddings()(tokens[:, :, t]),
+                position_ids=position + t,
+                attention_mask=mask[..., : T + num * (t + 1)],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        seconds = {"prefill": prefilled - began, "decode": wait_and_time(device) - prefilled}
+        return Rollouts(tokens[:, :, : t + 1], logps[:, :, : t + 1], lengths, done, seconds)
+
+    @torch.no_grad()
+    def sample_plain(
+        self, batch: Batch, video, num_full: int, num_twin: int, max_new_tokens: int,
+        uniform: Tensor | None = None, temperature: float = 1.0,
+    ) -> Rollouts:  # fmt: skip
+        """What `sample` does, by transformers' own generate() on prompts repeated for every rollout.
+
+        The road of models whose prefix cannot be shared, and the reference that `sample` is tested against. batch:
+        collated for_generation.
+        """
+        began = wait_and_time(batch.input_ids.device)
+        pad_id, parts = self.base.generation_config.pad_token_id or 0, []
+        sizes = [len(x) for x in video.pooler_output]
+        for num, index, at in ((num_full, torch.arange(sum(sizes)), 0), (num_twin, batch.twin_index.cpu(), num_full)):
+            if not num:
+                continue
+            index = torch.cat([part.repeat(num) for part in index.split(sizes)]).to(batch.twin_index.device)
+            inputs = self.inputs(batch, self.gather_video(video, index))
+            inputs |= {k: v.repeat_interleave(num, 0) for k, v in inputs.items() if isinstance(v, Tensor)}
+            numbers = None if uniform is None else uniform[:, at : at + num].flatten(0, 1)
+            chooser = Chooser(numbers, self.banned, temperature)
+            new = self.hf.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=[chooser])
+            new = new[:, batch.input_ids.shape[1] :].unflatten(0, (-1, num))
+            parts.append((new, torch.stack(chooser.logp, 1).unflatten(0, (-1, num))))
+        width = max(new.shape[2] for new, _ in parts)
+        tokens = torch.cat([F.pad(new, (0, width - new.shape[2]), value=pad_id) for new, _ in parts], 1)
+        logp = torch.cat([F.pad(x, (0, width - x.shape[2])) for _, x in parts], 1)
+        ends = torch.isin(tokens, self.end_ids)
+        ended_before = ends.cumsum(2) - ends.long() > 0
+        lengths, finished = (~ended_before).sum(2), ends.any(2)
+        tokens, logp = tokens.masked_fill(ended_before, pad_id), logp.masked_fill(ended_before, 0.0)
+        return Rollouts(tokens, logp, lengths, finished, {"decode": wait_and_time(tokens.device) - began})
+
+    def describe(self, examples: Sequence[Example], twin: bool = True, max_new_tokens: int = 64) -> Rollouts:
+        """Greedy descriptions of full videos and, if asked, of their twins: rollouts 0 and 1 of each clip."""
+        return self.roll_out(examples, 1, int(twin), max_new_tokens)[0]
+
+    @torch.no_grad()
+    def roll_out(
+        self, examples: Sequence[Example], num_full: int, num_twin: int, max_new_tokens: int,
+        uniform: Tensor | None = None, temperature: float = 1.0,
+    ) -> tuple[Rollouts, object]:  # fmt: skip
+        """Encode the videos once, and `sample`. Returns the rollouts, and the encoded videos for the update."""
+        device = self.base.lm_head.weight.device
+        began = wait_and_time(device)
+        video = self.encode_examples(examples)
+        seconds = {"vision": wait_and_time(device) - began}
+        uniform = None if uniform is None else uniform.to(device)
+        if self.shares_prefix:
+            prefixes, sample = self.pack_prefixes(examples).to(device), self.sample
+        else:
+            prefixes, sample = self.collate(examples, for_generation=True).to(device), self.sample_plain
+        rollouts = sample(prefixes, video, num_full, num_twin, max_new_tokens, uniform, temperature)
+        return replace(rollouts, seconds=seconds | rollouts.seconds), video
+
+
+def wait_and_time(device: torch.device) -> float:
+    """Seconds on the clock when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Chooser(LogitsProcessor):
+    """Makes generate() take our token, by `choose`, and remembers its log-probability."""
+
+    def __init__(self, uniform: Tensor | None, banned: Tensor, temperature: float):
+        self.uniform, self.banned, self.temperature = uniform, banned, temperature
+        self.logp: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (rows, vocabulary) -> 0 for the chosen token and -inf for all others."""
+        logp = sampling_log_probs(scores, self.banned, self.temperature)
+        token = choose(logp, None if self.uniform is None else self.uniform[:, len(self.logp)])[:, None]
+        self.logp.append(logp.gather(1, token).squeeze(1))
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)

@@ -9,11 +9,12 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
+from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -33,6 +34,28 @@ def describe_environment() -> dict[str, str]:
         "transformers": transformers.__version__,
         "device": gpu or f"CPU, {torch.get_num_threads()} threads",
     }
+
+
+def fill(settings, preset: Mapping):
+    """A copy of a script's settings in which what is None comes from the preset."""
+    return replace(settings, **{name: value for name, value in preset.items() if getattr(settings, name) is None})
+
+
+def above_zero(settings, *names: str) -> None:
+    """Raise ValueError for the first of the named settings that is not above 0."""
+    for name in names:
+        if getattr(settings, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')}: got {getattr(settings, name)}; give a number above 0")
+
+
+def progress_table(title: str, metrics: Mapping[str, float], seconds_left: float) -> Table:
+    """What the terminal shows live."""
+    table = Table(title=f"{title}  {seconds_left / 60:.1f} min left", min_width=48)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4g}")
+    return table
 
 
 class RunLog:
@@ -132,6 +155,25 @@ def load_pretrained(model: str | Path, dtype: torch.dtype) -> tuple[nn.Module, o
         return hf, AutoProcessor.from_pretrained(source)
     except OSError as error:
         raise ValueError(f"--model {model}: {str(error).strip().splitlines()[0]}") from None
+
+
+def load_trainable(
+    model: str, lora_rank: int, freeze_vision: bool, gradient_checkpointing: bool
+) -> tuple[nn.Module, object]:
+    """The model to train, with adapters, frozen parts and checkpointing as asked, and its processor."""
+    dtype = torch.bfloat16 if torch.cuda.is_available() and lora_rank else torch.float32
+    hf, processor = load_pretrained(model, dtype)
+    if gradient_checkpointing:
+        hf.gradient_checkpointing_enable()
+        hf.enable_input_require_grads()
+    if freeze_vision:
+        hf.model.visual.requires_grad_(False)
+    if lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        linears = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+        hf = get_peft_model(hf, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=linears))
+    return hf, processor
 
 
 def find_checkpoint(model: str | Path) -> str:

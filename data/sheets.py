@@ -1,10 +1,15 @@
-"""Contact sheets: the full video above its twin, key slots framed, keyword and caption underneath."""
+"""What people look at: contact sheets of full video and twin, and descriptions of both side by side."""
 
+import html
 import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from einops import rearrange
+from rich.table import Table
+from rich.text import Text
 
 import vp
 from data.clips import Clip, Frames
@@ -54,4 +59,85 @@ def contact_sheet(clip: Clip, frames: Frames, example: vp.Example, path: Path, c
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    return path
+
+
+@dataclass
+class RolloutGroup:
+    """A prompt's descriptions: of the full video with their rewards, of the twin with their quality."""
+
+    clip: Clip
+    full: list[str]
+    rewards: list[float]
+    twin: list[str]
+    twin_quality: list[float]
+
+
+def shade(value: float, low: float, high: float) -> tuple[int, int, int]:
+    """Red for the lowest reward of a group, green for the highest, yellow in the middle or where all are equal."""
+    t = 0.5 if high - low < 1e-6 else (value - low) / (high - low)
+    return round(255 * min(1, 2 - 2 * t) * 0.85), round(255 * min(1, 2 * t) * 0.7), 40
+
+
+def rollout_table(groups: Sequence[RolloutGroup], step: int) -> Table:
+    """Descriptions of full video and twin side by side, coloured by reward, for the terminal."""
+    table = Table(title=f"step {step}: full video, reward first | twin, quality first", show_lines=False)
+    table.add_column("full video", ratio=1)
+    table.add_column("twin", ratio=1)
+    for group in groups:
+        words = Text(f"caption: {group.clip.caption}", style="bold")
+        table.add_row(words, Text(f"keywords: {', '.join(group.clip.keywords) or 'none'}", style="bold"))
+        ranked = sorted(zip(group.rewards, group.full), reverse=True)
+        beside = sorted(zip(group.twin_quality, group.twin), reverse=True)
+        for i in range(max(len(ranked), len(beside))):
+            cells = [Text(""), Text("")]
+            if i < len(ranked):
+                r, g, b = shade(ranked[i][0], min(group.rewards), max(group.rewards))
+                cells[0] = Text(f"{ranked[i][0]:.2f}  {ranked[i][1]}", style=f"rgb({r},{g},{b})")
+            if i < len(beside):
+                cells[1] = Text(f"{beside[i][0]:.2f}  {beside[i][1]}")
+            table.add_row(*cells)
+        table.add_section()
+    return table
+
+
+STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
+h2{margin-top:2em;border-bottom:1px solid #ccc}table{width:100%;border-collapse:collapse;margin:.4em 0 1.6em}
+td{width:50%;vertical-align:top;padding:.25em .6em;border-bottom:1px solid #eee}th{text-align:left;padding:.25em .6em}
+td b{display:inline-block;min-width:3em}mark{background:#fff2a8}"""
+
+
+def rollout_page(path: Path, pages: Sequence[tuple[int, Sequence[RolloutGroup]]]) -> Path:
+    """The same as one HTML file without network, newest step first; keywords are marked where they stand."""
+
+    def words(text: str, keywords: Sequence[str]) -> str:
+        shown = html.escape(text) or "<i>(nothing)</i>"
+        for keyword in sorted(map(html.escape, keywords), key=len, reverse=True):
+            at = shown.lower().find(keyword.lower())
+            if at >= 0:
+                shown = f"{shown[:at]}<mark>{shown[at : at + len(keyword)]}</mark>{shown[at + len(keyword) :]}"
+        return shown
+
+    out = [f"<!doctype html><meta charset=utf-8><title>Rollouts</title><style>{STYLE}</style><h1>Full video and twin</h1>",
+           "<p>Left: descriptions of the full video, best reward first, from green to red within the group. "
+           "Right: of its twin, with their quality. Keywords are marked.</p>"]  # fmt: skip
+    for step, groups in reversed(list(pages)):
+        out.append(f"<h2>step {step}</h2>")
+        for group in groups:
+            keywords = group.clip.keywords
+            out.append(f"<p><b>{words(group.clip.caption, keywords)}</b><br><small>{html.escape(group.clip.where)}; "
+                       f"keywords: {html.escape(', '.join(keywords)) or 'none'}</small></p>")  # fmt: skip
+            out.append("<table><tr><th>full video: reward</th><th>twin: quality</th></tr>")
+            left = sorted(zip(group.rewards, group.full), reverse=True)
+            right = sorted(zip(group.twin_quality, group.twin), reverse=True)
+            for i in range(max(len(left), len(right))):
+                cells = ["", ""]
+                if i < len(left):
+                    colour = "rgb({},{},{})".format(*shade(left[i][0], min(group.rewards), max(group.rewards)))
+                    cells[0] = f"<b style=color:{colour}>{left[i][0]:.2f}</b> {words(left[i][1], keywords)}"
+                if i < len(right):
+                    cells[1] = f"<b>{right[i][0]:.2f}</b> {words(right[i][1], keywords)}"
+                out.append(f"<tr><td>{cells[0]}</td><td>{cells[1]}</td></tr>")
+            out.append("</table>")
+    path.write_text("\n".join(out) + "\n")
     return path

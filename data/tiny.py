@@ -6,13 +6,23 @@ They are ordinary Hugging Face directories (safetensors, config, tokenizer, chat
     python -m data.tiny --family qwen3_vl --out runs/tiny-qwen3
 """
 
+import contextlib
+import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -125,6 +135,54 @@ def build_tiny(out: Path, family: Family = "qwen2_5_vl", seed: int = 0) -> Path:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(out)
     processor.save_pretrained(out)
+    return out
+
+
+def build_text_encoder(out: Path, seed: int = 0, width: int = 64) -> Path:
+    """Write the world's text encoder to `out`: a SentenceTransformer directory of static word embeddings.
+
+    A word is like itself (1), a little like the words of its kind (0.3: colours, shapes, verbs, what follows a verb, the
+    rest), and unlike any other (0). It is a BERT without layers, so that it loads and embeds like a trained encoder. What
+    is already there is kept.
+    """
+    if (out / "modules.json").exists():
+        return out
+    first, follow = {a.split()[0] for a in ACTIONS}, {w for a in ACTIONS for w in a.split()[1:]} - {"a"}
+    kinds = [
+        ["[PAD]", "[UNK]"],
+        list(COLOURS),
+        list(SHAPES),
+        sorted(first),
+        sorted(follow),
+        ["a", "and", "the", "something"],
+    ]
+    vocabulary = {word: i for i, word in enumerate(w for kind in kinds for w in kind)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True)
+    sizes = dict(hidden_size=width, num_hidden_layers=0, num_attention_heads=1, intermediate_size=width, type_vocab_size=1)
+    bert = BertModel(BertConfig(vocab_size=len(vocabulary), **sizes))
+    axes = torch.randn(width, width, generator=torch.Generator().manual_seed(seed))
+    axes[:, 0] = 1.0  # BERT's layer norm takes the mean out: keep clear of that direction
+    axes = torch.linalg.qr(axes).Q.T[1:]
+    with torch.no_grad():
+        for parameter in bert.embeddings.parameters():
+            parameter.zero_()
+        bert.embeddings.LayerNorm.weight.fill_(1.0)
+        for k, kind in enumerate(kinds):
+            for word in kind:
+                own = axes[len(kinds) + vocabulary[word]]
+                bert.embeddings.word_embeddings.weight[vocabulary[word]] = 0.7**0.5 * own + 0.3**0.5 * axes[k]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    plain = partial / "bert"
+    bert.save_pretrained(plain)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", model_max_length=512)
+    tokenizer.save_pretrained(plain)
+    SentenceTransformer(modules=[Transformer(str(plain)), Pooling(width, "mean")]).save(str(partial / "whole"))
+    with contextlib.suppress(OSError):  # another process was first
+        os.replace(partial / "whole", out)
+    shutil.rmtree(partial)
     return out
 
 

@@ -15,6 +15,8 @@ at the frames.
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,6 +199,16 @@ def make_world(settings: WorldSettings) -> Path:
         partial.write_text(text)
         os.replace(partial, annotations)
     return folder
+
+
+def embedded_world(num_train: int, folder: Path = Path("runs/world")) -> tuple[Path, Path]:
+    """The training and test annotations of the world with default settings, drawn if they are not there yet.
+
+    In a process of its own: it starts one process a core, and each of them would import all of the calling script.
+    """
+    command = [sys.executable, "-m", "data.world", "--out", str(folder), "--train", str(num_train)]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
+    return folder / "train.jsonl", folder / "test.jsonl"
 
 
 if __name__ == "__main__":

@@ -44,6 +44,12 @@ def lm(checkpoint) -> vp.VideoLM:
     return vp.VideoLM(model).train()
 
 
+@pytest.fixture
+def plain(checkpoint) -> torch.nn.Module:
+    """The same weights in a model that VideoLM has never touched: transformers' own attention, everywhere."""
+    return AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+
+
 @pytest.fixture(scope="session")
 def preparation(checkpoint) -> Preparation:
     """How the family's examples are made."""

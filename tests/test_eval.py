@@ -62,12 +62,12 @@ def test_evaluation_counts_what_it_says(world, qwen2_5, monkeypatch):
     processor = AutoProcessor.from_pretrained(qwen2_5)
     said = iter([[c.caption for c in (clips[0], clips[2])], [clips[0].truth["static"]] * 2] * 2)
 
-    def describe(batch, **_):
-        full, twin = next(said), next(said)
-        return [processor.tokenizer([t[i] for i in range(len(batch.grid))], padding=True, return_tensors="pt").input_ids
-                for t in (full, twin)]  # fmt: skip
+    def roll_out(examples, *_):
+        texts = [text for pair in zip(*(x[: len(examples)] for x in (next(said), next(said)))) for text in pair]
+        tokens = processor.tokenizer(texts, padding=True, return_tensors="pt").input_ids.unflatten(0, (-1, 2))
+        return vp.Rollouts(tokens, None, None, None), None
 
-    monkeypatch.setattr(lm, "describe", describe)
+    monkeypatch.setattr(lm, "roll_out", roll_out)
     results = evaluation.evaluate(lm, Preparation(processor), clips, batch_size=2)
     assert (results["clips"], results["with twin"], len(results["skipped"])) == (4, 3, 1)
     assert "gone.mp4" in results["skipped"][0]

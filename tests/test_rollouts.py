@@ -1,0 +1,226 @@
+"""Rollouts and packed updates against plain transformers: both families, random weights, float32, ragged clips."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+import vp
+from tests.test_videolm import count_calls, degraded, plain_inputs
+
+LENGTH = 9
+
+
+def uniforms(examples, num: int, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
+    """Numbers that decide the tokens."""
+    return torch.rand(len(examples), num, length, generator=torch.Generator().manual_seed(seed))
+
+
+def sharpen(lm: vp.VideoLM, eos_bias: float = 0.0) -> None:
+    """Make random weights likelier to say something definite, and to end."""
+    with torch.no_grad():
+        for layer in lm.base.model.language_model.layers:
+            for weight in layer.parameters():
+                if weight.ndim == 2:
+                    weight.mul_(3.0)
+
+
+def by_hand(plain, e, pixels, numbers, num_tokens, banned, ends):
+    """One rollout by whole forward passes, no cache, no batch."""
+    ids, logps, types = e.input_ids[: e.prompt_length], [], e.token_types[: e.prompt_length]
+    for t in range(num_tokens):
+        inputs = plain_inputs(e, ids) | {"pixel_values_videos": pixels, "mm_token_type_ids": types[None]}
+        if plain.config.model_type == "qwen2_5_vl":
+            inputs["second_per_grid_ts"] = torch.tensor([e.seconds_per_slot])
+        with torch.no_grad():
+            logits = plain(**inputs).logits[0, -1].double()
+        logits[banned] = -torch.inf
+        p = logits.softmax(0)
+        token = int(p.argmax()) if numbers is None else int((p.cumsum(0) <= numbers[t].double() * p.sum()).sum())
+        logps.append(float(p[token].log()))
+        ids, types = torch.cat([ids, torch.tensor([token])]), torch.cat([types, torch.zeros(1, dtype=types.dtype)])
+        if token in ends:
+            break
+    return ids[e.prompt_length :], torch.tensor(logps)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_rollouts_equal_whole_passes(lm, plain, ragged, greedy):
+    """Issue bar: tokens and log-probs of shared-prefix rollouts are those of a clip run alone, full and degraded."""
+    lm.eval()
+    for model in (lm, vp.VideoLM(plain)):
+        sharpen(model)
+    numbers = None if greedy else uniforms(ragged, 5)
+    got, _ = lm.roll_out(ragged, 3, 2, LENGTH, numbers)
+    ends, banned = lm.end_ids.tolist(), lm.banned
+    plain.model.visual.config._attn_implementation = "sdpa"
+    for b, e in enumerate(ragged):
+        twin = e.pixels if e.source is None else degraded(e)
+        for r in (0, 2, 3, 4):
+            row = None if greedy else numbers[b, r]
+            tokens, logp = by_hand(plain, e, e.pixels if r < 3 else twin, row, LENGTH, banned, ends)
+            n = int(got.lengths[b, r])
+            assert got.tokens[b, r, :n].tolist() == tokens.tolist()
+            torch.testing.assert_close(got.logp[b, r, :n], logp.float(), rtol=1e-3, atol=1e-4)
+            assert bool(got.finished[b, r]) == (tokens[-1] in lm.end_ids)
+
+
+def same(a: vp.Rollouts, b: vp.Rollouts) -> None:
+    """Rollouts that agree."""
+    n = min(a.tokens.shape[2], b.tokens.shape[2])
+    assert torch.equal(a.tokens[:, :, :n], b.tokens[:, :, :n])
+    assert torch.equal(a.lengths, b.lengths) and torch.equal(a.finished, b.finished)
+    torch.testing.assert_close(a.logp[:, :, :n], b.logp[:, :, :n], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_rollouts_equal_generate(lm, ragged, greedy):
+    """Issue bar: token for token what model.generate gives on prompts repeated for every rollout."""
+    lm.eval()
+    sharpen(lm)
+    for seed in range(3):
+        numbers = None if greedy else uniforms(ragged, 5, seed=seed)
+        shared, _ = lm.roll_out(ragged, 3, 2, LENGTH, numbers)
+        lm.shares_prefix = False
+        repeated, _ = lm.roll_out(ragged, 3, 2, LENGTH, numbers)
+        lm.shares_prefix = True
+        same(shared, repeated)
+        assert greedy or shared.tokens.unique().numel() > 20
+
+
+def test_rollouts_do_not_depend_on_their_batch(lm, ragged):
+    """A clip alone, in another order, or with other rollouts beside it says the same."""
+    numbers = uniforms(ragged, 4)
+    got, _ = lm.roll_out(ragged, 2, 2, LENGTH, numbers)
+    back, _ = lm.roll_out(ragged[::-1], 2, 2, LENGTH, numbers.flip(0))
+    same(got, vp.Rollouts(*(getattr(back, n).flip(0) for n in ("tokens", "logp", "lengths", "finished"))))
+    for b, e in enumerate(ragged):
+        alone, _ = lm.roll_out([e], 2, 2, LENGTH, numbers[b : b + 1])
+        same(vp.Rollouts(*(getattr(got, n)[b : b + 1] for n in ("tokens", "logp", "lengths", "finished"))), alone)
+
+
+def test_vision_and_prefix_run_once(lm, ragged):
+    """One vision pass, and prefill tokens = prompt + what the twin has from its first replaced slot on."""
+    vision, widths = count_calls(lm.base.model.visual), []
+    lm.base.model.language_model.layers[0].register_forward_pre_hook(lambda _, x: widths.append(x[0].shape[1]))
+    e = ragged[0]
+    first = int((e.source != torch.arange(len(e.source))).nonzero()[0])
+    visual = (e.token_types == 2).nonzero().squeeze(1)
+    fork = int(visual[first * (len(visual) // int(e.grid[0]))])
+    assert 0 < fork < e.prompt_length
+    lm.roll_out([e], 4, 3, 5, uniforms([e], 7, 5))
+    assert len(vision) == 1
+    assert widths[0] == e.prompt_length + e.prompt_length - fork
+    assert set(widths[1:]) <= {7}
+
+
+def test_rows_stop_and_banned_tokens_never_come(lm, ragged):
+    """Behind its end a rollout is padding with log-prob 0; banned ids are never sampled, whatever the logits."""
+    lm.eval()
+    head = lm.base.lm_head.weight
+    untied = torch.nn.Linear(head.shape[1], head.shape[0])
+    untied.weight.data = head.data.clone()
+    untied.bias.data.zero_()
+    untied.bias.data[lm.banned] = 30.0
+    untied.bias.data[lm.end_ids] = 3.5
+    lm.base.lm_head = untied
+    got, _ = lm.roll_out(ragged, 6, 6, 24, uniforms(ragged, 12, 24))
+    ends = torch.isin(got.tokens, lm.end_ids)
+    pad_id = lm.base.generation_config.pad_token_id
+    assert got.finished.any() and got.lengths.unique().numel() > 3
+    for b, r in torch.cartesian_prod(torch.arange(4), torch.arange(12)).tolist():
+        n = int(got.lengths[b, r])
+        assert not ends[b, r, : n - 1].any() and bool(ends[b, r, n - 1]) == bool(got.finished[b, r])
+        assert (got.tokens[b, r, n:] == pad_id).all() and (got.logp[b, r, n:] == 0).all()
+        assert not torch.isin(got.tokens[b, r, :n], lm.banned).any()
+    special = {lm.config.video_token_id, lm.config.image_token_id, lm.config.vision_start_token_id, pad_id}
+    assert special <= set(lm.banned.tolist()) and not special & set(lm.end_ids.tolist())
+
+
+def trimmed(rollouts: vp.Rollouts, num_full: int) -> list[list[torch.Tensor]]:
+    """The full video's rollouts without padding."""
+    return [[y[:n] for y, n in zip(ys[:num_full], ns)] for ys, ns in zip(rollouts.tokens, rollouts.lengths.tolist())]
+
+
+def separate(lm: vp.VideoLM, plain_model, e: vp.Example, y: torch.Tensor) -> torch.Tensor:
+    """Log-probs of one response by a plain pass over [prompt][response]."""
+    ids = torch.cat([e.input_ids[: e.prompt_length], y])
+    types = torch.cat([e.token_types[: e.prompt_length], torch.zeros(len(y), dtype=e.token_types.dtype)])
+    inputs = plain_inputs(e, ids) | {"mm_token_type_ids": types[None]}
+    if lm.config.model_type == "qwen2_5_vl":
+        inputs["second_per_grid_ts"] = torch.tensor([e.seconds_per_slot])
+    logits = plain_model(**inputs).logits[0, e.prompt_length - 1 : -1]
+    logits = logits.index_fill(1, lm.banned, -torch.inf)
+    return logits.log_softmax(1).gather(1, y[:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_packed_update_equals_separate_sequences(lm, plain, ragged, share):
+    """Issue bar: log-probs and gradients of one packed pass equal those of G separate plain ones (fp32, 1e-5)."""
+    lm.shares_prefix = share
+    torch.manual_seed(3)
+    ys = [[torch.randint(0, 256, (n,)) for n in ns] for ns in ((5, 1, 7), (3, 3, 2), (8, 4, 1), (2, 6, 6))]
+    packed = lm.pack_rollouts(ragged, ys)
+    got, entropy = lm.log_probs(packed, lm.encode_video(lm.collate(ragged)))
+    want = torch.cat([separate(lm, plain, e, y) for e, group in zip(ragged, ys) for y in group])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert packed.rollout.tolist() == [i for i, y in enumerate(y for g in ys for y in g) for _ in y]
+    assert len(entropy) == len(got) and not entropy.requires_grad and (entropy > 0).all()
+    weight = torch.randn(len(got))
+    (got * weight).sum().backward()
+    (want * weight).sum().backward()
+    mine, theirs = dict(lm.hf.named_parameters()), dict(plain.named_parameters())
+    for name, parameter in theirs.items():
+        torch.testing.assert_close(mine[name].grad, parameter.grad, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_sampled_log_probs_are_those_of_the_update(lm, ragged):
+    """What a token cost when it was sampled is what the packed update says, also at another temperature."""
+    for temperature in (1.0, 0.7):
+        rollouts, video = lm.roll_out(ragged, 4, 1, LENGTH, uniforms(ragged, 5), temperature)
+        packed = lm.pack_rollouts(ragged, trimmed(rollouts, 4))
+        with torch.no_grad():
+            logp, _ = lm.log_probs(packed, video, temperature)
+        sampled = torch.cat([p[:n] for b in range(4) for p, n in zip(rollouts.logp[b, :4], rollouts.lengths[b])])
+        torch.testing.assert_close(logp, sampled, rtol=1e-4, atol=1e-4)
+
+
+def test_packing_runs_the_prefix_once(lm, ragged):
+    """A packed clip is as long as its prompt and its rollouts together."""
+    ys = [[torch.arange(5), torch.arange(3)]] * len(ragged)
+    packed = lm.pack_rollouts(ragged, ys)
+    assert packed.input_ids.shape == (4, max(e.prompt_length for e in ragged) + 8)
+    lm.shares_prefix = False
+    assert lm.pack_rollouts(ragged, ys).input_ids.shape[0] == 8
+
+
+def test_micro_batches_of_the_update_change_nothing(lm, ragged):
+    """The loss summed over one-clip passes has the gradient of the whole batch's."""
+    rollouts, video = lm.roll_out(ragged, 3, 0, LENGTH, uniforms(ragged, 3))
+    ys = trimmed(rollouts, 3)
+    lengths = rollouts.lengths.flatten()
+    weight, advantage = vp.token_weights(lengths), torch.linspace(-1, 1, 12)
+
+    def backward(clips: list[int]) -> None:
+        packed = lm.pack_rollouts([ragged[b] for b in clips], [ys[b] for b in clips])
+        logp, _ = lm.log_probs(packed, lm.take_clips(video, clips))
+        at = torch.tensor([3 * b + g for b in clips for g in range(3)])[packed.rollout]
+        loss, _ = vp.grpo_loss(logp, logp.detach(), logp.detach() - 0.3, advantage[at], weight[at], beta=0.1)
+        loss.backward()
+
+    backward([0, 1, 2, 3])
+    want = {n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}
+    lm.zero_grad()
+    for b in range(4):
+        backward([b])
+    for name, parameter in lm.named_parameters():
+        if name in want:
+            torch.testing.assert_close(parameter.grad, want[name], rtol=1e-3, atol=1e-6)
+    assert len(want) > 20
+
+
+def test_linear_attention_cannot_share(qwen2_5):
+    """A config with another kind of layer takes the road of repeated prefixes."""
+    hf = AutoModelForImageTextToText.from_pretrained(qwen2_5)
+    assert vp.VideoLM(hf).shares_prefix
+    hf.config.text_config.layer_types = ["linear_attention", "full_attention"] * 2
+    assert not vp.VideoLM(hf).shares_prefix

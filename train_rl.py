@@ -1,0 +1,386 @@
+"""Stage 2: GRPO with a relative reward. The model describes the full video and its twin; the full one must do better.
+
+For each clip: encode the video once, prefill the prompt once (it forks into full video and twin at the first replaced
+slot), sample G descriptions of each, score them against the caption, reward those of the full video for what they say of
+the event beyond what the twin's say, and update on [prompt][y_1]...[y_G] packed into one sequence.
+
+    python train_rl.py                                                # from runs/sft, embedded world, CPU
+    python train_rl.py --reward similarity                            # caption similarity alone: watch the event go
+    python train_rl.py --preset gpu-24gb --model runs/sft --data clips.jsonl
+    accelerate launch train_rl.py --preset gpu-80gb --model runs/sft --data clips.jsonl
+
+Deviations from the paper, whose equations and settings are not public, stand numbered in the README.
+"""
+
+import copy
+import json
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from rich.console import Console
+from rich.live import Live
+from transformers import get_linear_schedule_with_warmup
+
+import vp
+from data.clips import ClipError, ClipLoader, Preparation, load_clips
+from data.runs import RunLog, above_zero, describe_environment, fill, load_trainable, progress_table, save_checkpoint
+from data.sheets import RolloutGroup, rollout_page, rollout_table
+from data.texts import TextEncoder, score_texts
+from data.tiny import build_text_encoder
+from data.world import embedded_world
+from eval import evaluate, show_change, show_results
+
+PRESETS = {
+    "tiny": dict(steps=200, batch_size=8, micro_batch_size=8, learning_rate=1e-4, max_frames=16, max_new_tokens=40),
+    "gpu-24gb": dict(
+        steps=500, batch_size=8, micro_batch_size=1, learning_rate=2e-5, max_frames=32, fps=2.0, lora_rank=16,
+        gradient_checkpointing=True, workers=4, max_new_tokens=128, text_encoder="sentence-transformers/all-MiniLM-L6-v2",
+    ),
+    "gpu-80gb": dict(
+        steps=500, batch_size=16, micro_batch_size=2, learning_rate=2e-5, max_frames=64, fps=2.0, lora_rank=64,
+        gradient_checkpointing=True, workers=8, max_new_tokens=128, text_encoder="sentence-transformers/all-MiniLM-L6-v2",
+    ),
+}  # fmt: skip
+DEFAULTS = dict(fps=None, lora_rank=0, gradient_checkpointing=False)
+
+
+@dataclass
+class Settings:
+    """Settings of stage 2. What is None is filled from the preset."""
+
+    preset: Literal["tiny", "gpu-24gb", "gpu-80gb"] = "tiny"
+    """Hardware preset. The GPU presets are sized on paper, not yet measured."""
+    model: str = "runs/sft"
+    """Where stage 1 ended: a run's folder, a Hugging Face directory, or a name on the hub."""
+    data: Path | None = None
+    """Annotation file, JSONL (default: the embedded world)."""
+    root: Path | None = None
+    """Folder of the videos (default: the annotation file's)."""
+    eval_data: Path | None = None
+    """Annotation file to evaluate on before and after (default: the world's test split, or none)."""
+    out: Path = Path("runs/rl")
+    """Folder of the run."""
+    reward: Literal["similarity", "recall", "relative", "pooled"] = "relative"
+    """similarity: caption similarity q. recall: q + alpha * keyword recall. relative: q + alpha * share of beaten twins.
+    pooled: as recall, against the mean over full and twin rollouts together."""
+    alpha: float = 1.0
+    """Weight of the event in the reward."""
+    margin: float = 0.1
+    """By how much keyword recall must be better, and quality may be worse, to beat a twin's rollout."""
+    divide_by_spread: bool = False
+    """Divide advantages by the standard deviation of their group."""
+    text_encoder: str | None = None
+    """sentence-transformers model whose token embeddings score descriptions (default: the world's, made on the spot)."""
+    num_rollouts: int = 8
+    """G, descriptions of the full video a prompt."""
+    num_twin_rollouts: int = 8
+    """G', descriptions of its twin."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    max_new_tokens: int | None = None
+    """Longest description."""
+    steps: int | None = None
+    """Batches of rollouts."""
+    batch_size: int | None = None
+    """Prompts a step, over all micro-batches and processes."""
+    micro_batch_size: int | None = None
+    """Prompts an update pass; each brings its G descriptions."""
+    epochs: int = 1
+    """Updates on the same rollouts."""
+    learning_rate: float | None = None
+    """Learning rate (AdamW, linear warm-up, then constant)."""
+    warmup: float = 0.05
+    """Share of the steps that warms up."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    grad_clip: float = 1.0
+    """Largest gradient norm."""
+    clip_low: float = 0.2
+    """eps_low: how far below 1 a token's probability ratio may push."""
+    clip_high: float = 0.28
+    """eps_high: how far above 1."""
+    beta: float = 0.02
+    """Weight of the KL to the frozen stage-1 policy; 0 keeps no reference and computes nothing for it."""
+    loss_level: Literal["token", "sequence"] = "token"
+    """Whether every token of a batch counts alike, or every description."""
+    lora_rank: int | None = None
+    """Rank of LoRA adapters on the language model's linear layers (0: train all weights)."""
+    train_vision: bool = False
+    """Train the vision encoder, too; its pass is then repeated in the update, with gradients."""
+    gradient_checkpointing: bool | None = None
+    """Recompute layers in the backward pass to save memory."""
+    max_frames: int | None = None
+    """Frames sampled from a clip, at most."""
+    fps: float | None = None
+    """Frames sampled a second (default: max_frames, whatever the length)."""
+    workers: int | None = None
+    """Processes that decode ahead (0: none, and no time limit; default: 1, none for the embedded world on a CPU)."""
+    time_limit: float = 60.0
+    """Seconds after which a decoder counts as hung, and its clip is skipped."""
+    max_bad_share: float = 0.05
+    """Share of clips that may be lost before the run stops."""
+    log_every: int = 5
+    """Steps between two lines of metrics."""
+    show_every: int = 50
+    """Steps between two looks at descriptions side by side (-1: only at the end)."""
+    eval_every: int = -1
+    """Steps between evaluations (-1: only before and after)."""
+    eval_clips: int = 64
+    """Clips of an evaluation between (-1: all)."""
+    eval_before: bool = True
+    """Evaluate the stage-1 checkpoint first."""
+    save_every: int = -1
+    """Steps between checkpoints (-1: only at the end)."""
+    world_clips: int = 6000
+    """Training clips of the embedded world."""
+    seed: int = 0
+    """Seed of order and sampling."""
+
+
+def resolve(settings: Settings) -> Settings:
+    """Fill what is None from the preset, check what is given, and make the embedded world and encoder where needed."""
+    s = fill(settings, DEFAULTS | PRESETS[settings.preset])
+    above_zero(s, "steps", "batch_size", "micro_batch_size", "learning_rate", "log_every", "time_limit", "temperature")
+    above_zero(s, "max_new_tokens", "epochs")
+    if s.num_rollouts < 2:
+        raise ValueError(f"--num-rollouts: got {s.num_rollouts}; a group needs 2 descriptions to compare")
+    if s.num_twin_rollouts < 0 or (s.num_twin_rollouts == 0 and s.reward in ("relative", "pooled")):
+        raise ValueError(f"--num-twin-rollouts: got {s.num_twin_rollouts}; --reward {s.reward} compares with the twin's")
+    if s.model == "runs/sft" and not Path(s.model, "checkpoint").exists():
+        raise ValueError("there is no stage-1 checkpoint in runs/sft; run `python train_sft.py` first, or give --model")
+    if s.text_encoder is None:
+        s.text_encoder = str(build_text_encoder(Path("runs/text-encoder")))
+    if s.data is None:
+        s.data, test = embedded_world(s.world_clips)
+        s.eval_data = s.eval_data or test
+        if s.workers is None and not torch.cuda.is_available():
+            s.workers = 0
+    s.workers = 1 if s.workers is None else s.workers
+    return s
+
+
+def main(settings: Settings) -> dict | None:
+    """Train; returns the last evaluation."""
+    # --- set-up: settings, clips, policy, reference, text encoder, optimizer
+    s = resolve(settings)
+    set_seed(s.seed)
+    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    rank, world_size, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    if s.batch_size % world_size:
+        raise ValueError(f"--batch-size {s.batch_size} is not a multiple of {world_size} processes")
+    device, console = accelerator.device, Console(quiet=not main_process)
+    clips, problems = load_clips(s.data, s.root)
+    eval_clips, eval_problems = load_clips(s.eval_data, s.root) if s.eval_data else ([], [])
+    hf, processor = load_trainable(s.model, s.lora_rank, not s.train_vision, s.gradient_checkpointing)
+    lm = vp.VideoLM(hf.to(device))
+    lm.heads.requires_grad_(False)
+    if s.beta == 0:
+        reference = None
+    elif s.lora_rank:
+        reference = lm  # the same weights with the adapter switched off
+    else:
+        reference = copy.deepcopy(lm).requires_grad_(False)
+    encoder = TextEncoder(s.text_encoder, device)
+    preparation = Preparation(processor, s.max_frames, s.fps)
+    loader = ClipLoader(clips[rank::world_size], preparation, s.seed, s.workers, s.time_limit, s.max_bad_share)
+    loader.start()
+    if main_process:
+        log = RunLog(s.out, s)
+    console.print({f.name: getattr(s, f.name) for f in fields(s)} | describe_environment())
+    trained = [p for p in lm.parameters() if p.requires_grad]
+    console.print(f"{len(clips)} clips, {len(problems)} lines skipped; {sum(p.numel() for p in trained) / 1e6:.2f} M of "
+                  f"{sum(p.numel() for p in lm.parameters()) / 1e6:.2f} M parameters trained")  # fmt: skip
+    if not lm.shares_prefix:
+        console.print("[yellow]this model has layers of linear attention: its prefix is repeated for every rollout")
+    for problem in problems + eval_problems:
+        console.print(f"[yellow]skipped[/] {problem}", highlight=False)
+    if len(problems) > s.max_bad_share * (len(clips) + len(problems)):
+        raise ClipError(f"{s.data}: {len(problems)} bad lines are more than --max-bad-share {s.max_bad_share:g} allows")
+    optimizer = torch.optim.AdamW(trained, s.learning_rate, betas=(0.9, 0.99), weight_decay=s.weight_decay)
+    schedule = get_linear_schedule_with_warmup(optimizer, int(s.warmup * s.steps * s.epochs), s.steps * s.epochs)
+    results = []
+
+    def save(step: int) -> None:
+        save_checkpoint(s.out, step, lm.hf, processor, None, {"settings": vars(s)})
+
+    def evaluation(step: int, count: int) -> None:
+        scored = evaluate(lm, preparation, eval_clips[:count], workers=s.workers, time_limit=s.time_limit)
+        log.write({"step": step} | {f"eval/{p} {n}": v for p in ("full", "twin") for n, v in scored[p].items()})
+        show_results(scored, f"step {step}", console)
+        results.append(scored)
+
+    everything = len(eval_clips)
+    if main_process and eval_clips and s.eval_before:
+        evaluation(0, everything)
+    stop_asked = []
+    signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(True))
+
+    # --- the loop: rollouts -> rewards -> update -> log -> save -> eval
+    examples = loader.examples()
+    pending, shown, pages, marked = [], [], [], 0
+    num_prompts, G = s.batch_size // world_size, s.num_rollouts
+    began = mark = time.perf_counter()
+    with loader, Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
+        for step in range(1, s.steps + 1):
+            clock = {"data": time.perf_counter()}
+            try:
+                drawn = [next(examples) for _ in range(num_prompts)]
+            except ClipError:  # too many clips are lost: end the run, but keep what it has learned
+                if main_process and step > 1:
+                    save(step - 1)
+                raise
+            prompts = [clips[rank::world_size][index] for index, _ in drawn]
+            group = [example for _, example in drawn]
+
+            # Rollouts: numbers of each clip's own decide its tokens, so that it does not depend on its batch mates.
+            clock["rollouts"] = time.perf_counter()
+            shape = (G + s.num_twin_rollouts, s.max_new_tokens)
+            seeds = [[s.seed, step, rank, index] for index, _ in drawn]
+            uniform = torch.stack([torch.from_numpy(np.random.default_rng(x).random(shape, np.float32)) for x in seeds])
+            lm.eval()
+            rollouts, video = lm.roll_out(group, G, s.num_twin_rollouts, s.max_new_tokens, uniform, s.temperature)
+            lm.train()
+            rollouts = rollouts.to("cpu")
+            lengths = rollouts.lengths.tolist()
+            tokens = [[y[:n] for y, n in zip(ys, ns)] for ys, ns in zip(rollouts.tokens, lengths)]
+            texts = [[x.strip() for x in processor.batch_decode(ys, skip_special_tokens=True)] for ys in tokens]
+
+            # Rewards and advantages, prompt by prompt: equations (2) to (4).
+            clock["reward"] = time.perf_counter()
+            scores = score_texts(encoder, texts, [p.caption for p in prompts], [p.keywords for p in prompts])
+            advantages, useful = [], []
+            for b, (q, c) in enumerate(scores):
+                # A clip without a twin has no rollouts to be compared with.
+                q_twin, c_twin = (q[G:], c[G:]) if group[b].source is not None else (q[:0], c[:0])
+                r, a = vp.rewards_and_advantages(
+                    s.reward, q[:G], c[:G], q_twin, c_twin, s.alpha, s.margin, s.divide_by_spread
+                )
+                w = vp.relative_wins(q[:G], c[:G], q_twin, c_twin, s.margin)
+                advantages.append(a.cpu())
+                useful.append(bool(a.abs().max() > 1e-6))  # without spread a group teaches nothing: it is skipped
+                pending.append(
+                    {
+                        "reward/quality": q[:G].mean(),
+                        "reward/keyword_recall": c[:G].mean(),
+                        "reward/beaten_twins": w.mean(),
+                        "reward/total": r.mean(),
+                        "rollout/no_spread": float(r.max() - r.min() < 1e-6),
+                    }
+                )
+                if len(q_twin):
+                    twin = {"twin_quality": q_twin.mean(), "twin_keyword_recall": c_twin.mean()}
+                    twin["gap"] = c[:G].mean() - c_twin.mean()
+                    pending[-1] |= {f"reward/{name}": value for name, value in twin.items()}
+                if len(shown) < 4:
+                    shown.append(RolloutGroup(prompts[b], texts[b][:G], r.tolist(), texts[b][G:], q[G:].tolist()))
+
+            # Update: [prompt][y_1]...[y_G] in one sequence a clip; divided by the whole batch's tokens: equation (5).
+            clock["update"] = time.perf_counter()
+            kept = [b for b in range(num_prompts) if useful[b]]
+            parts = [kept[i : i + s.micro_batch_size] for i in range(0, len(kept), s.micro_batch_size)]
+            weight = vp.token_weights(rollouts.lengths[:, :G].flatten(), s.loss_level).view(num_prompts, G)
+            for _ in range(s.epochs):
+                totals = {}
+                for part in parts:
+                    packed = lm.pack_rollouts([group[b] for b in part], [tokens[b][:G] for b in part])
+                    whose = packed.rollout
+                    old_logp = torch.cat([p[:n] for b in part for p, n in zip(rollouts.logp[b, :G], lengths[b])])
+                    token_weight = weight[part].flatten()[whose].to(device)
+                    advantage = torch.stack([advantages[b] for b in part]).flatten()[whose].to(device)
+                    packed = packed.to(device)
+                    some = lm.encode_examples([group[b] for b in part]) if s.train_vision else lm.take_clips(video, part)
+                    ref_logp = None
+                    if reference is not None:
+                        with torch.no_grad(), lm.hf.disable_adapter() if s.lora_rank else nullcontext():
+                            ref_logp, _ = reference.log_probs(packed, some, s.temperature)
+                    with accelerator.autocast():
+                        logp, entropy = lm.log_probs(packed, some, s.temperature)
+                    loss, sums = vp.grpo_loss(
+                        logp, old_logp.to(device), ref_logp, advantage, token_weight, s.clip_low, s.clip_high, s.beta
+                    )
+                    loss.backward()
+                    sums |= {"entropy": (token_weight * entropy).sum(), "weight": token_weight.sum(), "loss": loss.detach()}
+                    for name, value in sums.items():
+                        totals[name] = totals.get(name, 0.0) + value
+                if world_size > 1:  # ranks skip different groups, so gradients are averaged here and not by hooks
+                    for p in trained:
+                        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                        p.grad = accelerator.reduce(p.grad, "mean")
+                grad_norm = torch.nn.utils.clip_grad_norm_(trained, s.grad_clip)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            clock["end"] = time.perf_counter()
+
+            # --- log: means over prompts, and over the tokens that were updated on
+            about = {f"policy/{name}": totals[name] / totals["weight"] for name in ("kl", "clipped", "entropy") if totals}
+            about |= {"policy/loss": totals["loss"]} if totals else {}
+            about |= {"policy/grad_norm": grad_norm, "rollout/length": rollouts.lengths[:, :G].float().mean()}
+            about |= {"rollout/cut_off": (~rollouts.finished[:, :G]).float().mean()}
+            about |= {f"perf/{name}_seconds": t - clock[name] for name, t in zip(clock, list(clock.values())[1:])}
+            about |= {f"perf/{name}_seconds": t for name, t in rollouts.seconds.items()}
+            about["perf/tokens_per_second"] = rollouts.lengths.sum() * world_size / (clock["end"] - clock["rollouts"])
+            pending.append(about)
+            last = step == s.steps or bool(stop_asked)
+            if step % s.log_every == 0 or last:
+                records = gather_object(pending) if world_size > 1 else pending
+                metrics = {"step": step, "lr": schedule.get_last_lr()[0], "data/skipped": len(loader.skipped)}
+                for name in dict.fromkeys(name for record in records for name in record):
+                    values = [float(record[name]) for record in records if name in record]
+                    metrics[name] = sum(values) / len(values)
+                left = (s.steps - step) * (time.perf_counter() - mark) / max(1, step - marked)
+                if main_process:
+                    log.write(metrics)
+                if live:
+                    live.update(progress_table(f"stage 2  step {step}/{s.steps}", metrics, left), refresh=True)
+                elif step % (5 * s.log_every) == 0 or last:
+                    line = "  ".join(f"{k} {v:.3g}" for k, v in metrics.items() if k.split("/")[0] != "perf")
+                    console.print(f"{line}  {left / 60:.1f} min left", highlight=False, soft_wrap=True)
+                pending = []
+            if main_process and (last or (s.show_every > 0 and step % s.show_every == 0)):
+                console.print(rollout_table(shown[:1], step))
+                pages.append((step, shown))
+                rollout_page(s.out / "rollouts.html", pages)
+                shown = []
+
+            # --- save, eval: in this order, so that no evaluation can lose what is trained
+            stopping = bool(stop_asked)  # by SIGTERM: save at once, and end well
+            if main_process and (last or (s.save_every > 0 and step % s.save_every == 0)):
+                save(step)
+            due = step == s.steps or (s.eval_every > 0 and step % s.eval_every == 0)
+            if main_process and eval_clips and due and not stopping:
+                evaluation(step, everything if last or s.eval_clips < 0 else s.eval_clips)
+                (s.out / "results.json").write_text(json.dumps(results[-1], indent=1) + "\n")
+                mark, marked = time.perf_counter(), step
+            if last:
+                break
+
+    # --- afterwards
+    for reason in loader.skipped.values():
+        console.print(f"[yellow]skipped[/] {reason}", highlight=False)
+    if main_process:
+        panels = [["reward/quality", "reward/twin_quality"], ["reward/keyword_recall", "reward/twin_keyword_recall"]]
+        panels += [["reward/beaten_twins", "rollout/no_spread"], ["policy/kl"], ["policy/entropy"]]
+        if len(results) > 1:
+            show_change(results[0], results[-1], console)
+        console.print(f"{log.plot(panels)}\n{s.out / 'rollouts.html'}\n{s.out / 'checkpoint'}  "
+                      f"({step} steps in {time.perf_counter() - began:.0f} s)")  # fmt: skip
+    accelerator.end_training()
+    return results[-1] if results else None
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Settings, description=__doc__))
+    except (ClipError, ValueError) as error:
+        sys.exit(f"error: {error}")
