@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -90,16 +91,18 @@ class DescribeSettings:
 
 @dataclass
 class ReportSettings:
-    """Train every variant of stage 1 on the embedded world with several seeds, and write the README's tables."""
+    """Train every variant of a stage on the embedded world with several seeds, and write the README's tables."""
 
+    stage: Literal[1, 2] = 1
+    """Stage 1, or stage 2 from a stage 1 of 700 steps, which leaves room."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; each gives every variant its own weights and order of clips."""
     out: Path = Path("runs/report")
-    """Folder of the runs and of report.md; runs that are there already are not repeated."""
+    """Folder of the runs and of report-STAGE.md; runs that are there already are not repeated."""
     steps: int | None = None
     """Steps of a run (default: the preset's)."""
     ablation: bool = False
-    """Train without the twin's negatives, too."""
+    """Train the ablations, too."""
 
 
 @dataclass
@@ -120,8 +123,19 @@ class CostSettings:
     """Folder of cost.json and cost.md."""
 
 
-VARIANTS = {"caption loss alone": ["--contrastive-weight", "0"], "+ contrastive, twin (default)": []}
-ABLATION = {"+ contrastive, no twin": ["--no-twin-negatives"]}
+VARIANTS = {
+    1: {"caption loss alone": ["--contrastive-weight", "0"], "+ contrastive, twin (default)": []},
+    2: {"relative (default)": [], "similarity": ["--reward", "similarity"]},
+}
+ABLATIONS = {
+    1: {"+ contrastive, no twin": ["--no-twin-negatives"]},
+    2: {
+        "recall: no twin, no comparison": ["--reward", "recall", "--num-twin-rollouts", "0"],
+        "pooled": ["--reward", "pooled"],
+        "relative, alpha 0.3": ["--alpha", "0.3"],
+        "relative, divided by spread": ["--divide-by-spread"],
+    },
+}
 
 
 def load_model(model: str) -> tuple[vp.VideoLM, object]:
@@ -436,36 +450,68 @@ def run_cost(settings: CostSettings, console: Console) -> dict:
     return record
 
 
+def train_if_missing(script: str, out: Path, arguments: Sequence[str], console: Console) -> None:
+    """Run a training script into a folder, unless the folder has a checkpoint already."""
+    if not (out / "checkpoint").exists():
+        command = [sys.executable, str(Path(__file__).with_name(script)), "--out", str(out), *arguments]
+        console.print(" ".join(command[1:]), highlight=False, soft_wrap=True)
+        subprocess.run(command, check=True)
+
+
+def scores_of(run: Path, temperature: float, console: Console) -> dict:
+    """A run's evaluation on the world's test split, greedy or sampled; made if it is not there yet."""
+    out = run / ("sampled" if temperature else "greedy")
+    if not (out / "results.json").exists():
+        run_evaluation(EvalSettings(str(run), out=out, temperature=temperature, workers=0), console)
+    return json.loads((out / "results.json").read_text())
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean (least to most)."""
+    return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
 def run_report(settings: ReportSettings, console: Console) -> str:
     """The command `python eval.py report`."""
-    names = ("action right", "actor right", "static similarity", "caption similarity")
-    lines = ["| stage 1, world, test split | " + " | ".join(f"{n} (full)" for n in names) + " | action right (twin) |"]
-    lines.append("|---" * (len(names) + 2) + "|")
-    for variant, arguments in (VARIANTS | (ABLATION if settings.ablation else {})).items():
+    stage, seeds = settings.stage, settings.seeds
+    columns = [("action right", "full"), ("static similarity", "full"), ("caption similarity", "full")]
+    columns += [("actor right", "full")] * (stage == 1) + [("action right", "twin")]
+    head = [f"{name}, {part}" for name, part in columns]
+    if stage == 2:
+        head.insert(1, "action right, full, sampled")
+    lines = [f"| stage {stage}, world, test split | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    steps = [] if settings.steps is None else ["--steps", str(settings.steps)]
+    start = {seed: settings.out / "stage-1-short" / f"seed-{seed}" for seed in seeds} if stage == 2 else {}
+    for seed, folder in start.items():
+        train_if_missing("train_sft.py", folder, ["--steps", "700", "--seed", str(seed), "--eval-every", "-1"], console)
+    variants = {"stage 1 alone": None} if stage == 2 else {}
+    for variant, arguments in (variants | VARIANTS[stage] | (ABLATIONS[stage] if settings.ablation else {})).items():
         runs = []
-        for seed in settings.seeds:
-            out = settings.out / re.sub(r"[^a-z]+", "-", f"{variant} ").strip("-") / f"seed-{seed}"
-            if not (out / "results.json").exists():
-                command = [sys.executable, str(Path(__file__).with_name("train_sft.py")), "--out", str(out)]
-                command += ["--seed", str(seed), *arguments]
-                command += [] if settings.steps is None else ["--steps", str(settings.steps)]
-                console.print(" ".join(command[1:]), highlight=False, soft_wrap=True)
-                subprocess.run(command, check=True)
-            runs.append(json.loads((out / "results.json").read_text()))
-        cells = []
-        for part, name in [("full", n) for n in names] + [("twin", "action right")]:
-            values = [r[part][name] for r in runs]
-            cells.append(f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        for seed in seeds:
+            out = settings.out / re.sub(r"[^a-z0-9]+", "-", f"{variant} ").strip("-") / f"seed-{seed}"
+            if arguments is None:
+                out = start[seed]
+            elif stage == 1:
+                train_if_missing("train_sft.py", out, ["--seed", str(seed), *arguments, *steps], console)
+            else:
+                more = ["--model", str(start[seed]), "--no-eval-before", "--seed", str(seed), *arguments, *steps]
+                train_if_missing("train_rl.py", out, more, console)
+            runs.append(out)
+        greedy = [scores_of(run, 0.0, console) for run in runs]
+        cells = [spread([r[part][name] for r in greedy]) for name, part in columns]
+        if stage == 2:
+            sampled = [scores_of(run, 1.0, console) for run in runs]
+            cells.insert(1, spread([r["full"]["action right"] for r in sampled]))
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-    about = json.loads((out / "settings.json").read_text())
-    seeds = ", ".join(map(str, settings.seeds))
-    lines.append(f"\nMean (least to most) over seeds {seeds}; {runs[0]['clips']} clips; chance of the action is 1/8. "
-                 f"Commit {about['commit']}, torch {about['torch']}, {about['device']}.")  # fmt: skip
-    with_twin, without = step_seconds("runs/tiny", Path("runs/world/train.jsonl"))
-    lines.append(f"\nStep with the twin loss {1e3 * with_twin:.0f} ms, caption-only {1e3 * without:.0f} ms, ratio "
-                 f"{with_twin / without:.2f} (medians of 30 pairs, batch 16, in turn in one process).")  # fmt: skip
+    about = json.loads((runs[-1] / "settings.json").read_text())
+    lines.append(f"\nMean (least to most) over seeds {', '.join(map(str, seeds))}; {greedy[0]['clips']} clips; chance of the "
+                 f"action is 1/8. Commit {about['commit']}, torch {about['torch']}, {about['device']}.")  # fmt: skip
+    if stage == 1:
+        with_twin, without = step_seconds("runs/tiny", Path("runs/world/train.jsonl"))
+        lines.append(f"\nStep with the twin loss {1e3 * with_twin:.0f} ms, caption-only {1e3 * without:.0f} ms, ratio "
+                     f"{with_twin / without:.2f} (medians of 30 pairs, batch 16, in turn in one process).")  # fmt: skip
     report = "\n".join(lines) + "\n"
-    (settings.out / "report.md").write_text(report)
+    (settings.out / f"report-{stage}.md").write_text(report)
     console.print(report, highlight=False, soft_wrap=True)
     return report
 

@@ -41,7 +41,7 @@ from data.world import embedded_world
 from eval import evaluate, show_change, show_results
 
 PRESETS = {
-    "tiny": dict(steps=200, batch_size=8, micro_batch_size=8, learning_rate=1e-4, max_frames=16, max_new_tokens=40),
+    "tiny": dict(steps=300, batch_size=8, micro_batch_size=8, learning_rate=3e-4, max_frames=16, max_new_tokens=40),
     "gpu-24gb": dict(
         steps=500, batch_size=8, micro_batch_size=1, learning_rate=2e-5, max_frames=32, fps=2.0, lora_rank=16,
         gradient_checkpointing=True, workers=4, max_new_tokens=128, text_encoder="sentence-transformers/all-MiniLM-L6-v2",
@@ -83,7 +83,7 @@ class Settings:
     """sentence-transformers model whose token embeddings score descriptions (default: the world's, made on the spot)."""
     num_rollouts: int = 8
     """G, descriptions of the full video a prompt."""
-    num_twin_rollouts: int = 8
+    num_twin_rollouts: int = 4
     """G', descriptions of its twin."""
     temperature: float = 1.0
     """Sampling temperature."""
@@ -95,10 +95,10 @@ class Settings:
     """Prompts a step, over all micro-batches and processes."""
     micro_batch_size: int | None = None
     """Prompts an update pass; each brings its G descriptions."""
-    epochs: int = 1
+    epochs: int = 2
     """Updates on the same rollouts."""
     learning_rate: float | None = None
-    """Learning rate (AdamW, linear warm-up, then constant)."""
+    """Peak learning rate (AdamW, linear warm-up, linear to zero)."""
     warmup: float = 0.05
     """Share of the steps that warms up."""
     weight_decay: float = 0.0
@@ -109,7 +109,7 @@ class Settings:
     """eps_low: how far below 1 a token's probability ratio may push."""
     clip_high: float = 0.28
     """eps_high: how far above 1."""
-    beta: float = 0.02
+    beta: float = 0.1
     """Weight of the KL to the frozen stage-1 policy; 0 keeps no reference and computes nothing for it."""
     loss_level: Literal["token", "sequence"] = "token"
     """Whether every token of a batch counts alike, or every description."""
@@ -156,6 +156,8 @@ def resolve(settings: Settings) -> Settings:
         raise ValueError(f"--num-rollouts: got {s.num_rollouts}; a group needs 2 descriptions to compare")
     if s.num_twin_rollouts < 0 or (s.num_twin_rollouts == 0 and s.reward in ("relative", "pooled")):
         raise ValueError(f"--num-twin-rollouts: got {s.num_twin_rollouts}; --reward {s.reward} compares with the twin's")
+    if s.train_vision and s.lora_rank and s.beta > 0:
+        raise ValueError("--train-vision with --lora-rank leaves no frozen policy for the KL; give --beta 0")
     if s.model == "runs/sft" and not Path(s.model, "checkpoint").exists():
         raise ValueError("there is no stage-1 checkpoint in runs/sft; run `python train_sft.py` first, or give --model")
     if s.text_encoder is None:
@@ -227,7 +229,7 @@ def main(settings: Settings) -> dict | None:
 
     # --- the loop: rollouts -> rewards -> update -> log -> save -> eval
     examples = loader.examples()
-    pending, shown, pages, marked = [], [], [], 0
+    pending, shown, pages, marked, bad_steps = [], [], [], 0, 0
     num_prompts, G = s.batch_size // world_size, s.num_rollouts
     began = mark = time.perf_counter()
     with loader, Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
@@ -248,7 +250,8 @@ def main(settings: Settings) -> dict | None:
             seeds = [[s.seed, step, rank, index] for index, _ in drawn]
             uniform = torch.stack([torch.from_numpy(np.random.default_rng(x).random(shape, np.float32)) for x in seeds])
             lm.eval()
-            rollouts, video = lm.roll_out(group, G, s.num_twin_rollouts, s.max_new_tokens, uniform, s.temperature)
+            with accelerator.autocast():
+                rollouts, video = lm.roll_out(group, G, s.num_twin_rollouts, s.max_new_tokens, uniform, s.temperature)
             lm.train()
             rollouts = rollouts.to("cpu")
             lengths = rollouts.lengths.tolist()
@@ -287,27 +290,37 @@ def main(settings: Settings) -> dict | None:
             # Update: [prompt][y_1]...[y_G] in one sequence a clip; divided by the whole batch's tokens: equation (5).
             clock["update"] = time.perf_counter()
             kept = [b for b in range(num_prompts) if useful[b]]
-            parts = [kept[i : i + s.micro_batch_size] for i in range(0, len(kept), s.micro_batch_size)]
             weight = vp.token_weights(rollouts.lengths[:, :G].flatten(), s.loss_level).view(num_prompts, G)
+            parts = []
+            for i in range(0, len(kept), s.micro_batch_size):
+                part = kept[i : i + s.micro_batch_size]
+                packed = lm.pack_rollouts([group[b] for b in part], [tokens[b][:G] for b in part])
+                per_token = [  # log-probability when it was sampled, advantage and weight of each token
+                    torch.cat([p[:n] for b in part for p, n in zip(rollouts.logp[b, :G], lengths[b])]),
+                    torch.stack([advantages[b] for b in part]).flatten()[packed.rollout],
+                    weight[part].flatten()[packed.rollout],
+                ]
+                packed, per_token = packed.to(device), [x.to(device) for x in per_token]
+                ref_logp = None
+                if reference is not None:
+                    with torch.no_grad(), accelerator.autocast(), lm.hf.disable_adapter() if s.lora_rank else nullcontext():
+                        seen = (
+                            reference.encode_examples([group[b] for b in part])
+                            if s.train_vision
+                            else lm.take_clips(video, part)
+                        )
+                        ref_logp, _ = reference.log_probs(packed, seen, s.temperature)
+                parts.append((part, packed, per_token, ref_logp))
             for _ in range(s.epochs):
                 totals = {}
-                for part in parts:
-                    packed = lm.pack_rollouts([group[b] for b in part], [tokens[b][:G] for b in part])
-                    whose = packed.rollout
-                    old_logp = torch.cat([p[:n] for b in part for p, n in zip(rollouts.logp[b, :G], lengths[b])])
-                    token_weight = weight[part].flatten()[whose].to(device)
-                    advantage = torch.stack([advantages[b] for b in part]).flatten()[whose].to(device)
-                    packed = packed.to(device)
-                    some = lm.encode_examples([group[b] for b in part]) if s.train_vision else lm.take_clips(video, part)
-                    ref_logp = None
-                    if reference is not None:
-                        with torch.no_grad(), lm.hf.disable_adapter() if s.lora_rank else nullcontext():
-                            ref_logp, _ = reference.log_probs(packed, some, s.temperature)
+                for part, packed, (old_logp, advantage, token_weight), ref_logp in parts:
                     with accelerator.autocast():
-                        logp, entropy = lm.log_probs(packed, some, s.temperature)
-                    loss, sums = vp.grpo_loss(
-                        logp, old_logp.to(device), ref_logp, advantage, token_weight, s.clip_low, s.clip_high, s.beta
-                    )
+                        seen = (
+                            lm.encode_examples([group[b] for b in part]) if s.train_vision else lm.take_clips(video, part)
+                        )
+                        logp, entropy = lm.log_probs(packed, seen, s.temperature)
+                    clip = (s.clip_low, s.clip_high)
+                    loss, sums = vp.grpo_loss(logp, old_logp, ref_logp, advantage, token_weight, *clip, s.beta)
                     loss.backward()
                     sums |= {"entropy": (token_weight * entropy).sum(), "weight": token_weight.sum(), "loss": loss.detach()}
                     for name, value in sums.items():
@@ -317,7 +330,10 @@ def main(settings: Settings) -> dict | None:
                         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                         p.grad = accelerator.reduce(p.grad, "mean")
                 grad_norm = torch.nn.utils.clip_grad_norm_(trained, s.grad_clip)
-                optimizer.step()
+                if torch.isfinite(grad_norm):
+                    optimizer.step()
+                else:
+                    bad_steps += 1
                 schedule.step()
                 optimizer.zero_grad()
             clock["end"] = time.perf_counter()
@@ -335,6 +351,7 @@ def main(settings: Settings) -> dict | None:
             if step % s.log_every == 0 or last:
                 records = gather_object(pending) if world_size > 1 else pending
                 metrics = {"step": step, "lr": schedule.get_last_lr()[0], "data/skipped": len(loader.skipped)}
+                metrics["policy/bad_steps"] = bad_steps
                 for name in dict.fromkeys(name for record in records for name in record):
                     values = [float(record[name]) for record in records if name in record]
                     metrics[name] = sum(values) / len(values)
