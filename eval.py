@@ -458,11 +458,11 @@ def train_if_missing(script: str, out: Path, arguments: Sequence[str], console: 
         subprocess.run(command, check=True)
 
 
-def scores_of(run: Path, temperature: float, console: Console) -> dict:
-    """A run's evaluation on the world's test split, greedy or sampled; made if it is not there yet."""
-    out = run / ("sampled" if temperature else "greedy")
+def sampled_scores(run: Path, console: Console) -> dict:
+    """A run's evaluation on the world's test split by sampling at temperature 1; made if it is not there yet."""
+    out = run / "sampled"
     if not (out / "results.json").exists():
-        run_evaluation(EvalSettings(str(run), out=out, temperature=temperature, workers=0), console)
+        run_evaluation(EvalSettings(str(run), out=out, temperature=1.0, workers=0), console)
     return json.loads((out / "results.json").read_text())
 
 
@@ -497,15 +497,15 @@ def run_report(settings: ReportSettings, console: Console) -> str:
                 more = ["--model", str(start[seed]), "--no-eval-before", "--seed", str(seed), *arguments, *steps]
                 train_if_missing("train_rl.py", out, more, console)
             runs.append(out)
-        greedy = [scores_of(run, 0.0, console) for run in runs]
+        greedy = [json.loads((run / "results.json").read_text()) for run in runs]
         cells = [spread([r[part][name] for r in greedy]) for name, part in columns]
         if stage == 2:
-            sampled = [scores_of(run, 1.0, console) for run in runs]
+            sampled = [sampled_scores(run, console) for run in runs]
             cells.insert(1, spread([r["full"]["action right"] for r in sampled]))
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     about = json.loads((runs[-1] / "settings.json").read_text())
-    lines.append(f"\nMean (least to most) over seeds {', '.join(map(str, seeds))}; {greedy[0]['clips']} clips; chance of the "
-                 f"action is 1/8. Commit {about['commit']}, torch {about['torch']}, {about['device']}.")  # fmt: skip
+    lines.append(f"\nMean (least to most) over seeds {', '.join(map(str, seeds))}; {greedy[0]['clips']} clips; chance of "
+                 f"the action is 1/8. Commit {about['commit']}, torch {about['torch']}, {about['device']}.")  # fmt: skip
     if stage == 1:
         with_twin, without = step_seconds("runs/tiny", Path("runs/world/train.jsonl"))
         lines.append(f"\nStep with the twin loss {1e3 * with_twin:.0f} ms, caption-only {1e3 * without:.0f} ms, ratio "
