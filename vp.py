@@ -18,13 +18,15 @@ import copy
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import Cache, DynamicCache, LogitsProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -505,6 +507,14 @@ class Packed:
         sees = self.ancestors[self.branch[:, :, None], self.branch[:, None, :]]
         return (sees & torch.ones(T, T, dtype=torch.bool, device=sees.device).tril())[:, None]
 
+    def block_mask(self) -> BlockMask:
+        """The same for flex_attention, which leaves out the blocks that nobody sees."""
+        B, T = self.branch.shape
+        branch, ancestors = self.branch, self.ancestors
+        return create_block_mask(
+            lambda b, h, q, k: ancestors[branch[b, q], branch[b, k]] & (q >= k), B, None, T, T, device=branch.device
+        )
+
 
 @dataclass
 class Rollouts:
@@ -594,6 +604,7 @@ class VideoLM(nn.Module):
         # Linear attention carries a state along the sequence: branches cannot share a prefix by a mask there.
         layer_types = getattr(self.config.text_config, "layer_types", None) or ["full_attention"]
         self.shares_prefix = set(layer_types) == {"full_attention"}
+        self.flex = torch.cuda.is_available()  # attention among branches: flex_attention, or sdpa with a mask
 
     # The modules below belong to self.hf; properties keep them from being registered, and saved, twice.
     @property
@@ -836,17 +847,31 @@ class VideoLM(nn.Module):
 
     def run_packed(self, packed: Packed, video, cache: Cache | None = None) -> Tensor:
         """States (M, D) of the wanted rows, from one pass in which nothing shared is run twice; fills `cache`."""
-        branching = packed.mask() if self.shares_prefix else (packed.branch < len(packed.ancestors) - 1).long()
-        out = self.base.model(
-            input_ids=packed.input_ids,
-            mm_token_type_ids=packed.token_types,
-            attention_mask=branching,
-            position_ids=packed.position_ids,
-            mm_encoder_outputs={"video": self.gather_video(video, packed.visual_index)},
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        if not self.shares_prefix:
+            mask = (packed.branch < len(packed.ancestors) - 1).long()  # (B, T): all but padding
+        else:
+            mask = packed.block_mask() if self.flex else packed.mask()
+        with self.text_attention("flex_attention") if self.shares_prefix and self.flex else nullcontext():
+            out = self.base.model(
+                input_ids=packed.input_ids,
+                mm_token_type_ids=packed.token_types,
+                attention_mask=mask,
+                position_ids=packed.position_ids,
+                mm_encoder_outputs={"video": self.gather_video(video, packed.visual_index)},
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
         return out.last_hidden_state.flatten(0, 1).index_select(0, packed.rows)
+
+    @contextmanager
+    def text_attention(self, name: str) -> Iterator[None]:
+        """Run the language model with another of transformers' attention implementations."""
+        config = self.base.model.language_model.config
+        before, config._attn_implementation = config._attn_implementation, name
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
 
     def log_probs(self, packed: Packed, video, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probability (M,) of every token of packed rollouts, and the entropy (M,) where it was chosen."""

@@ -173,6 +173,39 @@ def test_packed_update_equals_separate_sequences(lm, plain, ragged, share):
         torch.testing.assert_close(mine[name].grad, parameter.grad, rtol=1e-3, atol=2e-5, msg=name)
 
 
+def test_flex_attention_sees_the_same(lm, ragged, monkeypatch):
+    """The mask for flex_attention gives the states of the one for sdpa: prefixes and rollouts (forward, uncompiled)."""
+    from torch.nn.attention.flex_attention import flex_attention
+    from transformers.integrations import flex_attention as theirs
+
+    monkeypatch.setattr(
+        theirs, "compile_friendly_flex_attention", lambda q, k, v, training=False, **more: flex_attention(q, k, v, **more)
+    )
+    ys = [[torch.arange(n) for n in ns] for ns in ((5, 1, 7), (3, 3, 2), (8, 4, 1), (2, 6, 6))]
+    with torch.no_grad():
+        video = lm.encode_examples(ragged)
+        for packed in (lm.pack_prefixes(ragged), lm.pack_rollouts(ragged, ys)):
+            lm.flex = False
+            want = lm.run_packed(packed, video)
+            lm.flex = True
+            torch.testing.assert_close(lm.run_packed(packed, video), want, rtol=1e-4, atol=1e-5)
+    assert lm.base.model.language_model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: flex_attention has no backward on a CPU")
+def test_flex_attention_gradients(lm, ragged):
+    """On a GPU: gradients of the packed update by flex_attention equal those by sdpa with a mask."""
+    lm.to("cuda")
+    ys = [[torch.arange(n) for n in ns] for ns in ((5, 1, 7), (3, 3, 2), (8, 4, 1), (2, 6, 6))]
+    packed, gradients = lm.pack_rollouts(ragged, ys).to("cuda"), []
+    for lm.flex in (False, True):
+        lm.zero_grad()
+        lm.log_probs(packed, lm.encode_examples(ragged))[0].sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-2, atol=1e-4, msg=name)
+
+
 def test_sampled_log_probs_are_those_of_the_update(lm, ragged):
     """What a token cost when it was sampled is what the packed update says, also at another temperature."""
     for temperature in (1.0, 0.7):
