@@ -41,7 +41,7 @@ from data.world import embedded_world
 from eval import evaluate, show_change, show_results
 
 PRESETS = {
-    "tiny": dict(steps=300, batch_size=8, micro_batch_size=8, learning_rate=3e-4, max_frames=16, max_new_tokens=40),
+    "tiny": dict(steps=450, batch_size=8, micro_batch_size=8, learning_rate=3e-4, max_frames=16, max_new_tokens=40),
     "gpu-24gb": dict(
         steps=500, batch_size=8, micro_batch_size=1, learning_rate=2e-5, max_frames=32, fps=2.0, lora_rank=16,
         gradient_checkpointing=True, workers=4, max_new_tokens=128, text_encoder="sentence-transformers/all-MiniLM-L6-v2",
