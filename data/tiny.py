@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -29,6 +29,8 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
@@ -37,7 +39,7 @@ from transformers import (
 
 from data.world import ACTIONS, COLOURS, PIXELS, SHAPES
 
-Family = Literal["qwen2_5_vl", "qwen3_vl"]
+Family = Literal["qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -124,12 +126,19 @@ def build_tiny(out: Path, family: Family = "qwen2_5_vl", seed: int = 0) -> Path:
         text |= {"head_dim": 32, "rope_parameters": rope | {"mrope_interleaved": True}}
         config = Qwen3VLConfig(text_config=text, vision_config=vision, **config_ids)
         model = Qwen3VLForConditionalGeneration(config)
+    elif family == "qwen3_5":
+        vision |= dict(num_position_embeddings=16)
+        text |= {"head_dim": 32, "layer_types": ["linear_attention", "full_attention"] * 2}
+        text |= dict(linear_key_head_dim=32, linear_value_head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4)
+        text |= {"rope_parameters": rope | {"mrope_interleaved": True, "partial_rotary_factor": 1.0}}
+        model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision, **config_ids))
+    else:
+        raise ValueError(f"family: got {family!r}, expected one of {', '.join(get_args(Family))}")
+    if family != "qwen2_5_vl":
         # Qwen3-VL's sizes count the pixels of the whole video: here those of 16 frames.
         size = {"shortest_edge": 16 * 24**2, "longest_edge": 16 * PIXELS**2}
         video_processor = Qwen3VLVideoProcessor(size=size, **pixels)
         processor_class = Qwen3VLProcessor
-    else:
-        raise ValueError(f"family: got {family!r}, expected qwen2_5_vl or qwen3_vl")
     processor = processor_class(image_processor, tokenizer, video_processor, chat_template=CHAT_TEMPLATE)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vp
+from data.clips import Preparation, load_clips, prepare
+from data.tiny import build_tiny
 from tests.test_videolm import count_calls, degraded, plain_inputs
 
 LENGTH = 9
@@ -251,9 +253,35 @@ def test_micro_batches_of_the_update_change_nothing(lm, ragged):
     assert len(want) > 20
 
 
-def test_linear_attention_cannot_share(qwen2_5):
-    """A config with another kind of layer takes the road of repeated prefixes."""
-    hf = AutoModelForImageTextToText.from_pretrained(qwen2_5)
-    assert vp.VideoLM(hf).shares_prefix
-    hf.config.text_config.layer_types = ["linear_attention", "full_attention"] * 2
-    assert not vp.VideoLM(hf).shares_prefix
+@pytest.fixture(scope="module")
+def qwen3_5(tmp_path_factory, world) -> tuple:
+    """A family with linear attention, twice, and two of its examples."""
+    folder = build_tiny(tmp_path_factory.mktemp("tiny") / "qwen3_5", "qwen3_5", seed=1)
+    models = [AutoModelForImageTextToText.from_pretrained(folder) for _ in range(2)]
+    preparation = Preparation(AutoProcessor.from_pretrained(folder), max_frames=8)
+    clips, _ = load_clips(world / "train.jsonl")
+    return vp.VideoLM(models[0]), models[1].eval(), [prepare(c, preparation) for c in clips[:2]]
+
+
+def test_linear_attention_rolls_out_by_repeated_prefixes(qwen3_5):
+    """Qwen3.5 cannot share a prefix by a mask: each rollout repeats it, and equals whole passes of a clip alone."""
+    lm, plain, examples = qwen3_5
+    lm.eval()
+    assert not lm.shares_prefix
+    numbers = uniforms(examples, 3, 4)
+    got, _ = lm.roll_out(examples, 2, 1, 4, numbers)
+    for b, e in enumerate(examples):
+        for r, pixels in ((0, e.pixels), (1, e.pixels), (2, degraded(e))):
+            tokens, logp = by_hand(plain, e, pixels, numbers[b, r], 4, lm.banned, lm.end_ids.tolist())
+            assert got.tokens[b, r, : len(tokens)].tolist() == tokens.tolist()
+            torch.testing.assert_close(got.logp[b, r, : len(tokens)], logp.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_linear_attention_updates_on_separate_sequences(qwen3_5):
+    """Log-probs of ragged rollouts equal those of plain passes, one by one."""
+    lm, plain, examples = qwen3_5
+    ys = [[torch.arange(5), torch.arange(2)], [torch.arange(3), torch.arange(4)]]
+    with torch.no_grad():
+        got, _ = lm.log_probs(lm.pack_rollouts(examples, ys), lm.encode_examples(examples))
+        want = torch.cat([separate(lm, plain, e, y) for e, group in zip(examples, ys) for y in group])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from data.tiny import build_tiny
 from tests.test_scripts import HERE, run
 
 FAST = ["--steps", "3", "--batch-size", "4", "--micro-batch-size", "2", "--log-every", "1", "--num-rollouts", "4",
@@ -105,6 +106,13 @@ def test_every_road_runs(tmp_path, data, more):
     before, after = load_file(Path(data[1]) / "model.safetensors"), weights(tmp_path / "o")
     moved = {k for k in after if k in before and not torch.equal(before[k], after[k])}
     assert moved and any("visual" in k for k in moved) == ("--train-vision" in more)
+
+
+def test_linear_attention_falls_back_and_says_so(tmp_path, data):
+    """A family that cannot share its prefix trains all the same, with a printed line."""
+    model = build_tiny(tmp_path / "qwen3_5", "qwen3_5")
+    done = run(HERE / "train_rl.py", *FAST, *data, "--model", model, "--steps", 1, "--out", tmp_path / "o", cwd=tmp_path)
+    assert "prefix is repeated for every rollout" in done.stdout and len(steps(tmp_path / "o")) == 1
 
 
 def test_equal_rewards_change_nothing(tmp_path, data, world):
