@@ -1,4 +1,4 @@
-# make demo: set up, train stage 1 on the embedded world, print the evaluation (minutes on two cores)
+# make demo: set up, train both stages on the embedded world, print the evaluations (minutes on two cores)
 # make test: set up, ruff, pytest
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,6 +6,7 @@ BIN := .venv/bin
 .PHONY: demo test setup
 demo: setup
 	$(BIN)/python train_sft.py
+	$(BIN)/python train_rl.py
 
 test: setup
 	$(BIN)/ruff check .

@@ -186,7 +186,10 @@ def make_world(settings: WorldSettings) -> Path:
             f"{folder}: holds a world of {stamp_file.read_text().strip()}, asked for {json.dumps(stamp)}. "
             "Choose another --out, or delete the folder."
         )
-    stamp_file.write_text(json.dumps(stamp))
+    if not stamp_file.exists():
+        partial = folder / f".world-{os.getpid()}.json"
+        partial.write_text(json.dumps(stamp))
+        os.replace(partial, stamp_file)  # two runs may start at once
     for split, count in (("train", settings.train), ("test", settings.test)):
         annotations = folder / f"{split}.jsonl"
         if annotations.exists() and sum(1 for _ in annotations.open()) == count:
