@@ -17,6 +17,7 @@ import json
 import signal
 import sys
 import time
+import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -80,7 +81,8 @@ class Settings:
     divide_by_spread: bool = False
     """Divide advantages by the standard deviation of their group."""
     text_encoder: str | None = None
-    """sentence-transformers model whose token embeddings score descriptions (default: the world's, made on the spot)."""
+    """sentence-transformers model whose token embeddings score descriptions (default: one that knows equal words only,
+    made on the spot; for the world also kinds of words)."""
     num_rollouts: int = 8
     """G, descriptions of the full video a prompt."""
     num_twin_rollouts: int = 4
@@ -160,7 +162,7 @@ def resolve(settings: Settings) -> Settings:
         raise ValueError("--train-vision with --lora-rank leaves no frozen policy for the KL; give --beta 0")
     if s.model == "runs/sft" and not Path(s.model, "checkpoint").exists():
         raise ValueError("there is no stage-1 checkpoint in runs/sft; run `python train_sft.py` first, or give --model")
-    if s.text_encoder is None:
+    if s.text_encoder is None and s.data is None:
         s.text_encoder = str(build_text_encoder(Path("runs/text-encoder")))
     if s.data is None:
         s.data, test = embedded_world(s.world_clips)
@@ -192,6 +194,12 @@ def main(settings: Settings) -> dict | None:
         reference = lm  # the same weights with the adapter switched off
     else:
         reference = copy.deepcopy(lm).requires_grad_(False)
+    if s.text_encoder is None:
+        console.print("[yellow]no --text-encoder: only equal words count as alike. For captions in free words give one, "
+                      "such as sentence-transformers/all-MiniLM-L6-v2")  # fmt: skip
+        words = [text for clip in clips for text in (clip.caption, *clip.keywords)]
+        name = f"text-encoder-{zlib.crc32(' '.join(words).encode()):08x}"
+        s.text_encoder = str(build_text_encoder(s.out / name, words))
     encoder = TextEncoder(s.text_encoder, device)
     preparation = Preparation(processor, s.max_frames, s.fps)
     loader = ClipLoader(clips[rank::world_size], preparation, s.seed, s.workers, s.time_limit, s.max_bad_share)

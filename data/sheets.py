@@ -79,6 +79,11 @@ def shade(value: float, low: float, high: float) -> tuple[int, int, int]:
     return round(255 * min(1, 2 - 2 * t) * 0.85), round(255 * min(1, 2 * t) * 0.7), 40
 
 
+def printable(text: str) -> str:
+    """One line without control characters, which a sampled text may hold and a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
 def rollout_table(groups: Sequence[RolloutGroup], step: int) -> Table:
     """Descriptions of full video and twin side by side, coloured by reward, for the terminal."""
     table = Table(title=f"step {step}: full video, reward first | twin, quality first", show_lines=False)
@@ -93,9 +98,9 @@ def rollout_table(groups: Sequence[RolloutGroup], step: int) -> Table:
             cells = [Text(""), Text("")]
             if i < len(ranked):
                 r, g, b = shade(ranked[i][0], min(group.rewards), max(group.rewards))
-                cells[0] = Text(f"{ranked[i][0]:.2f}  {ranked[i][1]}", style=f"rgb({r},{g},{b})")
+                cells[0] = Text(f"{ranked[i][0]:.2f}  {printable(ranked[i][1])}", style=f"rgb({r},{g},{b})")
             if i < len(beside):
-                cells[1] = Text(f"{beside[i][0]:.2f}  {beside[i][1]}")
+                cells[1] = Text(f"{beside[i][0]:.2f}  {printable(beside[i][1])}")
             table.add_row(*cells)
         table.add_section()
     return table
@@ -111,7 +116,7 @@ def rollout_page(path: Path, pages: Sequence[tuple[int, Sequence[RolloutGroup]]]
     """The same as one HTML file without network, newest step first; keywords are marked where they stand."""
 
     def words(text: str, keywords: Sequence[str]) -> str:
-        shown = html.escape(text) or "<i>(nothing)</i>"
+        shown = html.escape(printable(text)) or "<i>(nothing)</i>"
         for keyword in sorted(map(html.escape, keywords), key=len, reverse=True):
             at = shown.lower().find(keyword.lower())
             if at >= 0:

@@ -8,8 +8,10 @@ They are ordinary Hugging Face directories (safetensors, config, tokenizer, chat
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -147,41 +149,41 @@ def build_tiny(out: Path, family: Family = "qwen2_5_vl", seed: int = 0) -> Path:
     return out
 
 
-def build_text_encoder(out: Path, seed: int = 0, width: int = 64) -> Path:
-    """Write the world's text encoder to `out`: a SentenceTransformer directory of static word embeddings.
+def build_text_encoder(out: Path, texts: Sequence[str] | None = None, seed: int = 0) -> Path:
+    """Write a text encoder of static word embeddings to `out`: a SentenceTransformer directory, built offline.
 
-    A word is like itself (1), a little like the words of its kind (0.3: colours, shapes, verbs, what follows a verb, the
-    rest), and unlike any other (0). It is a BERT without layers, so that it loads and embeds like a trained encoder. What
-    is already there is kept.
+    A word is like itself (1), and, in the world, a little like the words of its kind (0.3: colours, shapes, verbs, what
+    follows a verb, the rest); an unknown word is like nothing, not even itself. With `texts` it knows their words instead,
+    each a kind of its own: nothing but equal words is alike. It is a BERT without layers, so that it loads and embeds like
+    a trained encoder. What is already there is kept.
     """
     if (out / "modules.json").exists():
         return out
-    first, follow = {a.split()[0] for a in ACTIONS}, {w for a in ACTIONS for w in a.split()[1:]} - {"a"}
-    kinds = [
-        ["[PAD]", "[UNK]"],
-        list(COLOURS),
-        list(SHAPES),
-        sorted(first),
-        sorted(follow),
-        ["a", "and", "the", "something"],
-    ]
-    vocabulary = {word: i for i, word in enumerate(w for kind in kinds for w in kind)}
+    if texts is None:
+        first, follow = {a.split()[0] for a in ACTIONS}, {w for a in ACTIONS for w in a.split()[1:]} - {"a"}
+        kinds = [list(COLOURS), list(SHAPES), sorted(first), sorted(follow), ["a", "and", "the", "something"]]
+    else:
+        kinds = [[word] for word in sorted({w for text in texts for w in re.findall(r"\w+", text.lower())})]
+    vocabulary = {"[PAD]": 0, "[UNK]": 1} | {w: i for i, w in enumerate((w for kind in kinds for w in kind), 2)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True)
+    width = 64 if texts is None else 384
     sizes = dict(hidden_size=width, num_hidden_layers=0, num_attention_heads=1, intermediate_size=width, type_vocab_size=1)
     bert = BertModel(BertConfig(vocab_size=len(vocabulary), **sizes))
-    axes = torch.randn(width, width, generator=torch.Generator().manual_seed(seed))
-    axes[:, 0] = 1.0  # BERT's layer norm takes the mean out: keep clear of that direction
-    axes = torch.linalg.qr(axes).Q.T[1:]
+    axes = torch.randn(len(vocabulary) + len(kinds), width, generator=torch.Generator().manual_seed(seed))
+    axes -= axes.mean(1, keepdim=True)  # BERT's layer norm takes the mean out
+    if len(axes) < width:
+        axes = torch.linalg.qr(axes.T).Q.T  # at right angles, as long as there is room
+    axes /= axes.norm(dim=1, keepdim=True)
     with torch.no_grad():
         for parameter in bert.embeddings.parameters():
             parameter.zero_()
         bert.embeddings.LayerNorm.weight.fill_(1.0)
         for k, kind in enumerate(kinds):
             for word in kind:
-                own = axes[len(kinds) + vocabulary[word]]
-                bert.embeddings.word_embeddings.weight[vocabulary[word]] = 0.7**0.5 * own + 0.3**0.5 * axes[k]
+                own, of_kind = axes[vocabulary[word]], axes[len(vocabulary) + k]
+                bert.embeddings.word_embeddings.weight[vocabulary[word]] = 0.7**0.5 * own + 0.3**0.5 * of_kind
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     plain = partial / "bert"

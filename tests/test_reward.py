@@ -31,11 +31,24 @@ def grade(encoder, texts: list[str], kind: str = "relative") -> tuple[torch.Tens
 
 
 def test_encoder_likes_equal_words_best(encoder):
-    """1 for the same word, 0.3 for words of a kind, 0 for others; case and punctuation do not count; unknown is unlike."""
+    """1 for the same word, 0.3 for words of a kind, 0 for others; case and punctuation do not count."""
     red, RED, blue, circle, unknown = (e.embeddings for e in encoder(["red", "RED!", "blue", "circle", "xyzzy"]))
     for other, want in ((RED, 1.0), (blue, 0.3), (circle, 0.0), (unknown, 0.0)):
         assert torch.cosine_similarity(red, other).item() == pytest.approx(want, abs=0.02)
+    assert torch.cosine_similarity(unknown, unknown).item() == pytest.approx(
+        0, abs=0.02
+    )  # words nobody knows match nothing
     assert [len(e.tokens) for e in encoder(["", " .,: ", "a red circle"])] == [0, 0, 3]
+
+
+def test_encoder_of_a_data_set_knows_its_words(tmp_path):
+    """Built from captions, few or many: equal words are alike and no others."""
+    for count in (20, 900):
+        texts = [f"Word{i} and number{i}" for i in range(count)]
+        encoder = TextEncoder(build_text_encoder(tmp_path / str(count), texts))
+        a, b, c, d = (e.embeddings for e in encoder(["word7", "WORD7", "number7", "nowhere"]))
+        for other, want in ((b, 1.0), (c, 0.0), (d, 0.0)):
+            assert torch.cosine_similarity(a, other).item() == pytest.approx(want, abs=0.2 if count == 900 else 0.02)
 
 
 def test_encoder_is_an_ordinary_sentence_transformer(encoder, tmp_path):
