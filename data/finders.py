@@ -1,0 +1,259 @@
+"""When does the event happen? Evidence for each sampled frame, and the key spans that follow from it.
+
+motion   no model: how unlike a frame is both what was shown two seconds before and what is shown two seconds after, at the
+         place of the picture where it differs most. A hand that comes and goes, a flash, a car that passes: all are there
+         for a while and then not, while slow change is like one side or the other. Looks do not cross a cut, and a moving
+         camera lowers the confidence.
+clip     image-text similarity of the frames with the keyword, by any sentence-transformers or transformers CLIP or SigLIP.
+self     the video-language model's own evidence. With the heads of stage 1: how near the states of each slot are to the
+         keyword in the contrastive space. Without: by how much the keyword's log-probability falls when a window of slots
+         is shown as its neighbours; one vision pass a clip, the windows are a batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import vp
+
+
+@dataclass
+class Evidence:
+    """curve (F,): evidence of each frame, or of each slot, 0 or more. confidence: in [0, 1], that there is an event and
+    this is its place. notes: what speaks against it, in words."""
+
+    curve: Tensor
+    confidence: float
+    notes: list[str] = field(default_factory=list)
+
+
+def shrink(frames: Tensor, side: int = 64) -> Tensor:
+    """Frames (F, C, H, W) uint8 as float, the longer side at most `side` pixels."""
+    if max(frames.shape[-2:]) <= side:
+        return frames.float()
+    scale = side / max(frames.shape[-2:])
+    size = [max(8, round(n * scale)) for n in frames.shape[-2:]]
+    return F.interpolate(frames.float(), size=size, mode="area")
+
+
+def block_change(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference of pictures (..., C, H, W) in overlapping blocks a sixth of the picture wide: (..., n)."""
+    block = max(2, min(a.shape[-2:]) // 6)
+    change = (a - b).abs().mean(-3, keepdim=True).flatten(0, -4)
+    return F.avg_pool2d(change, block, max(1, block // 2)).flatten(1).unflatten(0, a.shape[:-3])
+
+
+def find_cuts(pixels: Tensor, threshold: float = 25.0) -> list[int]:
+    """Frames that begin another shot: most of the picture changes at once, far more than it does between other frames.
+
+    pixels: (F, C, H, W) float in [0, 255].
+    """
+    if len(pixels) < 3:
+        return []
+    change = block_change(pixels[1:], pixels[:-1]).median(1).values  # (F-1,): of the block in the middle
+    usual = change.median()
+    cut = (change > threshold) & (change > 6 * usual + 5)
+    return (cut.nonzero().squeeze(1) + 1).tolist()
+
+
+def motion_evidence(frames: Tensor, timestamps: Sequence[float], reach: float = 2.0) -> Evidence:
+    """Two-sided difference: how unlike a frame is both the frames `reach` seconds before and after it, within its shot.
+
+    frames: (F, C, H, W) uint8; timestamps: (F,) seconds. Distance is that of the most changed block, so that small events
+    count; the smaller of the two sides is taken, so that only what comes and goes counts.
+    """
+    pixels, count = shrink(frames), len(frames)
+    step = (timestamps[-1] - timestamps[0]) / max(1, count - 1) or 1.0
+    lag = max(1, round(reach / step))
+    cuts = find_cuts(pixels)
+    first, last = torch.zeros(count, dtype=torch.long), torch.full((count,), count - 1)
+    for cut in cuts:
+        first[cut:] = cut
+        last[:cut] = last[:cut].clamp(max=cut - 1)
+    place = torch.arange(count)
+    before, after = torch.maximum(place - lag, first), torch.minimum(place + lag, last)
+    sides = torch.stack([block_change(pixels, pixels[before]), block_change(pixels, pixels[after])])  # (2, F, blocks)
+    largest = sides.amax(2)
+    curve, side = largest.min(0)
+    if step < 0.1:  # frames that lie closer together are smoothed over a tenth of a second
+        kernel = torch.exp(-0.5 * (torch.arange(-12, 13) * step / 0.1) ** 2)
+        curve = F.conv1d(F.pad(curve[None, None], (12, 12), mode="replicate"), (kernel / kernel.sum())[None, None])[0, 0]
+    peak = int(curve.argmax())
+    everywhere = sides[side[peak], peak].median() / largest[side[peak], peak].clamp(
+        min=1e-3
+    )  # 1: the whole picture changes
+    steps = block_change(pixels[1:], pixels[:-1]) if count > 1 else torch.zeros(1, 1)
+    moving = (steps > 4).float().mean()  # share of the picture that moves from frame to frame
+    notes, confidence = (
+        [],
+        min(1.0, float(curve[peak]) / 20) * (1 - float(curve.quantile(0.1) / curve[peak].clamp(min=1e-3))),
+    )
+    confidence *= 1 - float(everywhere)
+    if moving > 0.6:
+        notes.append(f"the camera moves: {moving:.0%} of the picture changes from frame to frame")
+        confidence *= 0.2
+    if cuts:
+        notes.append(f"{len(cuts)} cut(s)")
+        confidence *= 0.3
+    return Evidence(curve, confidence, notes)
+
+
+def spans_of(
+    curve: Tensor, timestamps: Sequence[float], duration: float, frames_per_slot: int = 2, level: float = 0.6
+) -> list[list[float]]:
+    """Key spans in seconds, on slot edges: where the evidence is above `level` of the way from its low to its peak.
+
+    curve: (F,), F a multiple of frames_per_slot; low is the 10 % quantile. Gaps of one slot are closed. Empty where the
+    curve is flat.
+
+    >>> spans_of(torch.tensor([0., 0, 0, 0, 9, 9, 0, 0]), [0, .5, 1, 1.5, 2, 2.5, 3, 3.5], 4.0)
+    [[2, 3]]
+    """
+    low, high = curve.quantile(0.1), curve.max()
+    if high - low < 1e-6:
+        return []
+    key = (curve > low + level * (high - low)).view(-1, frames_per_slot).any(1).tolist()
+    key = [k or (0 < i < len(key) - 1 and key[i - 1] and key[i + 1]) for i, k in enumerate(key)]
+    begins = list(timestamps[::frames_per_slot])
+    ends = [*begins[1:], duration]
+    spans: list[list[float]] = []
+    for k, begin, end in zip(key, begins, ends):
+        if k and spans and spans[-1][1] == begin:
+            spans[-1][1] = end
+        elif k:
+            spans.append([begin, end])
+    return spans
+
+
+def span_iou(found: Sequence[Sequence[float]], true: Sequence[float]) -> float:
+    """Overlap of found spans, which do not overlap each other, with one true span: intersection over union.
+
+    >>> span_iou([[0, 1], [2, 4]], [3, 5])
+    0.25
+    """
+    inside = sum(max(0.0, min(end, true[1]) - max(begin, true[0])) for begin, end in found)
+    total = sum(end - begin for begin, end in found) + true[1] - true[0] - inside
+    return inside / total if total > 0 else 0.0
+
+
+def repeat(packed: vp.Packed, count: int, visual_index: Tensor) -> vp.Packed:
+    """One packed clip `count` times, each time with other visual tokens in its visual places."""
+    T = packed.input_ids.shape[1]
+    rows = (packed.rows + T * torch.arange(count)[:, None]).flatten()
+    many = {name: getattr(packed, name).repeat(count, 1) for name in ("input_ids", "token_types", "branch")}
+    positions, targets = packed.position_ids.repeat(1, count, 1), packed.targets.repeat(count)
+    return replace(packed, **many, position_ids=positions, targets=targets, rows=rows, visual_index=visual_index)
+
+
+@torch.no_grad()
+def head_evidence(lm: vp.VideoLM, example: vp.Example) -> list[Evidence]:
+    """For each keyword: how near each slot's states after l layers are to it, by the trained heads of stage 1.
+
+    One value a slot: the largest cosine among its tokens, above the clip's median slot. The confidence is by how much the
+    best slot stands out, which is near 1 for an event that the model knows and near 0 for none.
+    """
+    batch = lm.collate([example]).to(lm.base.lm_head.weight.device)
+    keep = [lm.contrastive_layer]
+    inputs = lm.inputs(batch, lm.encode_examples([example]))
+    out = lm.base.model(**inputs, position_ids=batch.position_ids, output_hidden_states=keep, use_cache=False)
+    places = torch.nonzero(example.token_types == 2).squeeze(1).view(int(example.grid[0]), -1)
+    states = F.normalize(
+        lm.heads.visual(out.hidden_states[lm.contrastive_layer][0][places.to(batch.grid.device)].float()), dim=-1
+    )
+    evidence = []
+    for ids in example.keyword_ids:
+        text = lm.base.get_input_embeddings()(ids.to(states.device)).mean(0)
+        near = (states @ F.normalize(lm.heads.text(text.float()), dim=-1)).amax(1).cpu()  # (S,)
+        curve = (near - near.median()).clamp(min=0)
+        evidence.append(Evidence(curve, min(1.0, float(curve.max()))))
+    return evidence
+
+
+@torch.no_grad()
+def fall_evidence(lm: vp.VideoLM, example: vp.Example, longest: int = 3, batch_size: int = 32) -> list[Evidence]:
+    """For each keyword: how far its log-probability falls when a window of slots is shown as its nearest neighbours.
+
+    Windows of one to `longest` slots are tried, since a slot inside an event has the event for a neighbour, too. A slot's
+    evidence is the largest fall / length ** 0.5 among the windows that hold it, one value a slot. The confidence is the
+    share of the keyword's probability that hangs on its best window.
+    """
+    device = lm.base.lm_head.weight.device
+    num_slots, answer = int(example.grid[0]), example.input_ids[example.prompt_length :].tolist()
+    windows = [(a, n) for n in range(1, min(longest, num_slots - 1) + 1) for a in range(num_slots - n + 1)]
+    video = lm.encode_examples([example])
+    per_slot = len(video.pooler_output[0]) // num_slots
+    rows = []  # places of each keyword's tokens in the sequence; the whole answer where it does not stand in it
+    for ids in example.keyword_ids:
+        ids = ids.tolist()
+        at = next((i for i in range(len(answer)) if answer[i : i + len(ids)] == ids), None)
+        rows.append(torch.arange(len(answer)) if at is None else at + torch.arange(len(ids)))
+    logps = []
+    for i in range(-1, len(windows), batch_size):  # the first row is the full video
+        sources = []
+        for j in range(max(i, -1), min(i + batch_size, len(windows))):
+            key = torch.zeros(num_slots, dtype=torch.bool)
+            if j >= 0:
+                key[windows[j][0] : sum(windows[j])] = True
+            source = vp.twin_sources(key)
+            sources.append(torch.arange(num_slots) if source is None else source)
+        index = torch.stack(sources)[:, :, None] * per_slot + torch.arange(per_slot)
+        packed = lm.pack_rollouts([example], [[example.input_ids[example.prompt_length :]]])
+        packed = repeat(packed, len(sources), index.flatten()).to(device)
+        logps.append(lm.log_probs(packed, video)[0].view(len(sources), -1).cpu())
+    logp = torch.cat(logps)  # (1 + windows, answer)
+    out = []
+    for places in rows:
+        fall = (logp[0, places].sum() - logp[1:, places].sum(1)).clamp(min=0)  # (windows,)
+        curve = torch.zeros(num_slots)
+        for (a, n), value in zip(windows, fall.tolist()):
+            curve[a : a + n] = curve[a : a + n].clamp(min=value / n**0.5)
+        confidence = 1 - float((-fall.max()).exp())
+        out.append(Evidence(curve, confidence))
+    return out
+
+
+def image_text_evidence(score, frames: Tensor, keywords: Sequence[str]) -> list[Evidence]:
+    """For each keyword: how much more like it each frame is than the clip's median frame.
+
+    score(frames (F, C, H, W) uint8, keywords) -> (F, K) cosines in [-1, 1]; see `load_image_text`. The confidence is by
+    how much the best frame stands out, a difference of 0.1 counting as certain.
+    """
+    cosines = score(frames, keywords).float().cpu()  # (F, K)
+    curves = (cosines - cosines.median(0).values).clamp(min=0)
+    return [Evidence(curve, min(1.0, float(curve.max()) / 0.1)) for curve in curves.unbind(1)]
+
+
+def load_image_text(model: str):
+    """A function that compares frames with texts, from a transformers CLIP or SigLIP directory or hub name."""
+    from transformers import AutoModel, AutoProcessor
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        network = AutoModel.from_pretrained(model, use_safetensors=True).to(device).eval()
+        processor = AutoProcessor.from_pretrained(model)
+    except OSError as error:
+        raise ValueError(f"--clip-model {model}: {str(error).strip().splitlines()[0]}") from None
+
+    @torch.no_grad()
+    def score(frames: Tensor, keywords: Sequence[str]) -> Tensor:
+        padding = "max_length" if "siglip" in network.config.model_type else True
+        inputs = processor(text=list(keywords), images=list(frames), return_tensors="pt", padding=padding, truncation=True)
+        out = network(**inputs.to(device))
+        return F.normalize(out.image_embeds, dim=-1) @ F.normalize(out.text_embeds, dim=-1).T
+
+    return score
+
+
+def combine(evidence: Sequence[Evidence]) -> Evidence:
+    """Several finders' evidence of one keyword as one: each scaled to 1 at its peak, the geometric mean; so is confidence.
+
+    Curves with one value a slot are stretched to the longest.
+    """
+    length = max(len(e.curve) for e in evidence)
+    scaled = [(e.curve / e.curve.max().clamp(min=1e-6)).repeat_interleave(length // len(e.curve)) for e in evidence]
+    curve = (torch.stack(scaled) + 1e-3).log().mean(0).exp()
+    confidence = float(torch.tensor([max(e.confidence, 1e-6) for e in evidence]).log().mean().exp())
+    return Evidence(curve, confidence, [note for e in evidence for note in e.notes])
