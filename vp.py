@@ -30,6 +30,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import Cache, DynamicCache, LogitsProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kernels.contrastive import KeyTokens, contrastive_loss, ids_shown
+
 # --- The twin (method, section 1) ---------------------------------------------------------------------------------
 
 
@@ -104,64 +106,7 @@ def find_key_slots(frames: Tensor, frames_per_slot: int = 2, contrast: float = 1
 # --- The contrastive loss (method, section 2) -----------------------------------------------------------------------
 
 
-@dataclass
-class KeyTokens:
-    """Where the key-slot tokens of a batch stand, and which keyword asks for which of them.
-
-    clip (N,), slot (N,): of each key-slot token. keyword_clip (K,), keyword_id (K,): the clip of each keyword, and a
-    number that is the same for the same words. keyword_slots (K, S) bool: its key slots.
-    """
-
-    clip: Tensor
-    slot: Tensor
-    keyword_clip: Tensor
-    keyword_id: Tensor
-    keyword_slots: Tensor
-
-    def positives(self) -> Tensor:
-        """(K, N) bool: P_j, the tokens of the keyword's own clip in its key slots."""
-        return (self.keyword_clip[:, None] == self.clip[None, :]) & self.keyword_slots[:, self.slot]
-
-    def negatives(self) -> Tensor:
-        """(K, N) bool: key-slot tokens of other clips, those left out that show an event of the same words."""
-        same_words = (self.keyword_id[:, None] == self.keyword_id[None, :]).float()
-        shows_same = same_words @ self.positives().float() > 0
-        return (self.keyword_clip[:, None] != self.clip[None, :]) & ~shows_same
-
-
-def contrastive_loss(
-    full: Tensor, twin: Tensor | None, keywords: Tensor, temperature: Tensor, tokens: KeyTokens
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """InfoNCE with several positives (MIL-NCE), summed over the keywords that have a positive: equation (1).
-
-    full, twin: (N, d) states of the key-slot tokens in the full video and in its twin (None: no twin negatives);
-    keywords: (K, d) text vectors; temperature: scalar tau. All are L2-normalised here. For keyword j with positives
-    P_j and negatives N_j (the twin's tokens at P_j, and other clips' key-slot tokens of another keyword):
-
-        L_j = logsumexp_{i in P_j + N_j} s_ji - logsumexp_{i in P_j} s_ji,        s_ji = <k_j, z_i> / tau
-
-    Returns the sum and counts, without a host-device sync; divide by the number of keywords of the whole batch, so that
-    cutting a batch into micro-batches changes nothing but the in-batch negatives. A keyword without a positive
-    contributes neither loss nor gradient.
-    """
-    positive, negative = tokens.positives(), tokens.negatives()
-    if twin is None:
-        states = full
-        allowed = positive | negative
-    else:
-        states = torch.cat([full, twin])
-        allowed = torch.cat([positive | negative, positive], 1)  # (K, 2N)
-        positive = F.pad(positive, (0, len(twin)))
-    wide = torch.promote_types(states.dtype, torch.float32)
-    z = F.normalize(states.to(wide), dim=-1)
-    k = F.normalize(keywords.to(wide), dim=-1)
-    s = k @ z.T / temperature  # (K, 2N)
-    # A finite floor instead of -inf: a row without any positive stays finite in value and gradient.
-    low = torch.finfo(s.dtype).min / 2
-    loss = s.masked_fill(~allowed, low).logsumexp(1) - s.masked_fill(~positive, low).logsumexp(1)  # (K,)
-    valid = positive.any(1)
-    metrics = {"positives": positive.sum(), "negatives": (allowed & ~positive).sum()}
-    return torch.where(valid, loss, 0.0).sum(), metrics
+# `KeyTokens` and `contrastive_loss`, equation (1), stand in kernels/contrastive.py: reference and kernel.
 
 
 class ContrastiveHeads(nn.Module):
@@ -460,16 +405,17 @@ def index_keywords(
         keyword_slots[j, : len(slots)] = slots
     number = {text: i for i, text in enumerate(dict.fromkeys(text for _, text, _, _ in keywords))}
     ids = [ids for _, _, ids, _ in keywords]
+    asks = dict(
+        clip=torch.cat(clip),
+        slot=torch.cat(slot),
+        keyword_clip=torch.tensor([b for b, _, _, _ in keywords], dtype=torch.long),
+        keyword_id=torch.tensor([number[text] for _, text, _, _ in keywords], dtype=torch.long),
+        keyword_slots=keyword_slots,
+    )
     return (
         torch.cat(key_rows),
         nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1) if ids else torch.full((0, 1), -1),
-        KeyTokens(
-            clip=torch.cat(clip),
-            slot=torch.cat(slot),
-            keyword_clip=torch.tensor([b for b, _, _, _ in keywords], dtype=torch.long),
-            keyword_id=torch.tensor([number[text] for _, text, _, _ in keywords], dtype=torch.long),
-            keyword_slots=keyword_slots,
-        ),
+        KeyTokens(**asks, shown=ids_shown(**asks)),
     )
 
 
