@@ -8,7 +8,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-import vp
+from kernels.reward import Texts, repetition_weights, score_batch
 
 
 @dataclass
@@ -44,19 +44,22 @@ class TextEncoder:
 def score_texts(
     encoder: TextEncoder, texts: Sequence[Sequence[str]], references: Sequence[str], keywords: Sequence[Sequence[str]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Quality and keyword recall of each prompt's rollouts, see `vp.score_rollouts`; one encoder call for all of them."""
+    """Quality and keyword recall of each prompt's rollouts, see kernels/reward.py; one encoder call for all of them."""
     flat = [t for group in texts for t in group] + list(references) + [k for group in keywords for k in group]
     embedded = iter(encoder(flat))
     rollouts = [[next(embedded) for _ in group] for group in texts]
     captions = [next(embedded) for _ in references]
     words = [[next(embedded) for _ in group] for group in keywords]
-    return [
-        vp.score_rollouts(
-            [y.embeddings for y in ys],
-            [vp.repetition_weights(y.tokens, reference.tokens) for y in ys],
-            reference.embeddings,
-            torch.stack([vp.repetition_weights(reference.tokens, y.tokens) for y in ys]),
-            [k.embeddings for k in ks if k.tokens],
-        )
-        for ys, reference, ks in zip(rollouts, captions, words)
-    ]
+    return score_batch(
+        [
+            Texts(
+                rollouts=[y.embeddings for y in ys],
+                weights=[repetition_weights(y.tokens, reference.tokens) for y in ys],
+                reference=reference.embeddings,
+                reference_weights=torch.stack([repetition_weights(reference.tokens, y.tokens) for y in ys]),
+                keywords=[k.embeddings for k in ks if k.tokens],
+                num_full=len(ys),
+            )
+            for ys, reference, ks in zip(rollouts, captions, words)
+        ]
+    )

@@ -1,6 +1,6 @@
 """The contrastive loss of full against twin, equation (1): reference, Triton kernels, autograd, public function.
 
-N key-slot tokens, each with a state of width D in the full video and one in its twin, meet K keywords. The similarity matrix
+N key-slot tokens, each with a state of width D in the full video and in its twin, meet K keywords. The similarity matrix
 is no hog, since K is far below D; the float32 normalised copies of the states are. So the states are read as they are and
 the norms are taken on the way. Their backward is free: with s_ij = <x_i, k_j> r_i q_j / tau (r, q: inverse norms) and
 g_ij = dL/ds_ij, which is softmax minus softmax,

@@ -4,6 +4,7 @@ Triton decides at its import whether it interprets, so those tests run in a proc
 here; on a machine with a GPU they run on it directly. The interpreter has no right bfloat16: float32 and float16 only.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import dispatch
+from kernels import contrastive, dispatch, logprob, reward
 from kernels.contrastive import KeyTokens, contrastive_loss, contrastive_op, contrastive_reference, ids_shown
+from kernels.logprob import cross_entropy_from_states, log_probs_from_states, log_probs_op
+from kernels.reward import REWARDS, Texts, pack_texts, paired_reward_op, paired_rewards, score_batch
 
 ON_GPU = torch.cuda.is_available() and not dispatch.INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -26,7 +29,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3}
 @pytest.mark.skipif(dispatch.INTERPRETED, reason="this is that process")
 def test_under_the_interpreter():
     """All tests marked kernel_test."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "not compiled"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -95,7 +98,7 @@ CASES = [(0, 1, 1, False), (1, 4, 7, False), (2, 9, 37, True), (3, 14, 70, False
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("seed, clips, d, lonely", CASES)
 def test_contrastive_against_the_reference(seed, clips, d, lonely, dtype, with_twin):
-    """Value, counts and every gradient, on ragged sizes of one tile and of several; keywords without positive among them."""
+    """Value, counts and every gradient, on ragged sizes of one tile and of several, with keywords that have no positive."""
     full, twin, keywords, tokens = make_case(seed, clips, d, lonely=lonely)
     tokens, tau = to_device(tokens), torch.tensor(0.07 if seed % 2 else 0.3)
     inputs = [x.to(dtype) for x in ([full, twin, keywords] if with_twin else [full, keywords])] + [tau]
@@ -186,3 +189,263 @@ def test_shown_gives_the_same_negatives(seed):
     other = tokens.clip[None, :] != tokens.keyword_clip[:, None]
     shows = (shown[None] == tokens.keyword_id[:, None, None]).any(2)
     assert torch.equal(other & ~shows, tokens.negatives())
+
+
+# --- Log-probabilities
+
+
+def head_case(seed: int, M: int, H: int, V: int, num_banned: int):
+    """States, head, targets that are not banned, banned ids, an upstream gradient; float64."""
+    g = torch.Generator().manual_seed(seed)
+    states, weight = (torch.randn(n, H, generator=g, dtype=torch.float64) for n in (M, V))
+    order = torch.randperm(V, generator=g)
+    targets = order[num_banned:][torch.randint(V - num_banned, (M,), generator=g)]
+    return states, weight, targets, order[:num_banned], torch.randn(M, generator=g, dtype=torch.float64)
+
+
+def run_head(case, dtype, use_kernel: bool, temperature: float = 0.7):
+    """Log-probs, entropies and both gradients, computed in dtype."""
+    states, weight, targets, banned, up = (x.to(DEVICE) for x in case)
+    inputs = [x.to(dtype).requires_grad_() for x in (states, weight)]
+    logp, entropy = log_probs_from_states(*inputs, targets, banned, temperature, use_kernel=use_kernel)
+    assert not entropy.requires_grad
+    return logp.detach(), entropy, *torch.autograd.grad((logp * up).sum(), inputs)
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sizes", [(1, 3, 2, 1), (5, 16, 48, 0), (37, 50, 119, 7), (18, 33, 160, 100)])
+def test_log_probs_against_the_reference(sizes, dtype):
+    """Values, entropies and gradients, on ragged sizes of one tile and one stretch of the vocabulary, and of several."""
+    case = head_case(sum(sizes), *sizes)
+    case = [x.to(dtype).double() if x.is_floating_point() else x for x in case]
+    got, eager, want = run_head(case, dtype, True), run_head(case, dtype, False), run_head(case, torch.float64, False)
+    for a, b, c in zip(got, want, eager):
+        close(a, b, c, TOLERANCE[dtype])
+
+
+@kernel_test
+def test_log_probs_with_a_stretch_all_banned_and_without_rows():
+    """Whole tiles of banned ids, a banned target (-inf, as in the reference), and no row at all."""
+    states, weight, targets, _, _ = (x.to(DEVICE) for x in head_case(1, 6, 20, 100, 0))
+    banned = torch.arange(90, device=DEVICE)
+    targets = targets % 10 + 90
+    targets[2] = 3
+    got = log_probs_from_states(states.float(), weight.float(), targets, banned, use_kernel=True)
+    want = log_probs_from_states(states, weight, targets, banned)
+    assert got[0][2] == want[0][2] == -torch.inf
+    torch.testing.assert_close(got[0].double(), want[0])
+    torch.testing.assert_close(got[1].double(), want[1], rtol=1e-5, atol=1e-5)
+    none, head = states[:0].float().requires_grad_(), weight.float().requires_grad_()
+    logp, entropy = log_probs_from_states(none, head, targets[:0], banned, use_kernel=True)
+    assert len(logp) == len(entropy) == 0
+    assert [x.abs().sum() for x in torch.autograd.grad(logp.sum(), (none, head))] == [0, 0]
+
+
+@kernel_test
+def test_cross_entropy_with_a_frozen_head_and_small_gradients():
+    """Stage 1's loss; its gradient in float16 survives a division by many tokens; a frozen head gets none."""
+    states, weight, targets, *_ = (x.to(DEVICE) for x in head_case(2, 20, 24, 70, 0))
+    for dtype in (torch.float32, torch.float16):
+        h, w = states.to(dtype), weight.to(dtype)
+        grads = []
+        for use_kernel, kind in ((True, dtype), (False, torch.float64)):
+            x = h.to(kind).requires_grad_()
+            loss = cross_entropy_from_states(x, w.to(kind), targets, use_kernel) / 512
+            grads.append((loss, torch.autograd.grad(loss, x)[0]))
+        close(grads[0][0], grads[1][0])
+        close(512 * grads[0][1].double(), 512 * grads[1][1], tol=TOLERANCE[dtype])
+
+
+@kernel_test
+def test_log_probs_twice_give_the_same_bits():
+    """Values and gradients of two runs."""
+    case = head_case(3, 40, 40, 130, 5)
+    assert all(torch.equal(a, b) for a, b in zip(run_head(case, torch.float32, True), run_head(case, torch.float32, True)))
+
+
+@kernel_test
+def test_log_probs_is_a_good_operator():
+    """opcheck; and one graph under torch.compile, its values and gradients the same."""
+    states, weight, targets, banned, _ = (x.to(DEVICE) for x in head_case(4, 9, 10, 60, 3))
+    states, weight = states.float().requires_grad_(), weight.float().requires_grad_()
+    sampled = torch.ones(60, dtype=torch.uint8, device=DEVICE)
+    torch.library.opcheck(log_probs_op, (states, weight, targets, sampled, 0.7))
+    compiled = torch.compile(log_probs_from_states, backend="aot_eager", fullgraph=True)
+    one, two = (f(states, weight, targets, banned, 0.7, use_kernel=True)[0] for f in (compiled, log_probs_from_states))
+    assert torch.equal(one, two)
+    assert torch.equal(torch.autograd.grad(one.sum(), weight)[0], torch.autograd.grad(two.sum(), weight)[0])
+
+
+def test_log_probs_reference_against_a_loop_and_gradcheck():
+    """The softmax over what is not banned, written out in Python floats; gradients in float64."""
+    states, weight, targets, banned, _ = head_case(5, 4, 3, 7, 2)
+    logp, entropy = log_probs_from_states(states, weight, targets, banned, 0.7)
+    for m in range(4):
+        logits = [sum(a * b for a, b in zip(states[m].tolist(), weight[v].tolist())) / 0.7 for v in range(7)]
+        p = [0.0 if v in banned else math.exp(z) for v, z in enumerate(logits)]
+        p = [x / sum(p) for x in p]
+        assert logp[m].item() == pytest.approx(math.log(p[targets[m]]))
+        assert entropy[m].item() == pytest.approx(-sum(x * math.log(x) for x in p if x))
+    inputs = states.requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, w: log_probs_from_states(h, w, targets, banned, 0.7)[0], inputs)
+    ce = torch.nn.functional.cross_entropy(states.float() @ weight.float().T, targets, reduction="sum")
+    torch.testing.assert_close(cross_entropy_from_states(states.float(), weight.float(), targets), ce)
+
+
+# --- Reward
+
+
+def text_case(seed: int, prompts: int, d: int, dtype=torch.float32) -> list[Texts]:
+    """Prompts with ragged rollouts, references of 1 to 40 words, 0 to 3 keywords, twins in some, and a vector of zeros."""
+    g = torch.Generator().manual_seed(seed)
+    batch = []
+
+    def size(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=g))
+
+    for b in range(prompts):
+        G, G_twin, T = size(2, 6), size(0, 5), 1 if b == 0 else size(1, 41)
+        lengths = [0 if b == 1 and i == 1 else size(1, 40) for i in range(G + G_twin)]
+        batch.append(
+            Texts(
+                rollouts=[torch.randn(n, d, generator=g).to(DEVICE, dtype) for n in lengths],
+                weights=[torch.randint(0, 2, (n,), generator=g).float() for n in lengths],
+                reference=torch.randn(T, d, generator=g).to(DEVICE, dtype),
+                reference_weights=torch.randint(0, 2, (G + G_twin, T), generator=g).float().to(DEVICE),
+                keywords=[torch.randn(size(1, 5), d, generator=g).to(DEVICE, dtype) for _ in range(size(0, 4))],
+                num_full=G,
+                num_twin=G_twin,
+            )
+        )
+    batch[-1].reference[0] = 0
+    return batch
+
+
+def widen(batch: list[Texts]) -> list[Texts]:
+    """The same in float64, on the CPU."""
+
+    def wide(x):
+        return [wide(y) for y in x] if isinstance(x, list) else x.double().cpu() if isinstance(x, torch.Tensor) else x
+
+    return [Texts(**{k: wide(v) for k, v in vars(p).items()}) for p in batch]
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("seed, prompts, d", [(0, 1, 3), (1, 3, 20), (2, 5, 33), (3, 4, 64)])
+@pytest.mark.parametrize("kind, divide", [("relative", False), ("pooled", True)])
+def test_rewards_against_the_reference(seed, prompts, d, dtype, kind, divide):
+    """q, c, w, r and A of a ragged batch: empty rollouts, one-word references, no keywords and no twin among it."""
+    batch = text_case(seed, prompts, d, dtype)
+    got = paired_rewards(batch, kind, 0.8, 0.01, divide, use_kernel=True)
+    eager = paired_rewards(batch, kind, 0.8, 0.01, divide, use_kernel=False)
+    want = paired_rewards(widen(batch), kind, 0.8, 0.01, divide)
+    for one, two, three in zip(got, eager, want):
+        for x, y, z in zip(one, two, three):
+            close(x.cpu(), z, y.cpu(), TOLERANCE[dtype])
+
+
+@kernel_test
+@pytest.mark.parametrize("kind", REWARDS)
+def test_rewards_of_every_kind_and_twice_the_same_bits(kind):
+    """All four kinds, divided and not; two runs."""
+    batch = text_case(4, 3, 16)
+    for divide in (False, True):
+        one, two = (paired_rewards(batch, kind, 0.5, 0.02, divide, use_kernel=True) for _ in range(2))
+        assert all(torch.equal(x, y) for a, b in zip(one, two) for x, y in zip(a, b))
+        for a, b in zip(one, paired_rewards(widen(batch), kind, 0.5, 0.02, divide)):
+            for x, y in zip(a, b):
+                close(x.cpu(), y, tol=1e-4)
+
+
+@kernel_test
+def test_rewards_of_nothing():
+    """All rollouts empty; an empty reference; no keyword: 0 everywhere, as in the reference."""
+    word = torch.eye(4, device=DEVICE)
+    for rollouts, reference, keywords in (
+        ([word[:0]] * 3, word, [word[:1]]),
+        ([word[:1], word[:0], word], word[:0], [word[:1]]),
+        ([word[:1], word[:0], word], word[:1], []),
+    ):
+        weights = [torch.ones(len(y)) for y in rollouts]
+        case = [Texts(rollouts, weights, reference, torch.ones(3, len(reference), device=DEVICE), keywords, 2, 1)]
+        for x, y in zip(paired_rewards(case, use_kernel=True)[0], paired_rewards(case, use_kernel=False)[0]):
+            torch.testing.assert_close(x, y)
+        for x, y in zip(score_batch(case, use_kernel=True)[0], score_batch(case, use_kernel=False)[0]):
+            torch.testing.assert_close(x, y)
+
+
+@kernel_test
+def test_rewards_is_a_good_operator():
+    """opcheck."""
+    packed = vars(pack_texts(text_case(5, 2, 8)))
+    tensors = [x for x in packed.values() if isinstance(x, torch.Tensor)]
+    torch.library.opcheck(paired_reward_op, (*tensors, list(packed["longest"]), 2, 1.0, 0.1, False))
+
+
+# --- All of them
+
+
+@pytest.mark.parametrize("names", [("float32", "float64"), ("float32",)])
+def test_dispatch(names):
+    """The CPU takes the reference; asking for a kernel that cannot run fails loudly."""
+    tensors = [torch.ones(1, dtype=getattr(torch, name)) for name in names]
+    assert not dispatch.takes_kernel(None, *tensors, None) and not dispatch.takes_kernel(False, *tensors)
+    if not dispatch.INTERPRETED or "float64" in names:
+        with pytest.raises(ValueError, match="use_kernel"):
+            dispatch.takes_kernel(True, *tensors)
+
+
+KERNELS = {
+    contrastive: ["normalise_keywords", "similarity_tile", "combine_parts", "coefficients", "states_gradient",
+                  "keywords_product", "keywords_gradient"],
+    logprob: ["sum_stretches", "logits_gradient", "multiply"],
+    reward: ["match_words", "reward_group"],
+}  # fmt: skip
+# What is not float32 among the arguments: the data in 16 bits, indices, and numbers; all others are int32.
+DATA = {
+    "full_ptr",
+    "twin_ptr",
+    "k_ptr",
+    "unit_ptr",
+    "g_ptr",
+    "dfull_ptr",
+    "dtwin_ptr",
+    "dk_ptr",
+    "h_ptr",
+    "w_ptr",
+    "dz_ptr",
+}
+DATA |= {"a_ptr", "b_ptr", "y_ptr", "x_ptr"}
+POINTERS = dict(slot_ptr="i64", clip_ptr="i64", shown_ptr="i64", kclip_ptr="i64", kid_ptr="i64", target_ptr="i64")
+POINTERS |= dict(kslots_ptr="u8", ok_ptr="u8", **dict.fromkeys(("first_token_ptr", "first_word_ptr"), "i32"))
+POINTERS |= dict.fromkeys(("num_reference_ptr", "first_weight_ptr", "prompt_ptr", "first_rollout_ptr", "group_ptr"), "i32")
+NUMBERS = ("inverse_temperature", "alpha", "margin")
+CONSTANTS = dict(EPS=1e-12, LARGEST=6e4, STORE=True, HAS_TWIN=True, ADD=True, KIND=2, DIVIDE=True, BLOCK_R=16, BLOCK_C=64)
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED or not dispatch.HAS_TRITON, reason="needs Triton's compiler")
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("module, name", [(m, n) for m, names in KERNELS.items() for n in names])
+def test_compiles_for_a_gpu(module, name, dtype, tmp_path, monkeypatch):
+    """Each kernel becomes machine code of an H100, though none is here, and its tiles fit into the shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, step = getattr(module, name), 64 if dtype == "bf16" else 32
+    signature, constants = {}, {}
+    for i, p in enumerate(kernel.params):
+        if p.is_constexpr:
+            whole_row = name in ("normalise_keywords", "keywords_gradient")
+            block = {"BLOCK_D": 4096 if whole_row else step}.get(p.name, 128)
+            constants[(i,)] = CONSTANTS.get(p.name, block)
+            signature[p.name] = "constexpr"
+        elif p.name.endswith("_ptr"):
+            signature[p.name] = "*" + (dtype if p.name in DATA else POINTERS.get(p.name, "fp32"))
+        else:
+            signature[p.name] = "fp32" if p.name in NUMBERS else "i32"
+    done = triton.compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", 90, 32), {"num_warps": 8})
+    assert done.asm["cubin"] and done.metadata.shared <= 227 * 1024
