@@ -397,6 +397,15 @@ def test_dispatch(names):
             dispatch.takes_kernel(True, *tensors)
 
 
+@pytest.mark.skipif(dispatch.INTERPRETED or ON_GPU or not dispatch.HAS_TRITON, reason="for machines without a GPU")
+def test_benchmark_without_a_gpu():
+    """It says so, checks correctness under the interpreter, and ends well."""
+    command = [sys.executable, "-m", "kernels.bench"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "No GPU" in done.stdout and done.stdout.count("eager") == 6
+
+
 # Every kernel, with the name of the block that its product sums over.
 KERNELS = {
     contrastive: {"normalise_keywords": "", "similarity_tile": "BLOCK_D", "combine_parts": "", "coefficients": "BLOCK_K",
