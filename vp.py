@@ -31,7 +31,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kernels.contrastive import KeyTokens, contrastive_loss, ids_shown
 from kernels.logprob import cross_entropy_from_states, log_probs_from_states, sampling_log_probs, selected_log_probs
-from kernels.reward import relative_wins, repetition_weights, rewards_and_advantages, score_rollouts  # noqa: F401
+from kernels.reward import (  # noqa: F401
+    Texts,
+    paired_rewards,
+    relative_wins,
+    repetition_weights,
+    rewards_and_advantages,
+    score_batch,
+    score_rollouts,
+)
 
 # --- The twin (method, section 1) ---------------------------------------------------------------------------------
 

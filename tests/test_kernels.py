@@ -90,14 +90,14 @@ def run(function, inputs, dtype, tokens, twin=True, **more):
     return loss.detach(), metrics, torch.autograd.grad(loss, inputs)
 
 
-CASES = [(0, 1, 1, False), (1, 4, 7, False), (2, 9, 37, True), (3, 14, 70, False), (4, 26, 33, True)]
+CASES = [(0, 1, 1, False, False), (1, 4, 7, False, True), (2, 9, 37, True, False), (3, 14, 70, False, True),
+         (4, 22, 33, True, True)]  # fmt: skip
 
 
 @kernel_test
-@pytest.mark.parametrize("with_twin", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("seed, clips, d, lonely", CASES)
-def test_contrastive_against_the_reference(seed, clips, d, lonely, dtype, with_twin):
+@pytest.mark.parametrize("seed, clips, d, lonely, with_twin", CASES)
+def test_contrastive_against_the_reference(seed, clips, d, lonely, with_twin, dtype):
     """Value, counts and every gradient, on ragged sizes of one tile and of several, with keywords that have no positive."""
     full, twin, keywords, tokens = make_case(seed, clips, d, lonely=lonely)
     tokens, tau = to_device(tokens), torch.tensor(0.07 if seed % 2 else 0.3)
@@ -334,13 +334,12 @@ def widen(batch: list[Texts]) -> list[Texts]:
 @kernel_test
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("seed, prompts, d", [(0, 1, 3), (1, 3, 20), (2, 5, 33), (3, 4, 64)])
-@pytest.mark.parametrize("kind, divide", [("relative", False), ("pooled", True)])
-def test_rewards_against_the_reference(seed, prompts, d, dtype, kind, divide):
+def test_rewards_against_the_reference(seed, prompts, d, dtype):
     """q, c, w, r and A of a ragged batch: empty rollouts, one-word references, no keywords and no twin among it."""
     batch = text_case(seed, prompts, d, dtype)
-    got = paired_rewards(batch, kind, 0.8, 0.01, divide, use_kernel=True)
-    eager = paired_rewards(batch, kind, 0.8, 0.01, divide, use_kernel=False)
-    want = paired_rewards(widen(batch), kind, 0.8, 0.01, divide)
+    got = paired_rewards(batch, "relative", 0.8, 0.01, use_kernel=True)
+    eager = paired_rewards(batch, "relative", 0.8, 0.01, use_kernel=False)
+    want = paired_rewards(widen(batch), "relative", 0.8, 0.01)
     for one, two, three in zip(got, eager, want):
         for x, y, z in zip(one, two, three):
             close(x.cpu(), z, y.cpu(), TOLERANCE[dtype])
@@ -350,7 +349,7 @@ def test_rewards_against_the_reference(seed, prompts, d, dtype, kind, divide):
 @pytest.mark.parametrize("kind", REWARDS)
 def test_rewards_of_every_kind_and_twice_the_same_bits(kind):
     """All four kinds, divided and not; two runs."""
-    batch = text_case(4, 3, 16)
+    batch = text_case(4, 2, 16)
     for divide in (False, True):
         one, two = (paired_rewards(batch, kind, 0.5, 0.02, divide, use_kernel=True) for _ in range(2))
         assert all(torch.equal(x, y) for a, b in zip(one, two) for x, y in zip(a, b))
