@@ -337,7 +337,7 @@ def contrastive_op(
         full, full if twin is None else twin, keywords, q, temperature, *asks, s, r, parts, N, K, D, S, M, num_blocks,
         EPS, with_gradient, tile, tile, step, **LAUNCH,
     )  # fmt: skip
-    combine_parts[(K,)](parts, lse, sums, K, num_blocks, 128)
+    combine_parts[(K,)](parts, lse, sums, K, num_blocks, 4 if INTERPRETED else 128)
     if with_gradient:
         e_parts = torch.empty(num_blocks, K, **where)
         coefficients[(num_blocks,)](s, lse, *asks, g, c, e_parts, N, K, S, M, tile, min(tile, 32))

@@ -4,6 +4,7 @@ Triton decides at its import whether it interprets, so those tests run in a proc
 here; on a machine with a GPU they run on it directly. The interpreter has no right bfloat16: float32 and float16 only.
 """
 
+import copy
 import math
 import os
 import subprocess
@@ -140,12 +141,13 @@ def test_contrastive_takes_what_a_trainer_gives():
     """A scaled loss, frozen keywords, strided states, tokens without the field `shown`: as the reference."""
     full, twin, keywords, tokens = make_case(6, 5, 24)
     del_shown = KeyTokens(**{k: v if v is None else v.to(DEVICE) for k, v in vars(tokens).items()})
-    tau, grads = torch.tensor(0.2, device=DEVICE), []
+    tau, grads = torch.tensor(0.2, device=DEVICE, requires_grad=True), []
     for function, more in ((contrastive_loss, {"use_kernel": True}), (contrastive_reference, {})):
         full_t = full.T.float().contiguous().to(DEVICE).requires_grad_()
         loss, _ = function(full_t.T, twin.float().to(DEVICE), keywords.float().to(DEVICE), tau, del_shown, **more)
-        grads.append(torch.autograd.grad(3 * loss, full_t)[0])
-    close(*grads)
+        grads.append(torch.autograd.grad(3 * loss, (full_t, tau)))
+    for got, want in zip(*grads):
+        close(got, want)
 
 
 @kernel_test
@@ -236,6 +238,13 @@ def test_log_probs_with_a_stretch_all_banned_and_without_rows():
     assert got[0][2] == want[0][2] == -torch.inf
     torch.testing.assert_close(got[0].double(), want[0])
     torch.testing.assert_close(got[1].double(), want[1], rtol=1e-5, atol=1e-5)
+    grads = []
+    for dtype, use_kernel in ((torch.float32, True), (torch.float64, False)):
+        inputs = [x.to(dtype).requires_grad_() for x in (states, weight)]
+        logp, _ = log_probs_from_states(*inputs, targets, banned, use_kernel=use_kernel)
+        grads.append(torch.autograd.grad(logp.sum(), inputs))
+    for one, two in zip(*grads):
+        close(one, two)
     none, head = states[:0].float().requires_grad_(), weight.float().requires_grad_()
     logp, entropy = log_probs_from_states(none, head, targets[:0], banned, use_kernel=True)
     assert len(logp) == len(entropy) == 0
@@ -450,3 +459,29 @@ def test_compiles_for_a_gpu(module, name, dtype, tmp_path, monkeypatch):
     options = {"num_warps": 8, "num_stages": 3}
     done = triton.compile(ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", 90, 32), options)
     assert done.asm["cubin"] and done.metadata.shared <= 227 * 1024
+
+
+@kernel_test
+@pytest.mark.parametrize("checkpoint", ["qwen2_5_vl"], indirect=True)
+def test_training_steps_through_the_kernels(lm, ragged, monkeypatch):
+    """Two steps of stage 1, and the log-probs of stage 2, give what the references give: losses within 1e-4."""
+    ragged = ragged[:2]
+    batch, before = lm.collate(ragged).to(DEVICE), copy.deepcopy(lm.state_dict())
+    lm.to(DEVICE)
+    packed = lm.pack_rollouts(ragged, [[e.input_ids[-4:], e.input_ids[-3:]] for e in ragged]).to(DEVICE)
+    results = []
+    for use_kernel in (True, False):
+        for module in (contrastive, logprob):
+            monkeypatch.setattr(module, "takes_kernel", lambda *_, use=use_kernel: use)
+        lm.load_state_dict(before)
+        optimizer, losses = torch.optim.SGD(lm.parameters(), 0.01), []
+        for _ in range(2):
+            out = lm(batch)
+            (out.lm_loss / len(batch.label_ids) + out.contrastive_loss / len(batch.keyword_ids)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses += [out.lm_loss / len(batch.label_ids), out.contrastive_loss / len(batch.keyword_ids)]
+        logp, entropy = lm.log_probs(packed, lm.encode_examples(ragged))
+        results.append((torch.stack(losses).detach(), logp.detach(), entropy))
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
