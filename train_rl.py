@@ -36,7 +36,7 @@ import vp
 from data.clips import ClipError, ClipLoader, Preparation, load_clips
 from data.runs import RunLog, above_zero, describe_environment, fill, load_trainable, progress_table, save_checkpoint
 from data.sheets import RolloutGroup, rollout_page, rollout_table
-from data.texts import TextEncoder, score_texts
+from data.texts import TextEncoder, embed_texts
 from data.tiny import build_text_encoder
 from data.world import embedded_world
 from eval import evaluate, show_change, show_results
@@ -268,15 +268,13 @@ def main(settings: Settings) -> dict | None:
 
             # Rewards and advantages, prompt by prompt: equations (2) to (4).
             clock["reward"] = time.perf_counter()
-            scores = score_texts(encoder, texts, [p.caption for p in prompts], [p.keywords for p in prompts])
+            num_twin = [0 if e.source is None else s.num_twin_rollouts for e in group]  # without a twin: none to compare
+            about = [p.caption for p in prompts], [p.keywords for p in prompts], [G] * num_prompts, num_twin
+            embedded = embed_texts(encoder, texts, *about)
+            rewards = vp.paired_rewards(embedded, s.reward, s.alpha, s.margin, s.divide_by_spread)
             advantages, useful = [], []
-            for b, (q, c) in enumerate(scores):
-                # A clip without a twin has no rollouts to be compared with.
-                q_twin, c_twin = (q[G:], c[G:]) if group[b].source is not None else (q[:0], c[:0])
-                r, a = vp.rewards_and_advantages(
-                    s.reward, q[:G], c[:G], q_twin, c_twin, s.alpha, s.margin, s.divide_by_spread
-                )
-                w = vp.relative_wins(q[:G], c[:G], q_twin, c_twin, s.margin)
+            for b, (q, c, w, r, a) in enumerate(rewards):
+                q_twin, c_twin = q[G : G + num_twin[b]], c[G : G + num_twin[b]]
                 advantages.append(a.cpu())
                 useful.append(bool(a.abs().max() > 1e-6))  # without spread a group teaches nothing: it is skipped
                 pending.append(

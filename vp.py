@@ -11,13 +11,12 @@ Shapes, here and in the tests:
     S slots      F frames                          K keywords of the batch            N key-slot tokens of the batch
     L tokens whose prediction is trained           d width of the contrastive space
 
-Everything but `VideoLM` is a pure function: no globals, no argument changed, no file read.
+Everything here but `VideoLM`, and in kernels/, is a pure function: no globals, no argument changed, no file read.
 """
 
 import copy
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -29,6 +28,18 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import Cache, DynamicCache, LogitsProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kernels.contrastive import KeyTokens, contrastive_loss, ids_shown
+from kernels.logprob import cross_entropy_from_states, log_probs_from_states, sampling_log_probs, selected_log_probs
+from kernels.reward import (  # noqa: F401
+    Texts,
+    paired_rewards,
+    relative_wins,
+    repetition_weights,
+    rewards_and_advantages,
+    score_batch,
+    score_rollouts,
+)
 
 # --- The twin (method, section 1) ---------------------------------------------------------------------------------
 
@@ -102,66 +113,8 @@ def find_key_slots(frames: Tensor, frames_per_slot: int = 2, contrast: float = 1
 
 
 # --- The contrastive loss (method, section 2) -----------------------------------------------------------------------
-
-
-@dataclass
-class KeyTokens:
-    """Where the key-slot tokens of a batch stand, and which keyword asks for which of them.
-
-    clip (N,), slot (N,): of each key-slot token. keyword_clip (K,), keyword_id (K,): the clip of each keyword, and a
-    number that is the same for the same words. keyword_slots (K, S) bool: its key slots.
-    """
-
-    clip: Tensor
-    slot: Tensor
-    keyword_clip: Tensor
-    keyword_id: Tensor
-    keyword_slots: Tensor
-
-    def positives(self) -> Tensor:
-        """(K, N) bool: P_j, the tokens of the keyword's own clip in its key slots."""
-        return (self.keyword_clip[:, None] == self.clip[None, :]) & self.keyword_slots[:, self.slot]
-
-    def negatives(self) -> Tensor:
-        """(K, N) bool: key-slot tokens of other clips, those left out that show an event of the same words."""
-        same_words = (self.keyword_id[:, None] == self.keyword_id[None, :]).float()
-        shows_same = same_words @ self.positives().float() > 0
-        return (self.keyword_clip[:, None] != self.clip[None, :]) & ~shows_same
-
-
-def contrastive_loss(
-    full: Tensor, twin: Tensor | None, keywords: Tensor, temperature: Tensor, tokens: KeyTokens
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """InfoNCE with several positives (MIL-NCE), summed over the keywords that have a positive: equation (1).
-
-    full, twin: (N, d) states of the key-slot tokens in the full video and in its twin (None: no twin negatives);
-    keywords: (K, d) text vectors; temperature: scalar tau. All are L2-normalised here. For keyword j with positives
-    P_j and negatives N_j (the twin's tokens at P_j, and other clips' key-slot tokens of another keyword):
-
-        L_j = logsumexp_{i in P_j + N_j} s_ji - logsumexp_{i in P_j} s_ji,        s_ji = <k_j, z_i> / tau
-
-    Returns the sum and counts, without a host-device sync; divide by the number of keywords of the whole batch, so that
-    cutting a batch into micro-batches changes nothing but the in-batch negatives. A keyword without a positive
-    contributes neither loss nor gradient.
-    """
-    positive, negative = tokens.positives(), tokens.negatives()
-    if twin is None:
-        states = full
-        allowed = positive | negative
-    else:
-        states = torch.cat([full, twin])
-        allowed = torch.cat([positive | negative, positive], 1)  # (K, 2N)
-        positive = F.pad(positive, (0, len(twin)))
-    wide = torch.promote_types(states.dtype, torch.float32)
-    z = F.normalize(states.to(wide), dim=-1)
-    k = F.normalize(keywords.to(wide), dim=-1)
-    s = k @ z.T / temperature  # (K, 2N)
-    # A finite floor instead of -inf: a row without any positive stays finite in value and gradient.
-    low = torch.finfo(s.dtype).min / 2
-    loss = s.masked_fill(~allowed, low).logsumexp(1) - s.masked_fill(~positive, low).logsumexp(1)  # (K,)
-    valid = positive.any(1)
-    metrics = {"positives": positive.sum(), "negatives": (allowed & ~positive).sum()}
-    return torch.where(valid, loss, 0.0).sum(), metrics
+# Equation (1) is `contrastive_loss` in kernels/contrastive.py; equations (2) to (4), the reward, are in kernels/reward.py.
+# Each is there twice: in plain PyTorch, to be read, and as a kernel that a GPU runs.
 
 
 class ContrastiveHeads(nn.Module):
@@ -189,109 +142,6 @@ class ContrastiveHeads(nn.Module):
             z_twin = None if twin is None else self.visual(twin.float())
             z, k = self.visual(full.float()), self.text(keywords.float())
             return contrastive_loss(z, z_twin, k, self.temperature, tokens)
-
-
-# --- The reward (method, section 3) ---------------------------------------------------------------------------------
-
-
-def repetition_weights(tokens: Sequence[int], reference: Sequence[int]) -> Tensor:
-    """1 for each token of a text, 0 for repetitions beyond what the other text has (but once is always free): (L,).
-
-    The clipped counts of BLEU, used both ways: saying a word again and again is not precise, and saying it once does not
-    recall all its occurrences in the reference.
-
-    >>> repetition_weights([5, 7, 5, 7, 5], reference=[5, 9, 5]).tolist()
-    [1.0, 1.0, 1.0, 0.0, 0.0]
-    """
-    seen, weights = Counter(), []
-    allowed = Counter(reference)
-    for token in tokens:
-        seen[token] += 1
-        weights.append(float(seen[token] <= max(1, allowed[token])))
-    return torch.tensor(weights)
-
-
-def score_rollouts(
-    rollouts: Sequence[Tensor], weights: Sequence[Tensor], reference: Tensor, reference_weights: Tensor,
-    keywords: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Quality q and keyword recall c of each rollout of a prompt, both (R,), in [0, 1].
-
-    rollouts: R token embeddings (L_i, D); reference (T, D); keywords: the tokens (W_k, D) of each. weights (L_i,) and
-    reference_weights (R, T): `repetition_weights` of each rollout against the reference, and the other way about.
-    Similarities are cosines, those below 0 count as 0. q is the F1 of precision, the mean over a rollout's tokens of their
-    largest similarity to a reference token, and recall, the other way about (BERTScore), repetitions counting as 0. c is
-    the mean over keywords of the mean, over their tokens, of the largest similarity to a rollout token. An empty rollout
-    has q = c = 0, as has every one where the reference is empty; without keywords c = 0.
-
-    >>> word = torch.eye(4)                                  # four words that have nothing in common
-    >>> full, half = word[[0, 1, 2]], word[[0, 1, 3]]        # the reference, and one with its last word wrong
-    >>> q, c = score_rollouts([full, half], [torch.ones(3)] * 2, full, torch.ones(2, 3), keywords=[word[[2]]])
-    >>> [round(x, 2) for x in q.tolist()], c.tolist()
-    ([1.0, 0.67], [1.0, 0.0])
-    """
-    lengths = torch.tensor([len(y) for y in rollouts], device=reference.device)
-    y = F.normalize(nn.utils.rnn.pad_sequence(list(rollouts), batch_first=True).float(), dim=-1)  # (R, L, D), pads are 0
-    w = nn.utils.rnn.pad_sequence(list(weights), batch_first=True).to(y)
-    if y.shape[1] == 0 or len(reference) == 0:
-        return y.new_zeros(len(y)), y.new_zeros(len(y))
-
-    def similarity(words: Tensor) -> Tensor:
-        return (y @ F.normalize(words.float(), dim=-1).T).clamp(min=0)  # (R, L, words)
-
-    s = similarity(reference)
-    precision = (s.amax(2) * w).sum(1) / lengths.clamp(min=1)
-    recall = (s.amax(1) * reference_weights.to(s)).mean(1)
-    quality = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
-    coverage = [similarity(k).amax(1).mean(1) for k in keywords]
-    return quality, torch.stack(coverage).mean(0) if coverage else torch.zeros_like(quality)
-
-
-def relative_wins(q: Tensor, c: Tensor, q_twin: Tensor, c_twin: Tensor, margin: float = 0.1) -> Tensor:
-    """w_i, the share of the twin's rollouts that each rollout beats: equation (2), (G,).
-
-    q, c: (G,), of the full video's rollouts; q_twin, c_twin: (G',), of the twin's. One beats another when it covers the
-    keywords better by more than the margin, without being a worse description by more than the margin: naming every
-    event, or nothing but the event, covers the keywords and is still a bad description. G' = 0 gives 0.
-
-    >>> relative_wins(torch.tensor([0.9, 0.9, 0.5]), torch.tensor([1.0, 0.2, 1.0]),
-    ...               torch.tensor([0.8, 0.8]), torch.tensor([0.2, 1.0])).tolist()
-    [0.5, 0.0, 0.0]
-    """
-    better = c[:, None] > c_twin[None, :] + margin
-    no_worse = q[:, None] > q_twin[None, :] - margin
-    return (better & no_worse).float().sum(1) / max(len(c_twin), 1)
-
-
-REWARDS = ("similarity", "recall", "relative", "pooled")
-
-
-def rewards_and_advantages(
-    kind: str, q: Tensor, c: Tensor, q_twin: Tensor, c_twin: Tensor, alpha: float = 1.0, margin: float = 0.1,
-    divide: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Reward r and advantage A of each rollout of the full video: equations (3) and (4), both (G,).
-
-    similarity: r = q. recall: r = q + alpha c. relative: r = q + alpha w. pooled: r = q + alpha c, its mean taken over
-    full and twin rollouts together. divide: also divide by the standard deviation of the rewards in that mean.
-
-    >>> q, c = torch.tensor([0.9, 0.8]), torch.tensor([0.1, 1.0])
-    >>> r, a = rewards_and_advantages("relative", q, c, torch.tensor([0.9]), torch.tensor([0.1]))
-    >>> [round(x, 2) for x in r.tolist() + a.tolist()]
-    [0.9, 1.8, -0.45, 0.45]
-    """
-    if kind not in REWARDS:
-        raise ValueError(f"reward: got {kind!r}; choose one of {', '.join(REWARDS)}")
-    r = q
-    if kind == "relative":
-        r = q + alpha * relative_wins(q, c, q_twin, c_twin, margin)
-    elif kind in ("recall", "pooled"):
-        r = q + alpha * c
-    group = torch.cat([r, q_twin + alpha * c_twin]) if kind == "pooled" else r
-    advantage = r - group.mean()
-    if divide:
-        advantage = advantage / (group.std(correction=0) + 1e-4)
-    return r, advantage
 
 
 # --- The policy loss (method, section 3) ------------------------------------------------------------------------------
@@ -332,22 +182,6 @@ def grpo_loss(
         loss = loss + beta * kl
     metrics = {"kl": (weight * kl).sum().detach(), "clipped": (weight * (clipped < unclipped)).sum().detach()}
     return (weight * loss).sum(), metrics
-
-
-def selected_log_probs(logits: Tensor, targets: Tensor, banned: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target (M,) and entropy (M,) of the distribution that rollouts are sampled from.
-
-    logits (M, vocabulary); banned: ids that are never sampled. The entropy carries no gradient.
-    """
-    logp = sampling_log_probs(logits, banned, temperature)
-    with torch.no_grad():
-        entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
-    return logp.gather(-1, targets[..., None]).squeeze(-1), entropy
-
-
-def sampling_log_probs(logits: Tensor, banned: Tensor, temperature: float) -> Tensor:
-    """The log-distribution that is sampled from: float32, banned ids at -inf, no other cut."""
-    return (logits.float().index_fill(-1, banned, -torch.inf) / temperature).log_softmax(-1)
 
 
 def choose(logp: Tensor, uniform: Tensor | None) -> Tensor:
@@ -460,16 +294,17 @@ def index_keywords(
         keyword_slots[j, : len(slots)] = slots
     number = {text: i for i, text in enumerate(dict.fromkeys(text for _, text, _, _ in keywords))}
     ids = [ids for _, _, ids, _ in keywords]
+    asks = dict(
+        clip=torch.cat(clip),
+        slot=torch.cat(slot),
+        keyword_clip=torch.tensor([b for b, _, _, _ in keywords], dtype=torch.long),
+        keyword_id=torch.tensor([number[text] for _, text, _, _ in keywords], dtype=torch.long),
+        keyword_slots=keyword_slots,
+    )
     return (
         torch.cat(key_rows),
         nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1) if ids else torch.full((0, 1), -1),
-        KeyTokens(
-            clip=torch.cat(clip),
-            slot=torch.cat(slot),
-            keyword_clip=torch.tensor([b for b, _, _, _ in keywords], dtype=torch.long),
-            keyword_id=torch.tensor([number[text] for _, text, _, _ in keywords], dtype=torch.long),
-            keyword_slots=keyword_slots,
-        ),
+        KeyTokens(**asks, shown=ids_shown(**asks)),
     )
 
 
@@ -726,7 +561,10 @@ class VideoLM(nn.Module):
             **self.inputs(batch, video), position_ids=batch.position_ids, output_hidden_states=keep, use_cache=False
         )
         states = full.last_hidden_state.flatten(0, 1).index_select(0, batch.label_rows)  # (L, D): no full logits
-        lm_loss = F.cross_entropy(self.base.lm_head(states).float(), batch.label_ids, reduction="sum")
+        if self.plain_head:
+            lm_loss = cross_entropy_from_states(states, self.base.lm_head.weight, batch.label_ids)
+        else:
+            lm_loss = F.cross_entropy(self.base.lm_head(states).float(), batch.label_ids, reduction="sum")
         if not contrastive or not len(batch.keyword_ids):
             return SFTOutput(lm_loss, lm_loss.new_zeros(()), {})
 
@@ -744,6 +582,12 @@ class VideoLM(nn.Module):
         mask = batch.keyword_mask[..., None]
         t = (embedded * mask).sum(1) / mask.sum(1)
         return SFTOutput(lm_loss, *self.heads(h, h_twin, t, batch.key_tokens))
+
+    @property
+    def plain_head(self) -> bool:
+        """Whether the output head is its weight and nothing else: no bias, adapter, quantisation or sharding."""
+        head = self.base.lm_head
+        return type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter
 
     # --- rollouts and their log-probabilities (method, section 3)
 
@@ -875,8 +719,10 @@ class VideoLM(nn.Module):
 
     def log_probs(self, packed: Packed, video, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probability (M,) of every token of packed rollouts, and the entropy (M,) where it was chosen."""
-        logits = self.base.lm_head(self.run_packed(packed, video))
-        return selected_log_probs(logits, packed.targets, self.banned, temperature)
+        states, head = self.run_packed(packed, video), self.base.lm_head
+        if self.plain_head:
+            return log_probs_from_states(states, head.weight, packed.targets, self.banned, temperature)
+        return selected_log_probs(head(states), packed.targets, self.banned, temperature)
 
     @torch.no_grad()
     def sample(

@@ -41,22 +41,33 @@ class TextEncoder:
         return [embedded[text] for text in texts]
 
 
-def score_texts(
-    encoder: TextEncoder, texts: Sequence[Sequence[str]], references: Sequence[str], keywords: Sequence[Sequence[str]]
-) -> list[tuple[Tensor, Tensor]]:
-    """Quality and keyword recall of each prompt's rollouts, see `vp.score_rollouts`; one encoder call for all of them."""
+def embed_texts(
+    encoder: TextEncoder, texts: Sequence[Sequence[str]], references: Sequence[str], keywords: Sequence[Sequence[str]],
+    num_full: Sequence[int], num_twin: Sequence[int],
+) -> list[vp.Texts]:  # fmt: skip
+    """What each prompt's rollouts are scored by, see `vp.Texts`; one encoder call for all of them."""
     flat = [t for group in texts for t in group] + list(references) + [k for group in keywords for k in group]
     embedded = iter(encoder(flat))
     rollouts = [[next(embedded) for _ in group] for group in texts]
     captions = [next(embedded) for _ in references]
     words = [[next(embedded) for _ in group] for group in keywords]
     return [
-        vp.score_rollouts(
-            [y.embeddings for y in ys],
-            [vp.repetition_weights(y.tokens, reference.tokens) for y in ys],
-            reference.embeddings,
-            torch.stack([vp.repetition_weights(reference.tokens, y.tokens) for y in ys]),
-            [k.embeddings for k in ks if k.tokens],
+        vp.Texts(
+            rollouts=[y.embeddings for y in ys],
+            weights=[vp.repetition_weights(y.tokens, reference.tokens) for y in ys],
+            reference=reference.embeddings,
+            reference_weights=torch.stack([vp.repetition_weights(reference.tokens, y.tokens) for y in ys]),
+            keywords=[k.embeddings for k in ks if k.tokens],
+            num_full=full,
+            num_twin=twin,
         )
-        for ys, reference, ks in zip(rollouts, captions, words)
+        for ys, reference, ks, full, twin in zip(rollouts, captions, words, num_full, num_twin)
     ]
+
+
+def score_texts(
+    encoder: TextEncoder, texts: Sequence[Sequence[str]], references: Sequence[str], keywords: Sequence[Sequence[str]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Quality and keyword recall of each prompt's rollouts, see `vp.score_rollouts`."""
+    alone = [len(ys) for ys in texts], [0] * len(texts)  # nobody is compared with a twin
+    return vp.score_batch(embed_texts(encoder, texts, references, keywords, *alone))

@@ -1,0 +1,465 @@
+"""The contrastive loss of full against twin, equation (1): reference, Triton kernels, autograd, public function.
+
+N key-slot tokens, each with a state of width D in the full video and in its twin, meet K keywords. The similarity matrix
+is no hog, since K is far below D; the float32 normalised copies of the states are. So the states are read as they are and
+the norms are taken on the way. Their backward is free: with s_ij = <x_i, k_j> r_i q_j / tau (r, q: inverse norms) and
+g_ij = dL/ds_ij, which is softmax minus softmax,
+
+    dx_i = r_i (sum_j g_ij k_j q_j / tau - c_i x_i r_i),  c_i = sum_j g_ij s_ij,     dtau = - sum_i c_i / tau
+
+and likewise for keywords. Nothing is added up atomically: two runs give the same bits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.dispatch import INTERPRETED, ceil_div, num_programs, takes_kernel, tl, triton
+
+
+@dataclass
+class KeyTokens:
+    """Where the key-slot tokens of a batch stand, and which keyword asks for which of them.
+
+    clip (N,), slot (N,): of each key-slot token. keyword_clip (K,), keyword_id (K,): the clip of each keyword, and a
+    number >= 0 that is the same for the same words. keyword_slots (K, S) bool: its key slots. shown (N, M): the ids of the
+    keywords that each token shows, padded with -1, see `ids_shown`; the kernel finds it out where it is None.
+    """
+
+    clip: Tensor
+    slot: Tensor
+    keyword_clip: Tensor
+    keyword_id: Tensor
+    keyword_slots: Tensor
+    shown: Tensor | None = None
+
+    def positives(self) -> Tensor:
+        """(K, N) bool: P_j, the tokens of the keyword's own clip in its key slots."""
+        return (self.keyword_clip[:, None] == self.clip[None, :]) & self.keyword_slots[:, self.slot]
+
+    def negatives(self) -> Tensor:
+        """(K, N) bool: key-slot tokens of other clips, those left out that show an event of the same words."""
+        same_words = (self.keyword_id[:, None] == self.keyword_id[None, :]).float()
+        shows_same = same_words @ self.positives().float() > 0
+        return (self.keyword_clip[:, None] != self.clip[None, :]) & ~shows_same
+
+
+def ids_shown(clip: Tensor, slot: Tensor, keyword_clip: Tensor, keyword_id: Tensor, keyword_slots: Tensor) -> Tensor:
+    """The field `shown` of `KeyTokens`, (N, M): so small that a kernel can tell a negative without an (N, K) mask."""
+    places, place = torch.unique(torch.stack([clip, slot], 1), dim=0, return_inverse=True)  # tokens of a slot are alike
+    shows = (places[:, :1] == keyword_clip) & keyword_slots.T[places[:, 1]]  # (places, K)
+    ids = torch.where(shows, keyword_id, -1).sort(1, descending=True).values
+    most = int(shows.sum(1).max()) if shows.numel() else 0
+    return F.pad(ids, (0, 1), value=-1)[:, : max(1, most)][place]
+
+
+# --- The reference ---------------------------------------------------------------------------------------------------
+# Its traffic for n = 2N states in bf16, forward: reads them (2nD bytes), writes and reads the float32 copy (8nD), squares
+# it for the norm (reads 4nD), writes the normalised copy (4nD + 4nD to read it), multiplies (4nD): about 26 nD bytes where
+# 2nD would do, plus 30 nK for similarities and masks. The backward keeps both copies and makes two more. The kernels read
+# the states once forward and twice backward, write their gradient once, and spend 12 nK on similarities and g.
+
+
+def contrastive_reference(
+    full: Tensor, twin: Tensor | None, keywords: Tensor, temperature: Tensor, tokens: KeyTokens
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`contrastive_loss` in plain PyTorch, in float32 or wider."""
+    positive, negative = tokens.positives(), tokens.negatives()
+    if twin is None:
+        states = full
+        allowed = positive | negative
+    else:
+        states = torch.cat([full, twin])
+        allowed = torch.cat([positive | negative, positive], 1)  # (K, 2N)
+        positive = F.pad(positive, (0, len(twin)))
+    wide = torch.promote_types(states.dtype, torch.float32)
+    z = F.normalize(states.to(wide), dim=-1)
+    k = F.normalize(keywords.to(wide), dim=-1)
+    s = k @ z.T / temperature  # (K, 2N)
+    # A finite floor instead of -inf: a row without any positive stays finite in value and gradient.
+    low = torch.finfo(s.dtype).min / 2
+    loss = s.masked_fill(~allowed, low).logsumexp(1) - s.masked_fill(~positive, low).logsumexp(1)  # (K,)
+    valid = positive.any(1)
+    metrics = {"positives": positive.sum(), "negatives": (allowed & ~positive).sum()}
+    return torch.where(valid, loss, 0.0).sum(), metrics
+
+
+# --- The kernels -----------------------------------------------------------------------------------------------------
+# Rows 0..N-1 are the full video's states, rows N..2N-1 the twin's. A block of rows lies in one of the two.
+
+EPS = 1e-12  # as in F.normalize
+LAUNCH = dict(num_warps=8, num_stages=3)
+
+
+def tile_sizes(dtype: torch.dtype) -> tuple[int, int]:
+    """Length of a tile's two kept axes, and of the axis that a product sums over, in one step; of any of N, K and D."""
+    if INTERPRETED:
+        return 16, 32  # small, so that small tests have several tiles
+    return 128, 128 // dtype.itemsize
+
+
+@triton.jit
+def normalise_keywords(k_ptr, unit_ptr, norm_ptr, D, EPS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Keyword j: q_j and k_j q_j. One program a keyword."""
+    j = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    k = tl.load(k_ptr + j * D + d, mask=d < D, other=0.0).to(tl.float32)
+    q = 1 / tl.maximum(tl.sqrt(tl.sum(k * k)), EPS)
+    tl.store(unit_ptr + j * D + d, (k * q).to(unit_ptr.dtype.element_ty), mask=d < D)
+    tl.store(norm_ptr + j, q)
+
+
+@triton.jit
+def mark(rows, cols, is_twin, clip_ptr, slot_ptr, shown_ptr, kclip_ptr, kid_ptr, kslots_ptr, N, K, S, M):
+    """Which of a tile's tokens are positives of which keywords, and which are in the softmax at all."""
+    clip = tl.load(clip_ptr + rows, mask=rows < N, other=-1).to(tl.int32)
+    slot = tl.load(slot_ptr + rows, mask=rows < N, other=0).to(tl.int32)
+    kclip = tl.load(kclip_ptr + cols, mask=cols < K, other=-2).to(tl.int32)
+    kid = tl.load(kid_ptr + cols, mask=cols < K, other=-2).to(tl.int32)
+    own = clip[:, None] == kclip[None, :]
+    in_key_slots = tl.load(kslots_ptr + cols[None, :] * S + slot[:, None], mask=own, other=0) != 0
+    same = own
+    for m in range(M):
+        shown = tl.load(shown_ptr + rows * M + m, mask=rows < N, other=-1).to(tl.int32)
+        same = same | (shown[:, None] == kid[None, :])
+    negative = (same == 0) & (rows < N)[:, None] & (cols < K)[None, :]
+    shows = own & in_key_slots
+    return shows & (is_twin == 0), shows | (negative & (is_twin == 0))
+
+
+@triton.jit
+def similarity_tile(
+    full_ptr, twin_ptr, k_ptr, q_ptr, tau_ptr, clip_ptr, slot_ptr, shown_ptr, kclip_ptr, kid_ptr, kslots_ptr,
+    s_ptr, r_ptr, part_ptr, N, K, D, S, M, num_blocks, EPS: tl.constexpr, STORE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """s of a tile, and over its rows for each keyword: (largest, sum of exponentials, count) of softmax and positives."""
+    pid_k, pid_n = tl.program_id(0) % tl.cdiv(K, BLOCK_K), tl.program_id(0) // tl.cdiv(K, BLOCK_K)
+    half = tl.cdiv(N, BLOCK_N)
+    is_twin = (pid_n >= half).to(tl.int32)
+    x_ptr = tl.where(is_twin == 1, twin_ptr, full_ptr)
+    rows = (pid_n - is_twin * half) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    d = tl.arange(0, BLOCK_D)
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * D + d[None, :]
+    k_ptrs = k_ptr + cols.to(tl.int64)[None, :] * D + d[:, None]
+    product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        x = tl.load(x_ptrs, mask=(rows < N)[:, None] & (start + d < D)[None, :], other=0.0)
+        k = tl.load(k_ptrs, mask=(start + d < D)[:, None] & (cols < K)[None, :], other=0.0)
+        product = tl.dot(x, k, product, input_precision="tf32x3")
+        x = x.to(tl.float32)
+        squares += x * x
+        x_ptrs += BLOCK_D
+        k_ptrs += BLOCK_D
+    r = 1 / tl.maximum(tl.sqrt(tl.sum(squares, 1)), EPS)
+    q = tl.load(q_ptr + cols, mask=cols < K, other=0.0)
+    s = product * r[:, None] * (q[None, :] / tl.load(tau_ptr).to(tl.float32))
+    at = (is_twin * N + rows).to(tl.int64)
+    if STORE:
+        tl.store(s_ptr + at[:, None] * K + cols[None, :], s, mask=(rows < N)[:, None] & (cols < K)[None, :])
+        tl.store(r_ptr + at, r, mask=(rows < N) & (pid_k == 0))
+    positive, allowed = mark(rows, cols, is_twin, clip_ptr, slot_ptr, shown_ptr, kclip_ptr, kid_ptr, kslots_ptr, N, K, S, M)
+    part_ptrs = part_ptr + pid_n * K + cols
+    for which in tl.static_range(2):
+        among = allowed if which == 0 else positive
+        top = tl.max(tl.where(among, s, -float("inf")), 0)
+        total = tl.sum(tl.where(among, tl.exp(s - tl.where(top == -float("inf"), 0.0, top)[None, :]), 0.0), 0)
+        tl.store(part_ptrs + (3 * which) * num_blocks * K, top, mask=cols < K)
+        tl.store(part_ptrs + (3 * which + 1) * num_blocks * K, total, mask=cols < K)
+        tl.store(part_ptrs + (3 * which + 2) * num_blocks * K, tl.sum(among.to(tl.float32), 0), mask=cols < K)
+
+
+@triton.jit
+def combine_parts(part_ptr, lse_ptr, sums_ptr, K, num_blocks, BLOCK_B: tl.constexpr):
+    """Both logsumexps of keyword j from the parts of all blocks, its loss and its counts. One program a keyword."""
+    j = tl.program_id(0)
+    b = tl.arange(0, BLOCK_B)
+    for which in tl.static_range(2):
+        base = part_ptr + 3 * which * num_blocks * K + j
+        top = tl.full((BLOCK_B,), -float("inf"), tl.float32)
+        total, count = tl.zeros((BLOCK_B,), tl.float32), tl.zeros((BLOCK_B,), tl.float32)
+        for start in range(0, num_blocks, BLOCK_B):
+            at = base + (start + b) * K
+            ok = start + b < num_blocks
+            new_top = tl.load(at, mask=ok, other=-float("inf"))
+            both = tl.maximum(top, new_top)
+            safe = tl.where(both == -float("inf"), 0.0, both)
+            more = tl.load(at + num_blocks * K, mask=ok, other=0.0)
+            total = total * tl.exp(top - safe) + more * tl.exp(new_top - safe)
+            count += tl.load(at + 2 * num_blocks * K, mask=ok, other=0.0)
+            top = both
+        peak = tl.max(top)
+        shift = tl.where(peak == -float("inf"), 0.0, peak)
+        lse = shift + tl.log(tl.sum(total * tl.exp(top - shift)))  # -inf where there is none
+        tl.store(lse_ptr + which * K + j, lse)
+        tl.store(sums_ptr + (1 + which) * K + j, tl.sum(count))
+        if which == 0:
+            lse_all = lse
+        else:
+            tl.store(sums_ptr + j, tl.where(lse == -float("inf"), 0.0, lse_all - lse))
+
+
+@triton.jit
+def coefficients(
+    s_ptr, lse_ptr, clip_ptr, slot_ptr, shown_ptr, kclip_ptr, kid_ptr, kslots_ptr, g_ptr, c_ptr, e_ptr, N, K, S, M,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """g = dL/ds of a block of rows; c_i, the sum over keywords of g s; and the part of e_j, the sum over these rows."""
+    pid = tl.program_id(0)
+    half = tl.cdiv(N, BLOCK_N)
+    is_twin = (pid >= half).to(tl.int32)
+    rows = (pid - is_twin * half) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = (is_twin * N + rows).to(tl.int64)
+    c = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)
+        ok = (rows < N)[:, None] & (cols < K)[None, :]
+        s = tl.load(s_ptr + at[:, None] * K + cols[None, :], mask=ok, other=0.0)
+        positive, allowed = mark(
+            rows, cols, is_twin, clip_ptr, slot_ptr, shown_ptr, kclip_ptr, kid_ptr, kslots_ptr, N, K, S, M
+        )
+        lse_all = tl.load(lse_ptr + cols, mask=cols < K, other=0.0)
+        lse_pos = tl.load(lse_ptr + K + cols, mask=cols < K, other=-float("inf"))
+        valid = (lse_pos > -float("inf"))[None, :]  # a keyword without positive: no gradient
+        g = tl.where(valid & allowed, tl.exp(s - lse_all[None, :]), 0.0)
+        g -= tl.where(valid & positive, tl.exp(s - lse_pos[None, :]), 0.0)
+        tl.store(g_ptr + at[:, None] * K + cols[None, :], g.to(g_ptr.dtype.element_ty), mask=ok)
+        c += tl.sum(g * s, 1)
+        tl.store(e_ptr + pid * K + cols, tl.sum(g * s, 0), mask=cols < K)
+    tl.store(c_ptr + at, c, mask=rows < N)
+
+
+@triton.jit
+def states_gradient(
+    full_ptr, twin_ptr, dfull_ptr, dtwin_ptr, g_ptr, unit_ptr, r_ptr, c_ptr, tau_ptr, up_ptr, N, K, D,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dx of a tile: the product of g with the unit keywords, then the norm's backward while it is still in registers."""
+    pid_d, pid_n = tl.program_id(0) % tl.cdiv(D, BLOCK_D), tl.program_id(0) // tl.cdiv(D, BLOCK_D)
+    half = tl.cdiv(N, BLOCK_N)
+    is_twin = (pid_n >= half).to(tl.int32)
+    x_ptr, dx_ptr = tl.where(is_twin == 1, twin_ptr, full_ptr), tl.where(is_twin == 1, dtwin_ptr, dfull_ptr)
+    rows = (pid_n - is_twin * half) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = (is_twin * N + rows).to(tl.int64)
+    d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    cols = tl.arange(0, BLOCK_K)
+    product = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        j = start + cols
+        g = tl.load(g_ptr + at[:, None] * K + j[None, :], mask=(rows < N)[:, None] & (j < K)[None, :], other=0.0)
+        k = tl.load(
+            unit_ptr + j.to(tl.int64)[:, None] * D + d[None, :], mask=(j < K)[:, None] & (d < D)[None, :], other=0.0
+        )
+        product = tl.dot(g, k, product, input_precision="tf32x3")
+    r = tl.load(r_ptr + at, mask=rows < N, other=0.0)
+    c = tl.load(c_ptr + at, mask=rows < N, other=0.0)
+    ok = (rows < N)[:, None] & (d < D)[None, :]
+    offset = rows.to(tl.int64)[:, None] * D + d[None, :]
+    x = tl.load(x_ptr + offset, mask=ok, other=0.0).to(tl.float32)
+    up, tau = tl.load(up_ptr).to(tl.float32), tl.load(tau_ptr).to(tl.float32)
+    dx = (product / tau - (c * r)[:, None] * x) * (r * up)[:, None]
+    tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def keywords_product(
+    full_ptr, twin_ptr, g_ptr, r_ptr, out_ptr, N, K, D, rows_each, HAS_TWIN: tl.constexpr, LARGEST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Part of sum_i g_ij x_i r_i over rows_each rows of both halves; the parts of all splits are added in order later."""
+    split = tl.program_id(2)
+    j = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    product = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    for which in tl.static_range(2 if HAS_TWIN else 1):
+        x_ptr = full_ptr if which == 0 else twin_ptr
+        for start in range(split * rows_each, min(N, (split + 1) * rows_each), BLOCK_N):
+            rows = start + tl.arange(0, BLOCK_N)
+            at = (which * N + rows).to(tl.int64)
+            g = tl.load(g_ptr + at[None, :] * K + j[:, None], mask=(j < K)[:, None] & (rows < N)[None, :], other=0.0)
+            r = tl.load(r_ptr + at, mask=rows < N, other=0.0)
+            r = tl.minimum(r, LARGEST)  # a float16 state of zeros must not make infinity of its (unused) inverse norm
+            x_at = rows.to(tl.int64)[:, None] * D + d[None, :]
+            x = tl.load(x_ptr + x_at, mask=(rows < N)[:, None] & (d < D)[None, :], other=0.0)
+            product = tl.dot((g * r[None, :]).to(x.dtype), x, product, input_precision="tf32x3")
+    out = out_ptr + (split * K + j).to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(out, product, mask=(j < K)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def keywords_gradient(part_ptr, unit_ptr, q_ptr, e_ptr, tau_ptr, up_ptr, dk_ptr, K, D, splits, BLOCK_D: tl.constexpr):
+    """dk_j = q_j (sum over splits / tau - e_j k_j q_j). One program a keyword."""
+    j = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for split in range(splits):
+        total += tl.load(part_ptr + (split * K + j) * D + d, mask=d < D, other=0.0)
+    unit = tl.load(unit_ptr + j * D + d, mask=d < D, other=0.0).to(tl.float32)
+    scale = tl.load(q_ptr + j) * tl.load(up_ptr).to(tl.float32)
+    dk = scale * (total / tl.load(tau_ptr).to(tl.float32) - tl.load(e_ptr + j) * unit)
+    tl.store(dk_ptr + j * D + d, dk.to(dk_ptr.dtype.element_ty), mask=d < D)
+
+
+# --- Autograd --------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("videoperceiver::contrastive", mutates_args=())
+def contrastive_op(
+    full: Tensor, twin: Tensor | None, keywords: Tensor, temperature: Tensor, clip: Tensor, slot: Tensor, shown: Tensor,
+    keyword_clip: Tensor, keyword_id: Tensor, keyword_slots: Tensor, with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Sums (3,): loss, tokens in all softmaxes, positives. And what the backward needs: g, c, e, r, unit keywords, q.
+
+    The loss is a sum, so that its gradient g is known up to a factor as soon as the logsumexps are: it is made at once,
+    and the float32 similarities are gone when this returns.
+    """
+    (N, D), K, halves = full.shape, len(keywords), 1 if twin is None else 2
+    where = dict(dtype=torch.float32, device=full.device)
+    tile, step = tile_sizes(full.dtype)
+    num_blocks = ceil_div(N, tile) * halves
+    saved = allocate(full, halves, keywords, with_gradient)
+    g, c, e, r, unit, q = saved
+    sums, lse = torch.zeros(3, K, **where), torch.empty(2, K, **where)
+    if N == 0 or K == 0:
+        return sums.sum(1), g, c, e.zero_(), r, unit, q
+    s = torch.empty(halves * N, K, **where) if with_gradient else sums
+    parts = torch.empty(6, num_blocks, K, **where)
+    wide = triton.next_power_of_2(D)
+    normalise_keywords[(K,)](keywords, unit, q, D, EPS, wide)
+    asks = (clip, slot, shown, keyword_clip, keyword_id, keyword_slots.view(torch.uint8))
+    S, M = keyword_slots.shape[1], shown.shape[1]
+    grid = (num_blocks * ceil_div(K, tile),)
+    similarity_tile[grid](
+        full, full if twin is None else twin, keywords, q, temperature, *asks, s, r, parts, N, K, D, S, M, num_blocks,
+        EPS, with_gradient, tile, tile, step, **LAUNCH,
+    )  # fmt: skip
+    combine_parts[(K,)](parts, lse, sums, K, num_blocks, 4 if INTERPRETED else 128)
+    if with_gradient:
+        e_parts = torch.empty(num_blocks, K, **where)
+        coefficients[(num_blocks,)](s, lse, *asks, g, c, e_parts, N, K, S, M, tile, min(tile, 32))
+        torch.sum(e_parts, 0, out=e)
+    return sums.sum(1), *saved
+
+
+def allocate(full: Tensor, halves: int, keywords: Tensor, with_gradient: bool) -> tuple[Tensor, ...]:
+    """Room for g (2N, K), c (2N,), e (K,), r (2N,), unit keywords (K, D) and q (K,)."""
+    (N, _), K = full.shape, len(keywords)
+    n = halves * N if with_gradient else 0
+    shapes = ((n, K), (n,), (K if with_gradient else 0,), (n,), keywords.shape, (K,))
+    types = (full.dtype, torch.float32, torch.float32, torch.float32, full.dtype, torch.float32)
+    return tuple(full.new_empty(shape, dtype=t) for shape, t in zip(shapes, types))
+
+
+@contrastive_op.register_fake
+def _(full, twin, keywords, temperature, clip, slot, shown, keyword_clip, keyword_id, keyword_slots, with_gradient):
+    saved = allocate(full, 1 if twin is None else 2, keywords, with_gradient)
+    return full.new_empty(3, dtype=torch.float32), *saved
+
+
+@torch.library.custom_op("videoperceiver::contrastive_backward", mutates_args=())
+def contrastive_backward_op(
+    up: Tensor, full: Tensor, twin: Tensor | None, temperature: Tensor, g: Tensor, c: Tensor, e: Tensor, r: Tensor,
+    unit: Tensor, q: Tensor, for_states: bool, for_keywords: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients for full, twin, keywords and temperature; empty where not asked for."""
+    (N, D), K = full.shape, len(unit)
+    d_full, d_twin, d_keywords, d_tau = allocate_gradients(full, twin, unit, temperature, for_states, for_keywords)
+    if N == 0 or K == 0:
+        return d_full.zero_(), d_twin.zero_(), d_keywords.zero_(), d_tau.zero_()
+    halves = 1 if twin is None else 2
+    other = full if twin is None else twin
+    tile, step = tile_sizes(full.dtype)
+    if for_states:  # the sum runs over keywords
+        grid = (halves * ceil_div(N, tile) * ceil_div(D, tile),)
+        d_other = d_full if twin is None else d_twin
+        states_gradient[grid](
+            full, other, d_full, d_other, g, unit, r, c, temperature, up, N, K, D, tile, step, tile, **LAUNCH
+        )  # fmt: skip
+    if for_keywords:  # the sum runs over rows, cut into enough splits to fill the device, each of whole blocks
+        tiles, blocks = (ceil_div(K, tile), ceil_div(D, tile)), ceil_div(N, step)
+        blocks_each = ceil_div(blocks, ceil_div(num_programs(full.device), tiles[0] * tiles[1]))
+        splits = ceil_div(blocks, blocks_each)
+        parts = full.new_empty(splits, K, D, dtype=torch.float32)
+        largest = 6e4 if full.dtype == torch.float16 else 1 / EPS
+        keywords_product[(*tiles, splits)](
+            full, other, g, r, parts, N, K, D, blocks_each * step, halves == 2, largest, step, tile, tile, **LAUNCH
+        )  # fmt: skip
+        keywords_gradient[(K,)](parts, unit, q, e, temperature, up, d_keywords, K, D, splits, triton.next_power_of_2(D))
+    d_tau.copy_(-up * e.sum() / temperature)
+    return d_full, d_twin, d_keywords, d_tau
+
+
+def allocate_gradients(
+    full: Tensor, twin: Tensor | None, unit: Tensor, temperature: Tensor, for_states: bool, for_keywords: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for the gradients."""
+    n, (K, D) = len(full) if for_states else 0, unit.shape
+    return (
+        full.new_empty(n, D),
+        full.new_empty(0 if twin is None else n, D),
+        unit.new_empty(K if for_keywords else 0, D),
+        temperature.new_empty(temperature.shape),
+    )
+
+
+@contrastive_backward_op.register_fake
+def _(up, full, twin, temperature, g, c, e, r, unit, q, for_states, for_keywords):
+    return allocate_gradients(full, twin, unit, temperature, for_states, for_keywords)
+
+
+def _setup(ctx, inputs, output):
+    full, twin, _, temperature, *_ = inputs
+    ctx.save_for_backward(full, twin, temperature, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, up, *_):
+    if up is None:
+        return (None,) * 11
+    full, twin, temperature, *saved = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    d_full, d_twin, d_keywords, d_tau = contrastive_backward_op(
+        up[0].contiguous(), full, twin, temperature, *saved, needs[0] or needs[1], needs[2]
+    )
+    wanted = (d_full, None if twin is None else d_twin, d_keywords, d_tau)
+    return (*(x if need else None for x, need in zip(wanted, needs)), *[None] * 7)
+
+
+contrastive_op.register_autograd(_backward, setup_context=_setup)
+
+
+# --- The public function ---------------------------------------------------------------------------------------------
+
+
+def contrastive_loss(
+    full: Tensor, twin: Tensor | None, keywords: Tensor, temperature: Tensor, tokens: KeyTokens,
+    use_kernel: bool | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """InfoNCE with several positives (MIL-NCE), summed over the keywords that have a positive: equation (1).
+
+    full, twin: (N, d) states of the key-slot tokens in the full video and in its twin (None: no twin negatives);
+    keywords: (K, d) text vectors; temperature: scalar tau. All are L2-normalised here. For keyword j with positives
+    P_j and negatives N_j (the twin's tokens at P_j, and other clips' key-slot tokens of another keyword):
+
+        L_j = logsumexp_{i in P_j + N_j} s_ji - logsumexp_{i in P_j} s_ji,        s_ji = <k_j, z_i> / tau
+
+    Returns the sum and counts, without a host-device sync; divide by the number of keywords of the whole batch, so that
+    cutting a batch into micro-batches changes nothing but the in-batch negatives. A keyword without a positive
+    contributes neither loss nor gradient. use_kernel: None takes the kernel on a GPU; see `takes_kernel`.
+    """
+    if not takes_kernel(use_kernel, full, twin, keywords):
+        return contrastive_reference(full, twin, keywords, temperature, tokens)
+    shown = tokens.shown
+    if shown is None:
+        shown = ids_shown(tokens.clip, tokens.slot, tokens.keyword_clip, tokens.keyword_id, tokens.keyword_slots)
+    inputs = [full, twin, keywords.to(full.dtype), torch.as_tensor(temperature, device=full.device)]
+    with_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    inputs = [x if x is None else x.contiguous() for x in inputs]
+    asks = (tokens.clip, tokens.slot, shown, tokens.keyword_clip, tokens.keyword_id, tokens.keyword_slots)
+    sums, *_ = contrastive_op(*inputs, *(x.contiguous() for x in asks), with_gradient)
+    counts = sums.detach().long()
+    return sums[0], {"positives": counts[2], "negatives": counts[1] - counts[2]}

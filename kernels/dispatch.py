@@ -1,0 +1,49 @@
+"""Which road a call takes: a Triton kernel where the tensors are on a GPU, the eager reference everywhere else."""
+
+import os
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # an installation for the CPU may lack Triton: the kernels are then plain functions that nobody calls
+
+    class _Absent:
+        jit = staticmethod(lambda function: function)
+        constexpr = object
+
+    triton = tl = _Absent
+
+HAS_TRITON = hasattr(triton, "cdiv")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels then run on the CPU, slowly: for tests only
+
+
+def takes_kernel(use_kernel: bool | None, *tensors: Tensor | None) -> bool:
+    """Whether a call takes the kernel: None asks for it where all tensors are on a GPU that the tiles fit on, and it can.
+
+    use_kernel False never does, True always does and fails loudly where it cannot. float64 has no kernel.
+    """
+    tensors = [x for x in tensors if x is not None]
+    able = HAS_TRITON and all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) for x in tensors)
+    if use_kernel is None:
+        return able and not INTERPRETED and all(fits(x.device) for x in tensors)
+    if use_kernel and not (able and (INTERPRETED or all(x.is_cuda for x in tensors))):
+        raise ValueError("use_kernel: got True; it needs Triton, a GPU (or TRITON_INTERPRET=1) and 16 or 32 bit floats")
+    return use_kernel
+
+
+def fits(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU from Ampere on: others may have too little shared memory for the tiles."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def num_programs(device: torch.device) -> int:
+    """How many programs of a kernel fill the device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up; at least 1, so that a grid is never empty."""
+    return max(1, -(-a // b))

@@ -1,0 +1,266 @@
+"""Log-probs and entropies of chosen tokens straight from hidden states: reference, kernels, autograd, public functions.
+
+M states of width H meet an output head of V rows. With V = 152k the logits are the largest tensor of a training step, and
+all that is wanted of a row are three sums: its largest logit, its sum of exponentials, and their mean logit for the
+entropy. So the forward pass walks over the vocabulary and keeps those, in float32, one set for each stretch of it. The
+backward makes the logits again, a stretch at a time, turns them into dL/dlogits, and adds each stretch's product to the
+gradient in float32: rounding every stretch's share to bfloat16 before the sum would bias training.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.dispatch import INTERPRETED, ceil_div, num_programs, takes_kernel, tl, triton
+
+# --- The reference ---------------------------------------------------------------------------------------------------
+# Its traffic in bf16: reads states and head (2MH + 2VH bytes), writes the logits (2MV), their float32 copy (2MV read, 4MV),
+# a masked one (8MV), a divided one (8MV), the log-softmax (8MV), and the entropy's exponentials and products (about 20MV):
+# at M = 4096, V = 152064 some 30 GB, where states and head are 1.1 GB. It holds 4 to 5 tensors of 2.5 GB at its peak. The
+# kernels read states and head once a pass (the head again for every group of rows that does not share it in the cache),
+# and hold one stretch of dL/dlogits, 64 MB, in the backward.
+
+
+def sampling_log_probs(logits: Tensor, banned: Tensor, temperature: float) -> Tensor:
+    """The log-distribution that is sampled from: float32, banned ids at -inf, no other cut."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (wide.index_fill(-1, banned, -torch.inf) / temperature).log_softmax(-1)
+
+
+def selected_log_probs(logits: Tensor, targets: Tensor, banned: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target (M,) and entropy (M,) of the distribution that rollouts are sampled from.
+
+    logits (M, vocabulary); banned: ids that are never sampled. The entropy carries no gradient.
+    """
+    logp = sampling_log_probs(logits, banned, temperature)
+    with torch.no_grad():
+        entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
+    return logp.gather(-1, targets[..., None]).squeeze(-1), entropy
+
+
+# --- The kernels -----------------------------------------------------------------------------------------------------
+
+LAUNCH = dict(num_warps=8, num_stages=3)
+STRETCH = 48 if INTERPRETED else 8192  # columns of dL/dlogits that are held at once
+
+
+def tile_sizes(dtype: torch.dtype) -> tuple[int, int]:
+    """Length of a tile's two kept axes, and of the axis that a product sums over, in one step."""
+    if INTERPRETED:
+        return 16, 32  # small, so that small tests have several tiles
+    return 128, 128 // dtype.itemsize
+
+
+@triton.jit
+def logits_tile(
+    h_ptr, w_ptr, ok_ptr, rows, cols, M, V, H, inverse_temperature,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Logits of a tile over the temperature, banned ids and those beyond the vocabulary at -inf."""
+    k = tl.arange(0, BLOCK_H)
+    h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * H + k[None, :]
+    w_ptrs = w_ptr + cols.to(tl.int64)[None, :] * H + k[:, None]
+    z = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    for start in range(0, H, BLOCK_H):
+        h = tl.load(h_ptrs, mask=(rows < M)[:, None] & (start + k < H)[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=(start + k < H)[:, None] & (cols < V)[None, :], other=0.0)
+        z = tl.dot(h, w, z, input_precision="tf32x3")
+        h_ptrs += BLOCK_H
+        w_ptrs += BLOCK_H
+    ok = tl.load(ok_ptr + cols, mask=cols < V, other=0) != 0
+    return tl.where(ok[None, :], z * inverse_temperature, -float("inf"))
+
+
+@triton.jit
+def sum_stretches(
+    h_ptr, w_ptr, ok_ptr, target_ptr, lse_ptr, mean_ptr, chosen_ptr, M, V, H, inverse_temperature, cols_each,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """For a block of rows and a stretch of the vocabulary: logsumexp, mean logit under the softmax, target's logit."""
+    pid_m, stretch = tl.program_id(0) % tl.cdiv(M, BLOCK_M), tl.program_id(0) // tl.cdiv(M, BLOCK_M)
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    target = tl.load(target_ptr + rows, mask=rows < M, other=-1).to(tl.int32)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total, weighted = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    chosen = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(stretch * cols_each, min(V, (stretch + 1) * cols_each), BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        z = logits_tile(h_ptr, w_ptr, ok_ptr, rows, cols, M, V, H, inverse_temperature, BLOCK_M, BLOCK_V, BLOCK_H)
+        new_top = tl.maximum(top, tl.max(z, 1))
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        p = tl.exp(z - shift[:, None])
+        scale = tl.exp(top - shift)
+        total = total * scale + tl.sum(p, 1)
+        weighted = weighted * scale + tl.sum(tl.where(p > 0, p * z, 0.0), 1)
+        chosen += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
+        top = new_top
+    out = stretch * M + rows
+    shift = tl.where(top == -float("inf"), 0.0, top)
+    tl.store(lse_ptr + out, shift + tl.log(total), mask=rows < M)  # -inf where all of the stretch is banned
+    tl.store(mean_ptr + out, weighted / tl.maximum(total, 1e-30), mask=rows < M)
+    tl.store(chosen_ptr + out, chosen, mask=rows < M)
+
+
+@triton.jit
+def logits_gradient(
+    h_ptr, w_ptr, ok_ptr, target_ptr, lse_ptr, up_ptr, dz_ptr, M, V, H, inverse_temperature, first, width,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """dL/dlogits of columns first .. first + width: the upstream gradient times (1 at the target - softmax)."""
+    pid_m, pid_v = tl.program_id(0) % tl.cdiv(M, BLOCK_M), tl.program_id(0) // tl.cdiv(M, BLOCK_M)
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    cols = first + at
+    z = logits_tile(h_ptr, w_ptr, ok_ptr, rows, cols, M, V, H, inverse_temperature, BLOCK_M, BLOCK_V, BLOCK_H)
+    target = tl.load(target_ptr + rows, mask=rows < M, other=-1).to(tl.int32)
+    lse = tl.load(lse_ptr + rows, mask=rows < M, other=0.0)
+    up = tl.load(up_ptr + rows, mask=rows < M, other=0.0) * inverse_temperature
+    hit = (cols[None, :] == target[:, None]) & (z > -float("inf"))
+    dz = up[:, None] * (tl.where(hit, 1.0, 0.0) - tl.exp(z - lse[:, None]))
+    out = dz_ptr + rows.to(tl.int64)[:, None] * width + at[None, :]
+    tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (at < width)[None, :])
+
+
+@triton.jit
+def multiply(
+    a_ptr, b_ptr, out_ptr, M, N, K, stride_am, stride_ak, ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out (M, N) = A (M, K) @ B (K, N), summed in float32; ADD: added to what is in out, which is float32 then."""
+    pid_m, pid_n = tl.program_id(0) % tl.cdiv(M, BLOCK_M), tl.program_id(0) // tl.cdiv(M, BLOCK_M)
+    m, n = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    out = out_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+    ok = (m < M)[:, None] & (n < N)[None, :]
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    a_ptrs = a_ptr + m.to(tl.int64)[:, None] * stride_am + k.to(tl.int64)[None, :] * stride_ak
+    b_ptrs = b_ptr + k.to(tl.int64)[:, None] * N + n[None, :]
+    for start in range(0, K, BLOCK_K):
+        a = tl.load(a_ptrs, mask=(m < M)[:, None] & (start + k < K)[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=(start + k < K)[:, None] & (n < N)[None, :], other=0.0)
+        product = tl.dot(a, b, product, input_precision="tf32x3")
+        a_ptrs += BLOCK_K * stride_ak
+        b_ptrs += BLOCK_K * N
+    if ADD:
+        product += tl.load(out, mask=ok, other=0.0)
+    tl.store(out, product.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+# --- Autograd --------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("videoperceiver::log_probs", mutates_args=())
+def log_probs_op(
+    states: Tensor, weight: Tensor, targets: Tensor, sampled: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability, entropy and logsumexp, each (M,). sampled (V,) uint8: 0 for banned ids."""
+    (M, H), V = states.shape, len(weight)
+    if M == 0:
+        return tuple(states.new_empty(0, dtype=torch.float32) for _ in range(3))
+    tile, step = tile_sizes(states.dtype)
+    row_blocks, col_blocks = ceil_div(M, tile), ceil_div(V, tile)
+    blocks_each = ceil_div(col_blocks, ceil_div(4 * num_programs(states.device), row_blocks))
+    stretches = ceil_div(col_blocks, blocks_each)
+    lse, mean, chosen = states.new_empty(3, stretches, M, dtype=torch.float32)
+    sum_stretches[(row_blocks * stretches,)](
+        states, weight, sampled, targets, lse, mean, chosen, M, V, H, 1 / temperature, blocks_each * tile,
+        tile, tile, step, **LAUNCH,
+    )  # fmt: skip
+    total = lse.logsumexp(0)
+    entropy = total - ((lse - total).exp() * mean).sum(0)
+    return chosen.sum(0) - total, entropy, total
+
+
+@log_probs_op.register_fake
+def _(states, weight, targets, sampled, temperature):
+    return tuple(states.new_empty(len(states), dtype=torch.float32) for _ in range(3))
+
+
+@torch.library.custom_op("videoperceiver::log_probs_backward", mutates_args=())
+def log_probs_backward_op(
+    up: Tensor, states: Tensor, weight: Tensor, targets: Tensor, sampled: Tensor, lse: Tensor, temperature: float,
+    for_states: bool, for_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients for states and head, empty where not asked for, a stretch of the vocabulary at a time."""
+    (M, H), V = states.shape, len(weight)
+    d_states = states.new_zeros(M if for_states else 0, H, dtype=torch.float32)
+    d_weight = weight.new_empty(V if for_weight else 0, H)
+    if M == 0:
+        return d_states.to(states.dtype), d_weight.zero_()
+    tile, step = tile_sizes(states.dtype)
+    # Brought near 1, and back at the end: float16 would lose gradients that are divided by a batch's number of tokens.
+    peak = up.abs().max().clamp(min=1e-30)
+    up = up / peak
+    dz, scale = states.new_empty(M, min(V, STRETCH)), 1 / temperature
+    for first in range(0, V, STRETCH):
+        width = min(STRETCH, V - first)
+        part = weight[first : first + width]
+        logits_gradient[(ceil_div(M, tile) * ceil_div(width, tile),)](
+            states, weight, sampled, targets, lse, up, dz, M, V, H, scale, first, width, tile, tile, step, **LAUNCH
+        )  # fmt: skip
+        if for_states:
+            grid = (ceil_div(M, tile) * ceil_div(H, tile),)
+            multiply[grid](dz, part, d_states, M, H, width, width, 1, True, tile, tile, step, **LAUNCH)
+        if for_weight:
+            grid = (ceil_div(width, tile) * ceil_div(H, tile),)
+            out = d_weight[first : first + width]
+            multiply[grid](dz, states, out, width, H, M, 1, width, False, tile, tile, step, **LAUNCH)
+    return (d_states * peak).to(states.dtype), d_weight.mul_(peak)
+
+
+@log_probs_backward_op.register_fake
+def _(up, states, weight, targets, sampled, lse, temperature, for_states, for_weight):
+    (M, H), V = states.shape, len(weight)
+    return states.new_empty(M if for_states else 0, H), weight.new_empty(V if for_weight else 0, H)
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.temperature = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, up, *_):
+    needs = ctx.needs_input_grad
+    if up is None:
+        return (None,) * 5
+    d_states, d_weight = log_probs_backward_op(up.contiguous(), *ctx.saved_tensors, ctx.temperature, needs[0], needs[1])
+    return d_states if needs[0] else None, d_weight if needs[1] else None, None, None, None
+
+
+log_probs_op.register_autograd(_backward, setup_context=_setup)
+
+
+# --- The public functions --------------------------------------------------------------------------------------------
+
+
+def log_probs_from_states(
+    states: Tensor, weight: Tensor, targets: Tensor, banned: Tensor, temperature: float = 1.0,
+    use_kernel: bool | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log-probability (M,) of each target and entropy (M,) under the head, float32: `selected_log_probs` of the logits.
+
+    states (M, H), weight (V, H), targets (M,); banned: ids of probability 0. Gradients go to the states and, where it
+    wants one, to the head; none through the entropy. use_kernel: None takes the kernel on a GPU; see `takes_kernel`.
+
+    >>> states, head = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0], [2.0, 1.0], [9.0, 9.0]])
+    >>> logp, entropy = log_probs_from_states(states, head, torch.tensor([0]), banned=torch.tensor([2]))
+    >>> round(logp.exp().item(), 2), round(entropy.item(), 2)
+    (0.5, 0.69)
+    """
+    if not takes_kernel(use_kernel, states, weight):
+        return selected_log_probs(F.linear(states, weight), targets, banned, temperature)
+    if torch.is_autocast_enabled(states.device.type):  # as F.linear would: an operator of our own is not told of it
+        dtype = torch.get_autocast_dtype(states.device.type)
+        states, weight = states.to(dtype), weight.to(dtype)
+    sampled = torch.ones(len(weight), dtype=torch.uint8, device=weight.device).index_fill(0, banned, 0)
+    states, weight = states.contiguous(), weight.to(states.dtype).contiguous()
+    logp, entropy, _ = log_probs_op(states, weight, targets.contiguous(), sampled, float(temperature))
+    return logp, entropy.detach()
+
+
+def cross_entropy_from_states(states: Tensor, weight: Tensor, targets: Tensor, use_kernel: bool | None = None) -> Tensor:
+    """Cross-entropy of the targets, summed: minus the sum of their log-probabilities, nothing banned."""
+    if not takes_kernel(use_kernel, states, weight):
+        return F.cross_entropy(F.linear(states, weight).float(), targets, reduction="sum")
+    return -log_probs_from_states(states, weight, targets, targets[:0], 1.0, use_kernel)[0].sum()

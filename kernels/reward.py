@@ -1,0 +1,377 @@
+"""The reward of paired rollouts, equations (2) to (4): reference, two Triton kernels, public functions. No gradient.
+
+A prompt has G descriptions of the full video and G' of its twin, a reference caption and keywords, all of different length,
+as token embeddings of width D. Precision asks for each token of a rollout how near the nearest word of the reference is,
+recall and keyword coverage ask the other way about: the maximum of one similarity matrix along its rows and along its
+columns. A library's kernel takes one direction a launch, and so reads everything twice; here one tile of the matrix serves
+both, and no matrix is stored.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.dispatch import INTERPRETED, ceil_div, takes_kernel, tl, triton
+
+
+def repetition_weights(tokens: Sequence[int], reference: Sequence[int]) -> Tensor:
+    """1 for each token of a text, 0 for repetitions beyond what the other text has (but once is always free): (L,).
+
+    The clipped counts of BLEU, used both ways: saying a word again and again is not precise, and saying it once does not
+    recall all its occurrences in the reference.
+
+    >>> repetition_weights([5, 7, 5, 7, 5], reference=[5, 9, 5]).tolist()
+    [1.0, 1.0, 1.0, 0.0, 0.0]
+    """
+    seen, weights = Counter(), []
+    allowed = Counter(reference)
+    for token in tokens:
+        seen[token] += 1
+        weights.append(float(seen[token] <= max(1, allowed[token])))
+    return torch.tensor(weights)
+
+
+# --- The reference ---------------------------------------------------------------------------------------------------
+# Its traffic for R rollouts of L tokens and C reference and keyword tokens in bf16: pads (2RLD read, 2RLD written), makes
+# float32 (4RLD), normalises (12RLD), multiplies (4RLD for the reference and for each keyword), and writes and reads the
+# similarities twice (16RLC). The kernels read 2RLD once, and the C words of a prompt once; similarities stay in registers.
+
+
+def score_rollouts(
+    rollouts: Sequence[Tensor], weights: Sequence[Tensor], reference: Tensor, reference_weights: Tensor,
+    keywords: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Quality q and keyword recall c of each rollout of a prompt, both (R,), in [0, 1].
+
+    rollouts: R token embeddings (L_i, D); reference (T, D); keywords: the tokens (W_k, D) of each. weights (L_i,) and
+    reference_weights (R, T): `repetition_weights` of each rollout against the reference, and the other way about.
+    Similarities are cosines, those below 0 count as 0. q is the F1 of precision, the mean over a rollout's tokens of their
+    largest similarity to a reference token, and recall, the other way about (BERTScore), repetitions counting as 0. c is
+    the mean over keywords of the mean, over their tokens, of the largest similarity to a rollout token. An empty rollout
+    has q = c = 0, as has every one where the reference is empty; without keywords c = 0.
+
+    >>> word = torch.eye(4)                                  # four words that have nothing in common
+    >>> full, half = word[[0, 1, 2]], word[[0, 1, 3]]        # the reference, and one with its last word wrong
+    >>> q, c = score_rollouts([full, half], [torch.ones(3)] * 2, full, torch.ones(2, 3), keywords=[word[[2]]])
+    >>> [round(x, 2) for x in q.tolist()], c.tolist()
+    ([1.0, 0.67], [1.0, 0.0])
+    """
+    lengths = torch.tensor([len(y) for y in rollouts], device=reference.device)
+    y = nn.utils.rnn.pad_sequence(list(rollouts), batch_first=True)  # (R, L, D), pads are 0
+    wide = torch.promote_types(y.dtype, torch.float32)
+    y = F.normalize(y.to(wide), dim=-1)
+    w = nn.utils.rnn.pad_sequence(list(weights), batch_first=True).to(y)
+    if y.shape[1] == 0 or len(reference) == 0:
+        return y.new_zeros(len(y)), y.new_zeros(len(y))
+
+    def similarity(words: Tensor) -> Tensor:
+        return (y @ F.normalize(words.to(wide), dim=-1).T).clamp(min=0)  # (R, L, words)
+
+    s = similarity(reference)
+    precision = (s.amax(2) * w).sum(1) / lengths.clamp(min=1)
+    recall = (s.amax(1) * reference_weights.to(s)).mean(1)
+    quality = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
+    coverage = [similarity(k).amax(1).mean(1) for k in keywords if len(k)]
+    return quality, torch.stack(coverage).mean(0) if coverage else torch.zeros_like(quality)
+
+
+def relative_wins(q: Tensor, c: Tensor, q_twin: Tensor, c_twin: Tensor, margin: float = 0.1) -> Tensor:
+    """w_i, the share of the twin's rollouts that each rollout beats: equation (2), (G,).
+
+    q, c: (G,), of the full video's rollouts; q_twin, c_twin: (G',), of the twin's. One beats another when it covers the
+    keywords better by more than the margin, without being a worse description by more than the margin: naming every
+    event, or nothing but the event, covers the keywords and is still a bad description. G' = 0 gives 0.
+
+    >>> relative_wins(torch.tensor([0.9, 0.9, 0.5]), torch.tensor([1.0, 0.2, 1.0]),
+    ...               torch.tensor([0.8, 0.8]), torch.tensor([0.2, 1.0])).tolist()
+    [0.5, 0.0, 0.0]
+    """
+    better = c[:, None] > c_twin[None, :] + margin
+    no_worse = q[:, None] > q_twin[None, :] - margin
+    return (better & no_worse).float().sum(1) / max(len(c_twin), 1)
+
+
+REWARDS = ("similarity", "recall", "relative", "pooled")
+
+
+def rewards_and_advantages(
+    kind: str, q: Tensor, c: Tensor, q_twin: Tensor, c_twin: Tensor, alpha: float = 1.0, margin: float = 0.1,
+    divide: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Reward r and advantage A of each rollout of the full video: equations (3) and (4), both (G,).
+
+    similarity: r = q. recall: r = q + alpha c. relative: r = q + alpha w. pooled: r = q + alpha c, its mean taken over
+    full and twin rollouts together. divide: also divide by the standard deviation of the rewards in that mean.
+
+    >>> q, c = torch.tensor([0.9, 0.8]), torch.tensor([0.1, 1.0])
+    >>> r, a = rewards_and_advantages("relative", q, c, torch.tensor([0.9]), torch.tensor([0.1]))
+    >>> [round(x, 2) for x in r.tolist() + a.tolist()]
+    [0.9, 1.8, -0.45, 0.45]
+    """
+    if kind not in REWARDS:
+        raise ValueError(f"reward: got {kind!r}; choose one of {', '.join(REWARDS)}")
+    r = q
+    if kind == "relative":
+        r = q + alpha * relative_wins(q, c, q_twin, c_twin, margin)
+    elif kind in ("recall", "pooled"):
+        r = q + alpha * c
+    group = torch.cat([r, q_twin + alpha * c_twin]) if kind == "pooled" else r
+    advantage = r - group.mean()
+    if divide:
+        advantage = advantage / (group.std(correction=0) + 1e-4)
+    return r, advantage
+
+
+# --- A batch of prompts, packed --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Texts:
+    """What one prompt's rollouts are scored by: the arguments of `score_rollouts`, the full video's rollouts first.
+
+    num_full: G; num_twin: G', how many of those behind them count as the twin's (0: nothing to be compared with).
+    """
+
+    rollouts: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    reference: Tensor
+    reference_weights: Tensor
+    keywords: Sequence[Tensor]
+    num_full: int
+    num_twin: int = 0
+
+
+@dataclass
+class PackedTexts:
+    """A batch of `Texts` without padding, for the kernels.
+
+    tokens (sum L, D), token_weights (sum L,), first_token (R + 1,): of all rollouts. words (sum C, D): each prompt's
+    reference, then its keywords; first_word (P + 1,); num_reference (P,). word_weights (sum C,): what a keyword's token
+    counts in the coverage. reference_weights (sum over rollouts of T,), first_weight (R,). prompt (R,): whose a rollout
+    is; first_rollout (P + 1,); groups (P, 2): G and G'. longest (3,): the most tokens of a rollout, words and rollouts.
+    """
+
+    tokens: Tensor
+    token_weights: Tensor
+    first_token: Tensor
+    words: Tensor
+    first_word: Tensor
+    num_reference: Tensor
+    word_weights: Tensor
+    reference_weights: Tensor
+    first_weight: Tensor
+    prompt: Tensor
+    first_rollout: Tensor
+    groups: Tensor
+    longest: tuple[int, int, int]
+
+
+def pack_texts(batch: Sequence[Texts]) -> PackedTexts:
+    """Lay a batch out end to end; lengths are known on the host, so that nothing waits for the device."""
+    device = batch[0].reference.device
+
+    def starts(lengths: Sequence[int]) -> Tensor:
+        return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+
+    def integers(values: Sequence) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+
+    rollouts = [y for p in batch for y in p.rollouts]
+    keywords = [[k for k in p.keywords if len(k)] for p in batch]
+    counts = [[1 / (len(ks) * len(k)) for k in ks for _ in k] for ks in keywords]
+    num_words = [len(p.reference) + len(c) for p, c in zip(batch, counts)]
+    per_rollout = [len(p.reference) for p in batch for _ in p.rollouts]
+    return PackedTexts(
+        tokens=torch.cat(rollouts),
+        token_weights=torch.cat([w for p in batch for w in p.weights]).to(device, torch.float32),
+        first_token=starts([len(y) for y in rollouts]),
+        words=torch.cat([x for p, ks in zip(batch, keywords) for x in (p.reference, *ks)]),
+        first_word=starts(num_words),
+        num_reference=integers([len(p.reference) for p in batch]),
+        word_weights=torch.tensor([x for p, c in zip(batch, counts) for x in [0.0] * len(p.reference) + c]).to(device),
+        reference_weights=torch.cat([p.reference_weights.flatten() for p in batch]).to(device, torch.float32),
+        first_weight=starts(per_rollout),
+        prompt=integers([b for b, p in enumerate(batch) for _ in p.rollouts]),
+        first_rollout=starts([len(p.rollouts) for p in batch]),
+        groups=integers([[p.num_full, p.num_twin] for p in batch]),
+        longest=(max(map(len, rollouts)), max(num_words), max(len(p.rollouts) for p in batch)),
+    )
+
+
+# --- The kernels -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def match_words(
+    y_ptr, first_token_ptr, x_ptr, first_word_ptr, num_reference_ptr, word_weight_ptr, reference_weight_ptr,
+    first_weight_ptr, prompt_ptr, row_ptr, part_ptr, num_tokens, num_rollouts, D,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One rollout against a block of its prompt's words: both maxima of each tile.
+
+    row: for each token the largest similarity to a reference word of this block; part: this block's share of recall and of
+    keyword coverage, which are sums over words.
+    """
+    i, block = tl.program_id(0), tl.program_id(1)
+    p = tl.load(prompt_ptr + i)
+    begin, end = tl.load(first_token_ptr + i), tl.load(first_token_ptr + i + 1)
+    first, last = tl.load(first_word_ptr + p), tl.load(first_word_ptr + p + 1)
+    num_reference = tl.load(num_reference_ptr + p)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_reference, is_word = c < num_reference, first + c < last
+    d = tl.arange(0, BLOCK_D)
+    x_at = (first + c).to(tl.int64)[None, :] * D + d[:, None]
+    best = tl.zeros((BLOCK_C,), tl.float32)  # similarities below 0 count as 0
+    for start in range(begin, end, BLOCK_L):
+        rows = start + tl.arange(0, BLOCK_L)
+        y_at = rows.to(tl.int64)[:, None] * D + d[None, :]
+        s = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
+        y_square, x_square = tl.zeros((BLOCK_L, BLOCK_D), tl.float32), tl.zeros((BLOCK_D, BLOCK_C), tl.float32)
+        for k in range(0, D, BLOCK_D):
+            y = tl.load(y_ptr + y_at + k, mask=(rows < end)[:, None] & (k + d < D)[None, :], other=0.0)
+            x = tl.load(x_ptr + x_at + k, mask=(k + d < D)[:, None] & is_word[None, :], other=0.0)
+            s = tl.dot(y, x, s, input_precision="tf32x3")
+            y, x = y.to(tl.float32), x.to(tl.float32)
+            y_square += y * y
+            x_square += x * x
+        y_norm = tl.maximum(tl.sqrt(tl.sum(y_square, 1)), 1e-12)
+        x_norm = tl.maximum(tl.sqrt(tl.sum(x_square, 0)), 1e-12)
+        s = tl.maximum(s / y_norm[:, None] / x_norm[None, :], 0.0)
+        best = tl.maximum(best, tl.max(s, 0))
+        nearest = tl.max(tl.where(in_reference[None, :], s, 0.0), 1)
+        tl.store(row_ptr + block * num_tokens + rows, nearest, mask=rows < end)
+    weight_at = tl.load(first_weight_ptr + i) + c
+    recalled = best * tl.load(reference_weight_ptr + weight_at, mask=in_reference, other=0.0)
+    covered = best * tl.load(word_weight_ptr + first + c, mask=is_word, other=0.0)
+    tl.store(part_ptr + 2 * (block * num_rollouts + i), tl.sum(recalled))
+    tl.store(part_ptr + 2 * (block * num_rollouts + i) + 1, tl.sum(covered))
+
+
+@triton.jit
+def reward_group(
+    row_ptr, part_ptr, token_weight_ptr, first_token_ptr, num_reference_ptr, first_rollout_ptr, group_ptr, out_ptr,
+    num_tokens, num_rollouts, num_blocks, longest, alpha, margin, KIND: tl.constexpr, DIVIDE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """q, c, w, r and A of one prompt's rollouts, all in registers. KIND counts along REWARDS."""
+    p = tl.program_id(0)
+    first, last = tl.load(first_rollout_ptr + p), tl.load(first_rollout_ptr + p + 1)
+    G, G_twin = tl.load(group_ptr + 2 * p), tl.load(group_ptr + 2 * p + 1)
+    T = tl.load(num_reference_ptr + p)
+    at = tl.arange(0, BLOCK_R)
+    i = first + at
+    ok = i < last
+    begin = tl.load(first_token_ptr + i, mask=ok, other=0)
+    length = tl.load(first_token_ptr + i + 1, mask=ok, other=0) - begin
+    precision, recall = tl.zeros((BLOCK_R,), tl.float32), tl.zeros((BLOCK_R,), tl.float32)
+    c = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(0, longest, BLOCK_L):
+        j = start + tl.arange(0, BLOCK_L)
+        token = begin[:, None] + j[None, :]
+        there = j[None, :] < length[:, None]
+        nearest = tl.zeros((BLOCK_R, BLOCK_L), tl.float32)
+        for block in range(num_blocks):
+            nearest = tl.maximum(nearest, tl.load(row_ptr + block * num_tokens + token, mask=there, other=0.0))
+        precision += tl.sum(nearest * tl.load(token_weight_ptr + token, mask=there, other=0.0), 1)
+    for block in range(num_blocks):
+        part = part_ptr + 2 * (block * num_rollouts + i)
+        recall += tl.load(part, mask=ok, other=0.0)
+        c += tl.load(part + 1, mask=ok, other=0.0)
+    precision /= tl.maximum(length, 1)
+    recall /= tl.maximum(T, 1)
+    q = 2 * precision * recall / tl.maximum(precision + recall, 1e-9)
+    c = tl.where(T > 0, c, 0.0)  # an empty reference: q = c = 0
+    tl.store(out_ptr + i, q, mask=ok)
+    tl.store(out_ptr + num_rollouts + i, c, mask=ok)
+
+    # Equation (2). The twin's q and c are read off by masked sums over the same registers: groups are small.
+    wins = tl.zeros((BLOCK_R,), tl.float32)
+    for j in range(G, G + G_twin):
+        q_twin, c_twin = tl.sum(tl.where(at == j, q, 0.0)), tl.sum(tl.where(at == j, c, 0.0))
+        wins += tl.where((c > c_twin + margin) & (q > q_twin - margin), 1.0, 0.0)
+    w = wins / tl.maximum(G_twin, 1)
+    r = q
+    if KIND == 2:
+        r = q + alpha * w
+    elif KIND != 0:
+        r = q + alpha * c
+    # Equation (4).
+    inside = at < (G + G_twin if KIND == 3 else G)
+    num = tl.sum(inside.to(tl.float32))
+    mean = tl.sum(tl.where(inside, r, 0.0)) / num
+    advantage = r - mean
+    if DIVIDE:
+        advantage /= tl.sqrt(tl.sum(tl.where(inside, (r - mean) * (r - mean), 0.0)) / num) + 1e-4
+    full = at < G
+    tl.store(out_ptr + 2 * num_rollouts + i, tl.where(full, w, 0.0), mask=ok)
+    tl.store(out_ptr + 3 * num_rollouts + i, tl.where(full, r, 0.0), mask=ok)
+    tl.store(out_ptr + 4 * num_rollouts + i, tl.where(full, advantage, 0.0), mask=ok)
+
+
+@torch.library.custom_op("videoperceiver::paired_reward", mutates_args=())
+def paired_reward_op(
+    tokens: Tensor, token_weights: Tensor, first_token: Tensor, words: Tensor, first_word: Tensor, num_reference: Tensor,
+    word_weights: Tensor, reference_weights: Tensor, first_weight: Tensor, prompt: Tensor, first_rollout: Tensor,
+    groups: Tensor, longest: list[int], kind: int, alpha: float, margin: float, divide: bool,
+) -> Tensor:  # fmt: skip
+    """q, c, w, r, A of every rollout, (5, R); the last three are 0 for those of a twin."""
+    (num_tokens, D), R, P = tokens.shape, len(prompt), len(groups)
+    block_l, block_c, block_d = (16, 16, 32) if INTERPRETED else (64, 64, 128 // tokens.dtype.itemsize)
+    longest_rollout, most_words, most_rollouts = longest
+    num_blocks = ceil_div(most_words, block_c)
+    out, parts = (tokens.new_empty(n, R, dtype=torch.float32) for n in (5, 2 * num_blocks))
+    rows = tokens.new_empty(num_blocks, max(1, num_tokens), dtype=torch.float32)
+    match_words[(R, num_blocks)](
+        tokens, first_token, words, first_word, num_reference, word_weights, reference_weights, first_weight, prompt,
+        rows, parts, max(1, num_tokens), R, D, block_l, block_c, block_d, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    reward_group[(P,)](
+        rows, parts, token_weights, first_token, num_reference, first_rollout, groups, out, max(1, num_tokens), R,
+        num_blocks, longest_rollout, alpha, margin, kind, divide, triton.next_power_of_2(most_rollouts), 64, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@paired_reward_op.register_fake
+def _(tokens, token_weights, first_token, words, first_word, num_reference, word_weights, reference_weights, first_weight,
+      prompt, first_rollout, groups, longest, kind, alpha, margin, divide):  # fmt: skip
+    return tokens.new_empty(5, len(prompt), dtype=torch.float32)
+
+
+# --- The public functions --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def paired_rewards(
+    batch: Sequence[Texts], kind: str = "relative", alpha: float = 1.0, margin: float = 0.1, divide: bool = False,
+    use_kernel: bool | None = None,
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
+    """q and c of each prompt's rollouts (R,), and w, r and A of the full video's (G,): equations (2) to (4).
+
+    See `score_rollouts` and `rewards_and_advantages`. use_kernel: None takes the kernel on a GPU; see `takes_kernel`.
+    """
+    if kind not in REWARDS:
+        raise ValueError(f"reward: got {kind!r}; choose one of {', '.join(REWARDS)}")
+    if batch and takes_kernel(use_kernel, *(p.reference for p in batch)):
+        packed = pack_texts(batch)
+        fields = [x for x in vars(packed).values() if isinstance(x, Tensor)]
+        out = paired_reward_op(*fields, list(packed.longest), REWARDS.index(kind), alpha, margin, divide)
+        out = out.split([len(p.rollouts) for p in batch], 1)
+        return [(*x[:2].unbind(), *x[2:, : p.num_full].unbind()) for p, x in zip(batch, out)]
+    results = []
+    for p in batch:
+        q, c = score_rollouts(p.rollouts, p.weights, p.reference, p.reference_weights, p.keywords)
+        G, both = p.num_full, p.num_full + p.num_twin
+        pairs = q[:G], c[:G], q[G:both], c[G:both]
+        w = relative_wins(*pairs, margin)
+        results.append((q, c, w, *rewards_and_advantages(kind, *pairs, alpha, margin, divide)))
+    return results
+
+
+def score_batch(batch: Sequence[Texts], use_kernel: bool | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Quality and keyword recall of each prompt's rollouts, both (R,)."""
+    return [(q, c) for q, c, *_ in paired_rewards(batch, use_kernel=use_kernel)]
