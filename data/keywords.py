@@ -26,14 +26,14 @@ STATIC = words("""
     belong face stay wait live exist know think want need like love watch see view observe hear say talk speak
     discuss explain narrate describe mention represent portray illustrate capture film record surround cover locate
     situate fill dress clothe enjoy try seat position line mount own keep allow let resemble match suggest indicate
-    involve focus present feel hope mean happen occur name call title zoom pan fade resume
+    involve focus present feel hope mean happen occur name call title zoom pan fade resume avoid perch end prevent
 """)
 ASPECT = words("""
     begin start continue proceed keep stop finish go come try get prepare
 """)  # with another verb behind
 TALK = words("""
     video camera clip scene footage shot view image frame screen picture caption text title credit film animation we
-    you one viewer narrator cameraman videographer speaker voice subtitle
+    you viewer narrator cameraman videographer speaker voice subtitle overlay
 """)
 ENGLISH = words("""
     the a an and or of to in on at with his her its their is are was from into out up down off over by then while as
@@ -105,6 +105,8 @@ def is_event(verb) -> bool:
     if verb.pos_ != "VERB" or verb.dep_ in ("aux", "auxpass") or not verb.is_alpha:
         return False
     lemma = verb.lemma_.lower()
+    if any(c.dep_ == "aux" and c.lower_ in ("could", "would", "should", "might", "may") for c in verb.children):
+        return False  # what did not happen
     has_object = any(c.dep_ in ("dobj", "prt") for c in verb.children)
     if lemma in STATIC and not (lemma in ("stand", "sit", "lie", "look", "hold", "fill") and any(
         c.dep_ == "prt" or (c.dep_ == "advmod" and c.lower_ in ("up", "down", "out")) for c in verb.children
@@ -206,7 +208,7 @@ def extract(captions: Sequence[str], model: str = GRAMMAR) -> list[list[Keyword]
             first, last = linear_phrase(token) if hidden else phrase_of(token)
             span = doc[first : last + 1]
             particle = "" if hidden else next((c.lower_ for c in token.children if c.dep_ == "prt"), "")
-            lemma = {"leaf": "leave"}.get(token.lemma_.lower(), token.lemma_.lower())
+            lemma = {"leaf": "leave", "rid": "ride"}.get(token.lemma_.lower(), token.lemma_.lower())
             text = caption[span.start_char : span.end_char]
             keywords.append(Keyword(text, f"{lemma} {particle}".strip(), span.start_char, span.end_char))
         found.append(keywords)

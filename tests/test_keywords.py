@@ -1,8 +1,8 @@
 """Keywords: against a key made by reading, and against everything that a model might answer.
 
-keywords_key.jsonl: 60 captions in our own words (every second one held out: not looked at while rules were made), and 23
-captions of real clips (Intel sample videos, CC-BY-4.0; NASA and others, CC0 or public domain) with their verbs by reading.
-Verbs under "optional" count neither way.
+keywords_key.jsonl: twice 60 captions in our own words, by two hands, half of each held out (not looked at while rules were
+made), and 23 captions of real clips (Intel sample videos, CC-BY-4.0; NASA and others, CC0 or public domain) with their verbs
+by reading. Verbs under "optional" count neither way.
 """
 
 import json
@@ -31,9 +31,9 @@ def precision_and_recall(rows: list[dict]) -> tuple[float, float]:
 @pytest.mark.parametrize("split", ["all", "held"])
 def test_verbs_against_the_key(split):
     """Issue bar: precision and recall of at least 0.85, also on the captions that no rule was made on."""
-    rows = [x for x in KEY if split in ("all", x["split"])]
+    rows = [x for x in KEY if split == "all" or x["split"].endswith("held")]
     precision, recall = precision_and_recall(rows)
-    assert len(rows) == (83 if split == "all" else 30)
+    assert len(rows) == (143 if split == "all" else 60)
     assert precision >= 0.85 and recall >= 0.85, (precision, recall)
 
 
