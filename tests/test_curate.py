@@ -67,6 +67,26 @@ def test_every_line_is_kept_or_rejected_with_a_reason(world, tmp_path):
     assert len(loaded) == 7 and not problems and all(clip.key_spans for clip in loaded)
 
 
+def test_keywords_come_from_the_caption_where_none_are_given(world, tmp_path):
+    """Grammar names the event; a caption without one, or in another language, is rejected with that reason."""
+    lines = [{k: v for k, v in x.items() if k != "keywords"} for x in world_lines(world, 3)]
+    lines[0]["caption"] = "A blue cross stands beside a square. Suddenly the square turns black."
+    lines[1]["caption"] = "There is a blue cross next to a square."
+    lines[2]["caption"] = "Ein blaues Kreuz steht da, und das Quadrat ist mit einem Mal schwarz."
+    clips, rejected = curated(write(world / "bare-captions.jsonl", lines), tmp_path / "out")
+    assert [x["keywords"] for x in clips] == [["turns black"]]
+    assert [x["reason"] for x in rejected] == ["no event in caption", "language"]
+
+
+def test_a_models_free_text_never_becomes_a_keyword(world, tmp_path, qwen2_5):
+    """--keywords model on random weights: its babble is rejected with the reason."""
+    lines = [{k: v for k, v in x.items() if k != "keywords"} for x in world_lines(world, 2)]
+    more = dict(keywords="model", model=str(qwen2_5), max_frames=16, fps=8.0)
+    clips, rejected = curated(write(world / "ask.jsonl", lines), tmp_path / "out", **more)
+    assert not clips and {x["reason"] for x in rejected} == {"no event in caption"}
+    assert all("the answer is" in x["detail"] for x in rejected)
+
+
 def test_limits(world, tmp_path):
     """Too short, too long, no event found: each by its own setting."""
     path = write(world / "some.jsonl", world_lines(world, 3))
