@@ -1,8 +1,8 @@
 """Keywords: against a key made by reading, and against everything that a model might answer.
 
-keywords_key.jsonl: twice 60 captions in our own words, by two hands, half of each held out (not looked at while rules were
-made), and 23 captions of real clips (Intel sample videos, CC-BY-4.0; NASA and others, CC0 or public domain) with their verbs
-by reading. Verbs under "optional" count neither way.
+keywords_key.jsonl: twice 60 captions in our own words, by two hands, half of each held out (not looked at while rules
+were made), and 23 captions of real clips (Intel sample videos, CC-BY-4.0; NASA and others, CC0 or public domain) with their
+verbs by reading. Verbs under "optional" count neither way.
 """
 
 import json
