@@ -186,14 +186,17 @@ def read_frames(
     fps: float | None = None,
     rng: np.random.Generator | None = None,
     frames_per_slot: int = 2,
+    side: int | None = None,
 ) -> Frames:
     """Decode the sampled frames of a clip, and no others.
 
     At most max_frames, uniform over the part; with fps, that many a second. With rng, each moment is jittered inside its
-    share. An odd count is filled up to whole slots by showing the last frame again. Raises ClipError with the reason
+    share. With side, pictures are made that small, on their longer side, while they are decoded. An odd count is filled
+    up to whole slots by showing the last frame again. Raises ClipError with the reason
     where the file cannot give at least two slots of frames, or where a key span lies behind its end.
     """
     from torchcodec.decoders import VideoDecoder  # late: what runs on synthetic input alone needs no FFmpeg
+    from torchcodec.transforms import Resize
 
     path = clip.video
     if not path.exists():
@@ -221,6 +224,10 @@ def read_frames(
         if fps is not None:
             count = min(count, max(2 * frames_per_slot, round(duration * fps)))
         times = [begin + clip.start + t for t in sample_times(duration, count, rng)]
+        if side is not None and max(about.height, about.width) > side:
+            scale = side / max(about.height, about.width)
+            size = (max(8, round(about.height * scale)), max(8, round(about.width * scale)))
+            decoder = VideoDecoder(path, transforms=[Resize(size)])
         decoded = decoder.get_frames_played_at(times)
     except (RuntimeError, ValueError, IndexError, OSError) as error:
         if isinstance(error, ClipError):

@@ -153,7 +153,8 @@ def inspect(clip: Clip, s: Settings, models: "Models | None" = None) -> dict:
     """Everything that is found out about one clip with keywords: a JSON record, `rejected` naming what is wrong with it."""
     frames_per_slot = 2
     try:
-        frames = read_frames(clip, s.max_frames, s.fps, frames_per_slot=frames_per_slot)
+        side = 128 if models is None else None  # models want to see more
+        frames = read_frames(clip, s.max_frames, s.fps, frames_per_slot=frames_per_slot, side=side)
     except ClipError as error:
         return {"rejected": "unreadable", "detail": str(error)}
     pixels = finders.shrink(frames.pixels)
@@ -166,7 +167,7 @@ def inspect(clip: Clip, s: Settings, models: "Models | None" = None) -> dict:
         return record | {"rejected": "frozen", "detail": "no frame differs from the first"}
     evidence = []  # for each finder, of each keyword
     if "motion" in s.finders:
-        evidence.append([finders.motion_evidence(frames.pixels, frames.timestamps)] * len(clip.keywords))
+        evidence.append([finders.motion_evidence(pixels, frames.timestamps)] * len(clip.keywords))
     if "clip" in s.finders:
         evidence.append(finders.image_text_evidence(models.image_text, frames.pixels, clip.keywords))
     if "self" in s.finders:
@@ -174,10 +175,12 @@ def inspect(clip: Clip, s: Settings, models: "Models | None" = None) -> dict:
     spans, curves, confidence, notes = [], [], [], []
     key = torch.zeros(len(frames.pixels) // frames_per_slot, dtype=torch.bool)
     given = clip.key_spans
+    level = 0.3 if s.finders == ("self",) else 0.6  # the model's own evidence is steep: it is taken further down
     for j, of_keyword in enumerate(zip(*evidence)):
         found = finders.combine(of_keyword) if len(of_keyword) > 1 else of_keyword[0]
         curve = found.curve.repeat_interleave(max(1, len(frames.pixels) // len(found.curve)))  # slots to frames
-        spans.append(given[j] if given else finders.spans_of(curve, frames.timestamps, frames.duration, frames_per_slot))
+        found_spans = finders.spans_of(curve, frames.timestamps, frames.duration, frames_per_slot, level)
+        spans.append(given[j] if given else found_spans)
         curves.append([round(float(x), 3) for x in curve / curve.max().clamp(min=1e-6)])
         confidence.append(1.0 if given else round(found.confidence, 4))
         notes += [note for note in found.notes if note not in notes]
@@ -442,7 +445,7 @@ def test_set(s: Settings) -> tuple[set[str], Seen]:
             videos = [parse_line(text, f"{path}:{n}", path.parent) for n, text in lines_of(path)]
         for clip in videos:
             try:
-                about = fingerprint(clip, read_frames(clip, s.max_frames, s.fps))
+                about = fingerprint(clip, read_frames(clip, s.max_frames, s.fps, side=128))
             except ClipError as error:
                 raise ClipError(f"--exclude: {error}") from None
             files.add(about["sha256"])
