@@ -12,9 +12,11 @@ self     the video-language model's own evidence. With the heads of stage 1: how
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 
 import vp
@@ -257,3 +259,76 @@ def combine(evidence: Sequence[Evidence]) -> Evidence:
     curve = (torch.stack(scaled) + 1e-3).log().mean(0).exp()
     confidence = float(torch.tensor([max(e.confidence, 1e-6) for e in evidence]).log().mean().exp())
     return Evidence(curve, confidence, [note for e in evidence for note in e.notes])
+
+
+# --- How good is each of them, where key spans are known ------------------------------------------------------------
+
+
+@dataclass
+class BenchSettings:
+    """Compare finders with the key spans of an annotation file: overlap, and whether the peak lies inside."""
+
+    data: tyro.conf.Positional[Path]
+    """Annotation file (JSONL) with keywords and key_spans."""
+    root: Path | None = None
+    """Folder of the videos (default: the annotation file's)."""
+    model: str | None = None
+    """Checkpoint of stage 1, for the finder self."""
+    clip_model: str | None = None
+    """Image-text model, for the finder clip."""
+    fps: float = 12.0
+    """Frames looked at a second."""
+    max_frames: int = 96
+    """Frames looked at in a clip, at most."""
+
+
+def main(s: BenchSettings) -> None:
+    """Print a table, one row a finder; the middle of the clip, and all of it, are what a finder must beat."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from data.clips import ClipError, load_clips, read_frames
+    from data.curate import Models
+    from data.curate import Settings as CurateSettings
+
+    wanted = ("motion", *(["self"] if s.model else []), *(["clip"] if s.clip_model else []))
+    about = dict(finders=wanted, model=s.model, clip_model=s.clip_model, fps=s.fps, max_frames=s.max_frames)
+    models = Models(CurateSettings(s.data, Path(), **about))
+    clips, problems = load_clips(s.data, s.root)
+    scores: dict[str, list[tuple[float, bool]]] = {}
+    for clip in clips:
+        try:
+            frames = read_frames(clip, s.max_frames, s.fps)
+        except ClipError as error:
+            problems.append(str(error))
+            continue
+        times, duration, count = frames.timestamps, frames.duration, len(frames.pixels)
+        found = {"motion": [motion_evidence(frames.pixels, times)] * len(clip.keywords)}
+        brief = vp.find_key_slots(shrink(frames.pixels).byte()).float()
+        found["brief (median of 7 frames)"] = [Evidence(brief, 1.0)] * len(clip.keywords)
+        middle = 1 - (torch.arange(count) / max(1, count - 1) - 0.5).abs()
+        found["middle 70 %"] = [Evidence((middle > 0.65).float() + 0.01 * middle, 1.0)] * len(clip.keywords)
+        if s.model:
+            found["self"] = models.own_evidence(clip, frames)
+        if s.clip_model:
+            found["clip"] = image_text_evidence(models.image_text, frames.pixels, clip.keywords)
+        for name, of_keywords in found.items():
+            for evidence, spans in zip(of_keywords, clip.key_spans or []):
+                curve = evidence.curve.repeat_interleave(max(1, count // len(evidence.curve)))
+                peak = times[int(curve.argmax())]
+                level = 0.3 if name == "self" else 0.6
+                got = vp.span_slots(spans_of(curve, times, duration, level=level), times)
+                true = vp.span_slots(spans, times)
+                overlap = float((got & true).sum() / (got | true).sum().clamp(min=1))
+                scores.setdefault(name, []).append((overlap, spans[0][0] <= peak <= spans[0][1]))
+    table = Table(title=f"{len(clips)} clips, {len(problems)} lines or files left out")
+    for column in ("finder", "mean IoU of slots", "peak inside", "keywords"):
+        table.add_column(column, justify="left" if column == "finder" else "right")
+    for name, rows in scores.items():
+        overlap, inside = (sum(x) / len(rows) for x in zip(*rows))
+        table.add_row(name, f"{overlap:.3f}", f"{inside:.3f}", str(len(rows)))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchSettings))

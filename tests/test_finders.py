@@ -1,11 +1,15 @@
 """Finders of key spans: on pictures made for the purpose, on the world, and against passes made by hand."""
 
+import json
+import re
+
 import pytest
 import torch
 
 import vp
 from data import finders
 from data.world import FPS, NUM_FRAMES, draw_clip
+from tests.test_scripts import run
 from tests.test_videolm import plain_forward
 
 TIMES = [i / 12 for i in range(36)]  # three seconds at twelve frames a second
@@ -168,3 +172,13 @@ def test_combining_needs_both():
     both = finders.combine([a, b])
     assert both.curve.tolist() == pytest.approx([0.001, 0.001, 1.001, 1.001, 0.001, 0.001, 0.0316, 0.0316], abs=1e-3)
     assert both.confidence == pytest.approx(0.6) and both.notes == ["a"]
+
+
+def test_comparing_finders(world, tmp_path, qwen2_5):
+    """The command prints one row a finder: on the world the motion finder is near the truth, the clip's middle is not."""
+    lines = [json.loads(x) for x in (world / "train.jsonl").open()][:12]
+    known = world / "known-spans.jsonl"
+    known.write_text("".join(json.dumps(x | {"key_spans": [[x["truth"]["span"]]]}) + "\n" for x in lines))
+    shown = run("-m", "data.finders", known, "--model", qwen2_5, cwd=tmp_path).stdout
+    rows = {name: float(iou) for name, iou in re.findall(r"\u2502 ([a-z][^\u2502]*?) +\u2502 +([\d.]+) \u2502", shown)}
+    assert rows["motion"] > 0.8 > 0.6 > rows["middle 70 %"] and {"self", "brief (median of 7 frames)"} <= set(rows)
