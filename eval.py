@@ -29,13 +29,16 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
 from rouge_score.rouge_scorer import RougeScorer
 
 import vp
 from data.clips import PROMPT, Clip, ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
-from data.runs import describe_environment, load_pretrained
+from data.models import gathered, load_pretrained
+from data.runs import describe_environment
 from data.tiny import build_tiny
 
 ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
@@ -194,20 +197,24 @@ def evaluate(
     workers: int = 0,
     time_limit: float = 60.0,
     temperature: float = 0.0,
+    accelerator: Accelerator | None = None,
 ) -> dict:
     """Describe every clip and its twin from one vision pass each, greedily or at a temperature, and average the scores.
 
     Twins are made from the truth's span where a clip has one, so that they are not as good as the finder. Clips that
     cannot be decoded are listed under "skipped" and are in no average; clips without a twin have scores on full only.
+    The processes of an accelerator share the clips, and all of them get the results.
     """
+    rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     spans = {i: [[c.truth["span"]]] * len(c.keywords) for i, c in enumerate(clips) if c.truth}
     clips = [Clip(**vars(c) | {"key_spans": spans.get(i, c.key_spans)}) for i, c in enumerate(clips)]
     actions = {c.truth["action"] for c in clips if c.truth}
-    loader = ClipLoader(clips, preparation, workers=workers, time_limit=time_limit, max_bad_share=1.0, shuffle=False)
+    loader = ClipLoader(clips, preparation, workers=workers, time_limit=time_limit, max_bad_share=1.0, shuffle=False,
+                        rank=rank, world_size=world_size)  # fmt: skip
     rows = []
     training = lm.training
     lm.eval()
-    with loader:
+    with loader, gathered(lm):
         stream = loader.examples(epochs=1)
         while group := list(islice(stream, batch_size)):
             numbers = None  # greedy
@@ -219,12 +226,21 @@ def evaluate(
             said = described.tokens.unbind(1)
             full, twin = (preparation.processor.batch_decode(t, skip_special_tokens=True) for t in said)
             for (index, example), y, y_twin in zip(group, full, twin):
-                row = {"clip": clips[index].where, "video": str(clips[index].video), "description": y.strip()}
+                row = {
+                    "index": index,
+                    "clip": clips[index].where,
+                    "video": str(clips[index].video),
+                    "description": y.strip(),
+                }
                 row["scores"] = score(clips[index], y, actions)
                 if example.source is not None:
                     row |= {"twin description": y_twin.strip(), "twin scores": score(clips[index], y_twin, actions)}
                 rows.append(row)
     lm.train(training)
+    skipped = list(loader.skipped.values())
+    if world_size > 1:
+        rows, skipped = gather_object(rows), gather_object(skipped)
+        rows.sort(key=lambda row: row["index"])
     results = {
         "clips": len(rows),
         "with twin": sum("twin scores" in r for r in rows),
@@ -239,7 +255,7 @@ def evaluate(
         if paired:
             results["twin"][name] = sum(r["twin scores"][name] for r in paired) / len(paired)
             results["gap"][name] = sum(r["scores"][name] - r["twin scores"][name] for r in paired) / len(paired)
-    return results | {"skipped": list(loader.skipped.values()), "rows": rows}
+    return results | {"skipped": skipped, "rows": rows}
 
 
 def show_results(results: dict, title: str, console: Console) -> None:

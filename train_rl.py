@@ -7,12 +7,12 @@ the event beyond what the twin's say, and update on [prompt][y_1]...[y_G] packed
     python train_rl.py                                                # from runs/sft, embedded world, CPU
     python train_rl.py --reward similarity                            # caption similarity alone: watch the event go
     python train_rl.py --preset gpu-24gb --model runs/sft --data clips.jsonl
-    accelerate launch train_rl.py --preset gpu-80gb --model runs/sft --data clips.jsonl
+    torchrun --nproc_per_node 8 train_rl.py --preset gpu-80gb --model runs/sft --data clips.jsonl
+    python train_rl.py --resume                                       # go on after a kill, bit for bit
 
 Deviations from the paper, whose equations and settings are not public, stand numbered in the README.
 """
 
-import copy
 import json
 import signal
 import sys
@@ -26,15 +26,27 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from rich.live import Live
+from torch import distributed as dist
 from transformers import get_linear_schedule_with_warmup
 
 import vp
+from data import checkpoints, models
 from data.clips import ClipError, ClipLoader, Preparation, load_clips
-from data.runs import RunLog, above_zero, describe_environment, fill, load_trainable, progress_table, save_checkpoint
+from data.memory import Load, check_memory, longest, measured_peak, skeleton
+from data.runs import (
+    RunLog,
+    above_zero,
+    agree,
+    average_gradients,
+    changed_settings,
+    describe_environment,
+    fill,
+    progress_table,
+    start_processes,
+)
 from data.sheets import RolloutGroup, rollout_page, rollout_table
 from data.texts import TextEncoder, embed_texts
 from data.tiny import build_text_encoder
@@ -44,15 +56,19 @@ from eval import evaluate, show_change, show_results
 PRESETS = {
     "tiny": dict(steps=450, batch_size=8, micro_batch_size=8, learning_rate=3e-4, max_frames=16, max_new_tokens=40),
     "gpu-24gb": dict(
-        steps=500, batch_size=8, micro_batch_size=1, learning_rate=2e-5, max_frames=32, fps=2.0, lora_rank=16,
-        gradient_checkpointing=True, workers=4, max_new_tokens=128, text_encoder="sentence-transformers/all-MiniLM-L6-v2",
+        steps=500, batch_size=8, micro_batch_size=1, learning_rate=2e-5, max_frames=32, fps=2.0, quantize="nf4",
+        lora_rank=16, gradient_checkpointing=True, workers=4, save_every=50, max_new_tokens=128,
+        text_encoder="sentence-transformers/all-MiniLM-L6-v2",
     ),
     "gpu-80gb": dict(
         steps=500, batch_size=16, micro_batch_size=2, learning_rate=2e-5, max_frames=64, fps=2.0, lora_rank=64,
-        gradient_checkpointing=True, workers=8, max_new_tokens=128, text_encoder="sentence-transformers/all-MiniLM-L6-v2",
+        gradient_checkpointing=True, workers=8, save_every=50, max_new_tokens=128,
+        text_encoder="sentence-transformers/all-MiniLM-L6-v2",
     ),
 }  # fmt: skip
-DEFAULTS = dict(fps=None, lora_rank=0, gradient_checkpointing=False)
+DEFAULTS = dict(fps=None, quantize="none", lora_rank=0, gradient_checkpointing=False, save_every=-1)
+FREE = ("out", "memory_gb", "resume", "workers", "time_limit", "log_every", "show_every", "save_every", "eval_every",
+        "eval_clips", "eval_before", "tracker")  # fmt: skip
 
 
 @dataclass
@@ -115,8 +131,14 @@ class Settings:
     """Weight of the KL to the frozen stage-1 policy; 0 keeps no reference and computes nothing for it."""
     loss_level: Literal["token", "sequence"] = "token"
     """Whether every token of a batch counts alike, or every description."""
+    quantize: Literal["none", "nf4"] | None = None
+    """nf4: the frozen weights in 4 bits (bitsandbytes), for LoRA on small cards."""
     lora_rank: int | None = None
-    """Rank of LoRA adapters on the language model's linear layers (0: train all weights)."""
+    """Rank of LoRA adapters on the linear layers (0: train all weights)."""
+    shard: bool = False
+    """Shard weights, gradients and optimizer over the processes (FSDP2), to train all weights of a large model."""
+    memory_gb: float | None = None
+    """Memory that a run may fill, in GiB (default: what the device has free); one that would not fit does not start."""
     train_vision: bool = False
     """Train the vision encoder, too; its pass is then repeated in the update, with gradients."""
     gradient_checkpointing: bool | None = None
@@ -141,8 +163,14 @@ class Settings:
     """Clips of an evaluation between (-1: all)."""
     eval_before: bool = True
     """Evaluate the stage-1 checkpoint first."""
-    save_every: int = -1
+    save_every: int | None = None
     """Steps between checkpoints (-1: only at the end)."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in --out, exactly as if nothing had happened; without one, start."""
+    max_bad_steps: int = 10
+    """Updates in a row with NaN or Inf in loss or gradient (each is skipped and counted) after which the run stops."""
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
+    """Send metrics there, too."""
     world_clips: int = 6000
     """Training clips of the embedded world."""
     seed: int = 0
@@ -153,13 +181,15 @@ def resolve(settings: Settings) -> Settings:
     """Fill what is None from the preset, check what is given, and make the embedded world and encoder where needed."""
     s = fill(settings, DEFAULTS | PRESETS[settings.preset])
     above_zero(s, "steps", "batch_size", "micro_batch_size", "learning_rate", "log_every", "time_limit", "temperature")
-    above_zero(s, "max_new_tokens", "epochs")
+    above_zero(s, "max_new_tokens", "epochs", "max_bad_steps")
     if s.num_rollouts < 2:
         raise ValueError(f"--num-rollouts: got {s.num_rollouts}; a group needs 2 descriptions to compare")
     if s.num_twin_rollouts < 0 or (s.num_twin_rollouts == 0 and s.reward in ("relative", "pooled")):
         raise ValueError(f"--num-twin-rollouts: got {s.num_twin_rollouts}; --reward {s.reward} compares with the twin's")
-    if s.train_vision and s.lora_rank and s.beta > 0:
-        raise ValueError("--train-vision with --lora-rank leaves no frozen policy for the KL; give --beta 0")
+    if s.shard and s.quantize == "nf4":
+        raise ValueError(
+            "--shard with --quantize nf4: FSDP2 damages 4-bit weights (bitsandbytes issue 1945); give one of them"
+        )
     if s.model == "runs/sft" and not Path(s.model, "checkpoint").exists():
         raise ValueError("there is no stage-1 checkpoint in runs/sft; run `python train_sft.py` first, or give --model")
     if s.text_encoder is None and s.data is None:
@@ -175,91 +205,136 @@ def resolve(settings: Settings) -> Settings:
 
 def main(settings: Settings) -> dict | None:
     """Train; returns the last evaluation."""
-    # --- set-up: settings, clips, policy, reference, text encoder, optimizer
-    s = resolve(settings)
+    # --- set-up: processes, settings, clips, policy, reference, text encoder, optimizer
+    accelerator = start_processes(settings.tracker, settings.out)
+    device, main_process = accelerator.device, accelerator.is_main_process
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    peers = dist.new_group(backend="gloo") if world_size > 1 else None  # for words between processes, see `agree`
+    with accelerator.main_process_first():
+        s = resolve(settings)
     set_seed(s.seed)
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
-    rank, world_size, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     if s.batch_size % world_size:
         raise ValueError(f"--batch-size {s.batch_size} is not a multiple of {world_size} processes")
-    device, console = accelerator.device, Console(quiet=not main_process)
+    console = Console(quiet=not main_process)
+    resumed, broken = checkpoints.newest_checkpoint(s.out) if s.resume else (None, [])
+    tensors, state = checkpoints.load_state(resumed) if resumed else ({}, {"step": 0})
+    if resumed and (
+        changed := changed_settings(s, state["settings"], FREE) + checkpoints.other_run(state, s.data, world_size)
+    ):
+        raise ValueError(f"--resume: {resumed} is of a run with other settings:\n  " + "\n  ".join(changed))
     clips, problems = load_clips(s.data, s.root)
     eval_clips, eval_problems = load_clips(s.eval_data, s.root) if s.eval_data else ([], [])
-    hf, processor = load_trainable(s.model, s.lora_rank, not s.train_vision, s.gradient_checkpointing)
-    lm = vp.VideoLM(hf.to(device))
+    num_prompts, G, G_twin = s.batch_size // world_size, s.num_rollouts, s.num_twin_rollouts
+    preparation = Preparation(models.load_processor(s.model), s.max_frames, s.fps)
+    load = Load(s.micro_batch_size, *longest(clips, preparation), rollouts=G, twin_rollouts=G_twin, prompts=num_prompts,
+                new_tokens=s.max_new_tokens, reference=s.beta > 0 and not s.lora_rank)  # fmt: skip
+    adapters = dict(quantize=s.quantize, lora_rank=s.lora_rank, freeze_vision=not s.train_vision)
+    console.print(check_memory(skeleton(s.model), load, vars(s) | adapters, device, s.memory_gb, world_size))
+    hf, processor = models.load_trainable(s.model, *adapters.values(), s.gradient_checkpointing, device, resumed)
+    lm = vp.VideoLM(hf).to(device)
     lm.heads.requires_grad_(False)
     if s.beta == 0:
         reference = None
     elif s.lora_rank:
         reference = lm  # the same weights with the adapter switched off
     else:
-        reference = copy.deepcopy(lm).requires_grad_(False)
+        reference = vp.VideoLM(models.load_pretrained(s.model, torch.float32, device=device)[0]).to(device).eval()
+        reference.requires_grad_(False)
+    if s.shard:
+        for model in (lm, reference) if reference not in (None, lm) else (lm,):
+            models.shard(model, device)
     if s.text_encoder is None:
         console.print("[yellow]no --text-encoder: only equal words count as alike. For captions in free words give one, "
                       "such as sentence-transformers/all-MiniLM-L6-v2")  # fmt: skip
         words = [text for clip in clips for text in (clip.caption, *clip.keywords)]
         name = f"text-encoder-{zlib.crc32(' '.join(words).encode()):08x}"
-        s.text_encoder = str(build_text_encoder(s.out / name, words))
-    encoder = TextEncoder(s.text_encoder, device)
-    preparation = Preparation(processor, s.max_frames, s.fps)
-    loader = ClipLoader(clips[rank::world_size], preparation, s.seed, s.workers, s.time_limit, s.max_bad_share)
-    loader.start()
-    if main_process:
-        log = RunLog(s.out, s)
-    console.print({f.name: getattr(s, f.name) for f in fields(s)} | describe_environment())
+        encoder = TextEncoder(build_text_encoder(s.out / name, words), device)
+    else:
+        encoder = TextEncoder(s.text_encoder, device)
+    share = dict(rank=rank, world_size=world_size, block=num_prompts)
+    loader = ClipLoader(clips, preparation, s.seed, s.workers, s.time_limit, s.max_bad_share, **share)
     trained = [p for p in lm.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, s.learning_rate, betas=(0.9, 0.99), weight_decay=s.weight_decay, fused=True)
+    schedule = get_linear_schedule_with_warmup(optimizer, int(s.warmup * s.steps * s.epochs), s.steps * s.epochs)
+    if resumed:
+        checkpoints.set_optimizer(lm, optimizer, schedule, tensors, state["schedule"])
+        loader.restore(state["processes"][rank]["loader"])
+        checkpoints.set_random_states(state["processes"][rank]["random"])
+    loader.start()
+    log = RunLog(s.out, s, accelerator, state["step"])
+    console.print({f.name: getattr(s, f.name) for f in fields(s)} | describe_environment())
     console.print(f"{len(clips)} clips, {len(problems)} lines skipped; {sum(p.numel() for p in trained) / 1e6:.2f} M of "
-                  f"{sum(p.numel() for p in lm.parameters()) / 1e6:.2f} M parameters trained")  # fmt: skip
+                  f"{models.num_parameters(lm) / 1e6:.2f} M parameters trained; attention: {models.choose_attention()}; "
+                  f"{world_size} process(es)")  # fmt: skip
     if not lm.shares_prefix:
         console.print("[yellow]this model has layers of linear attention: its prefix is repeated for every rollout")
+    for problem in broken:
+        console.print(f"[yellow]checkpoint passed over[/] {problem}", highlight=False)
+    if s.resume:
+        console.print(f"resumed from {resumed}" if resumed else f"no checkpoint in {s.out}: started anew", highlight=False)
     for problem in problems + eval_problems:
         console.print(f"[yellow]skipped[/] {problem}", highlight=False)
     if len(problems) > s.max_bad_share * (len(clips) + len(problems)):
         raise ClipError(f"{s.data}: {len(problems)} bad lines are more than --max-bad-share {s.max_bad_share:g} allows")
-    optimizer = torch.optim.AdamW(trained, s.learning_rate, betas=(0.9, 0.99), weight_decay=s.weight_decay)
-    schedule = get_linear_schedule_with_warmup(optimizer, int(s.warmup * s.steps * s.epochs), s.steps * s.epochs)
-    results = []
 
-    def save(step: int) -> None:
-        save_checkpoint(s.out, step, lm.hf, processor, None, {"settings": vars(s)})
+    def save(step: int, at: dict, merged: bool) -> None:
+        mine = {"loader": at, "random": checkpoints.random_states()}
+        processes = gather_object([mine]) if world_size > 1 else [mine]
+        tensors, weights = checkpoints.optimizer_tensors(lm, optimizer), models.whole_state(lm)
+        if main_process:
+            state = {"step": step, "settings": vars(s), "schedule": schedule.state_dict(), "processes": processes,
+                     "before": before, "bad_steps": bad_steps.item()}  # fmt: skip
+            with checkpoints.whole_or_nothing(s.out, step) as partial:
+                models.save_model(partial, lm.hf, processor, merged, models.part(weights, "hf."))
+                checkpoints.save_state(partial, tensors, state | checkpoints.this_run(s.data, world_size))
+        accelerator.wait_for_everyone()
 
-    def evaluation(step: int, count: int) -> None:
-        scored = evaluate(lm, preparation, eval_clips[:count], workers=s.workers, time_limit=s.time_limit)
-        log.write({"step": step} | {f"eval/{p} {n}": v for p in ("full", "twin") for n, v in scored[p].items()})
-        show_results(scored, f"step {step}", console)
-        results.append(scored)
+    def evaluation(step: int, count: int) -> dict:
+        scored = eval_clips if count < 0 else eval_clips[:count]
+        results = evaluate(lm, preparation, scored, workers=s.workers, time_limit=s.time_limit, accelerator=accelerator)
+        log.write({"step": step} | {f"eval/{p} {n}": v for p in ("full", "twin") for n, v in results[p].items()})
+        if main_process and step:
+            (s.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        show_results(results, f"step {step}", console)
+        return results
 
-    everything = len(eval_clips)
-    if main_process and eval_clips and s.eval_before:
-        evaluation(0, everything)
+    before = state.get("before")
+    if eval_clips and s.eval_before and not resumed:
+        before = evaluation(0, -1) | {"rows": []}
     stop_asked = []
     signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(True))
 
     # --- the loop: rollouts -> rewards -> update -> log -> save -> eval
-    examples = loader.examples()
-    pending, shown, pages, marked, bad_steps = [], [], [], 0, 0
-    num_prompts, G = s.batch_size // world_size, s.num_rollouts
-    began = mark = time.perf_counter()
+    examples, at, step, results = loader.examples(), loader.state(), state["step"], None
+    pending, shown, pages = [], [], []
+    bad_steps, bad_in_a_row = torch.tensor(state.get("bad_steps", 0.0), device=device), torch.zeros((), device=device)
+    began = time.perf_counter()
     with loader, Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
-        for step in range(1, s.steps + 1):
+        for step in range(state["step"] + 1, s.steps + 1):
             clock = {"data": time.perf_counter()}
+            drawn, places, lost = [], [], None
             try:
-                drawn = [next(examples) for _ in range(num_prompts)]
-            except ClipError:  # too many clips are lost: end the run, but keep what it has learned
-                if main_process and step > 1:
-                    save(step - 1)
-                raise
-            prompts = [clips[rank::world_size][index] for index, _ in drawn]
-            group = [example for _, example in drawn]
+                for _ in range(num_prompts):
+                    drawn.append(next(examples))
+                    places.append(loader.position)
+            except ClipError as error:
+                lost = error
+            any_lost, any_stop = agree([lost is not None, len(stop_asked)], peers)
+            if any_lost:  # too many clips are lost: end the run, but keep what it has learned
+                if step > 1:
+                    save(step - 1, at, True)
+                raise lost or ClipError("another process has lost too many clips")
+            prompts, group = [clips[index] for index, _ in drawn], [example for _, example in drawn]
 
-            # Rollouts: numbers of each clip's own decide its tokens, so that it does not depend on its batch mates.
+            # Rollouts: numbers of each prompt's own decide its tokens, so that it does not depend on its batch mates.
             clock["rollouts"] = time.perf_counter()
-            shape = (G + s.num_twin_rollouts, s.max_new_tokens)
-            seeds = [[s.seed, step, rank, index] for index, _ in drawn]
-            uniform = torch.stack([torch.from_numpy(np.random.default_rng(x).random(shape, np.float32)) for x in seeds])
+            shape = (G + G_twin, s.max_new_tokens)
+            draws = [np.random.default_rng([s.seed, place]).random(shape, np.float32) for place in places]
             lm.eval()
-            with accelerator.autocast():
-                rollouts, video = lm.roll_out(group, G, s.num_twin_rollouts, s.max_new_tokens, uniform, s.temperature)
+            with accelerator.autocast(), models.gathered(lm):
+                rollouts, video = lm.roll_out(
+                    group, G, G_twin, s.max_new_tokens, torch.from_numpy(np.stack(draws)), s.temperature
+                )
             lm.train()
             rollouts = rollouts.to("cpu")
             lengths = rollouts.lengths.tolist()
@@ -268,7 +343,7 @@ def main(settings: Settings) -> dict | None:
 
             # Rewards and advantages, prompt by prompt: equations (2) to (4).
             clock["reward"] = time.perf_counter()
-            num_twin = [0 if e.source is None else s.num_twin_rollouts for e in group]  # without a twin: none to compare
+            num_twin = [0 if e.source is None else G_twin for e in group]  # without a twin: none to compare
             about = [p.caption for p in prompts], [p.keywords for p in prompts], [G] * num_prompts, num_twin
             embedded = embed_texts(encoder, texts, *about)
             rewards = vp.paired_rewards(embedded, s.reward, s.alpha, s.margin, s.divide_by_spread)
@@ -295,8 +370,11 @@ def main(settings: Settings) -> dict | None:
 
             # Update: [prompt][y_1]...[y_G] in one sequence a clip; divided by the whole batch's tokens: equation (5).
             clock["update"] = time.perf_counter()
-            kept = [b for b in range(num_prompts) if useful[b]]
-            weight = vp.token_weights(rollouts.lengths[:, :G].flatten(), s.loss_level).view(num_prompts, G)
+            kept = [b for b in range(num_prompts) if useful[b] or s.shard]  # sharded: all must make the same passes
+            sampled = rollouts.lengths[:, :G].flatten()
+            mean_tokens = agree([int(sampled.sum())], peers)[0] / world_size
+            weight = vp.token_weights(sampled, s.loss_level, mean_tokens).view(num_prompts, G)
+            weight = weight * torch.tensor(useful)[:, None]
             parts = []
             for i in range(0, len(kept), s.micro_batch_size):
                 part = kept[i : i + s.micro_batch_size]
@@ -331,17 +409,19 @@ def main(settings: Settings) -> dict | None:
                     sums |= {"entropy": (token_weight * entropy).sum(), "weight": token_weight.sum(), "loss": loss.detach()}
                     for name, value in sums.items():
                         totals[name] = totals.get(name, 0.0) + value
-                if world_size > 1:  # ranks skip different groups, so gradients are averaged here and not by hooks
-                    for p in trained:
-                        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                        p.grad = accelerator.reduce(p.grad, "mean")
-                grad_norm = torch.nn.utils.clip_grad_norm_(trained, s.grad_clip)
-                if torch.isfinite(grad_norm):
-                    optimizer.step()
-                else:
-                    bad_steps += 1
+                average_gradients(trained, world_size)
+                grad_norm = models.clip_gradients(trained, s.grad_clip)
+                # An update with NaN or Inf is left out by the fused optimizer itself: nobody waits for the device to know.
+                loss = accelerator.reduce(torch.as_tensor(totals.get("loss", 0.0), device=device), "mean")
+                optimizer.found_inf = 1.0 - torch.isfinite(loss + grad_norm).float()
+                bad_steps += optimizer.found_inf
+                bad_in_a_row = (bad_in_a_row + 1) * optimizer.found_inf
+                optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
+            at = loader.state()
+            if step == state["step"] + 1:
+                console.print(f"measured peak after the first step: {measured_peak(device) / 2**30:.2f} GiB")
             clock["end"] = time.perf_counter()
 
             # --- log: means over prompts, and over the tokens that were updated on
@@ -353,23 +433,28 @@ def main(settings: Settings) -> dict | None:
             about |= {f"perf/{name}_seconds": t for name, t in rollouts.seconds.items()}
             about["perf/tokens_per_second"] = rollouts.lengths.sum() * world_size / (clock["end"] - clock["rollouts"])
             pending.append(about)
-            last = step == s.steps or bool(stop_asked)
+            stopping = any_stop > 0  # by SIGTERM: save at once, and end well
+            last = step == s.steps or stopping
             if step % s.log_every == 0 or last:
                 records = gather_object(pending) if world_size > 1 else pending
-                metrics = {"step": step, "lr": schedule.get_last_lr()[0], "data/skipped": len(loader.skipped)}
-                metrics["policy/bad_steps"] = bad_steps
+                metrics = {"step": step, "lr": schedule.get_last_lr()[0], "policy/bad_steps": bad_steps.item()}
+                metrics["data/skipped"] = sum(agree([len(loader.skipped)], peers))
                 for name in dict.fromkeys(name for record in records for name in record):
                     values = [float(record[name]) for record in records if name in record]
                     metrics[name] = sum(values) / len(values)
-                left = (s.steps - step) * (time.perf_counter() - mark) / max(1, step - marked)
-                if main_process:
-                    log.write(metrics)
+                left = (s.steps - step) * (time.perf_counter() - began) / (step - state["step"])
+                log.write(metrics)
                 if live:
                     live.update(progress_table(f"stage 2  step {step}/{s.steps}", metrics, left), refresh=True)
                 elif step % (5 * s.log_every) == 0 or last:
                     line = "  ".join(f"{k} {v:.3g}" for k, v in metrics.items() if k.split("/")[0] != "perf")
                     console.print(f"{line}  {left / 60:.1f} min left", highlight=False, soft_wrap=True)
                 pending = []
+                if bad_in_a_row >= s.max_bad_steps:
+                    save(step, at, True)
+                    raise ValueError(f"loss or gradient was NaN or Inf in {int(bad_in_a_row)} updates in a row; none of "
+                                     f"them changed the weights, which are saved in {s.out / 'checkpoint'}. Try a lower "
+                                     f"--learning-rate")  # fmt: skip
             if main_process and (last or (s.show_every > 0 and step % s.show_every == 0)):
                 console.print(rollout_table(shown[:1], step))
                 pages.append((step, shown))
@@ -377,29 +462,28 @@ def main(settings: Settings) -> dict | None:
                 shown = []
 
             # --- save, eval: in this order, so that no evaluation can lose what is trained
-            stopping = bool(stop_asked)  # by SIGTERM: save at once, and end well
-            if main_process and (last or (s.save_every > 0 and step % s.save_every == 0)):
-                save(step)
-            due = step == s.steps or (s.eval_every > 0 and step % s.eval_every == 0)
-            if main_process and eval_clips and due and not stopping:
-                evaluation(step, everything if last or s.eval_clips < 0 else s.eval_clips)
-                (s.out / "results.json").write_text(json.dumps(results[-1], indent=1) + "\n")
-                mark, marked = time.perf_counter(), step
+            if last or (s.save_every > 0 and step % s.save_every == 0):
+                save(step, at, step == s.steps)
+            if eval_clips and not last and s.eval_every > 0 and step % s.eval_every == 0:
+                evaluation(step, s.eval_clips)
             if last:
                 break
 
-    # --- afterwards
+    # --- afterwards: the last evaluation, on all clips
+    seconds = time.perf_counter() - began
+    if eval_clips and step == s.steps:
+        results = evaluation(step, -1)
     for reason in loader.skipped.values():
         console.print(f"[yellow]skipped[/] {reason}", highlight=False)
     if main_process:
         panels = [["reward/quality", "reward/twin_quality"], ["reward/keyword_recall", "reward/twin_keyword_recall"]]
         panels += [["reward/beaten_twins", "rollout/no_spread"], ["policy/kl"], ["policy/entropy"]]
-        if len(results) > 1:
-            show_change(results[0], results[-1], console)
+        if results and before:
+            show_change(before, results, console)
         console.print(f"{log.plot(panels)}\n{s.out / 'rollouts.html'}\n{s.out / 'checkpoint'}  "
-                      f"({step} steps in {time.perf_counter() - began:.0f} s)")  # fmt: skip
+                      f"({step} steps in {seconds:.0f} s)")  # fmt: skip
     accelerator.end_training()
-    return results[-1] if results else None
+    return results
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ keywords toward the full video's key-slot states and away from the twin's.
     python train_sft.py --contrastive-weight 0                                    # the caption-only baseline
     python train_sft.py --no-twin-negatives                                       # ablation: in-batch negatives only
     python train_sft.py --preset gpu-24gb --model Qwen/Qwen2.5-VL-3B-Instruct --data clips.jsonl
-    accelerate launch train_sft.py --preset gpu-80gb --model Qwen/Qwen2.5-VL-7B-Instruct --data clips.jsonl
+    python train_sft.py --preset gpu-24gb --model random:qwen2.5-vl-7b --data clips.jsonl          # speed and memory only
+    torchrun --nproc_per_node 8 train_sft.py --preset gpu-80gb --model Qwen/Qwen2.5-VL-7B-Instruct --data clips.jsonl
+    python train_sft.py --resume                                                  # go on after a kill, bit for bit
 
 Deviations from the paper, whose equations and settings are not public, stand numbered in the README.
 """
@@ -26,15 +28,27 @@ from typing import Literal
 
 import torch
 import tyro
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from rich.live import Live
+from torch import distributed as dist
 from transformers import get_cosine_schedule_with_warmup
 
 import vp
+from data import checkpoints, models
 from data.clips import ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
-from data.runs import RunLog, above_zero, describe_environment, fill, load_trainable, progress_table, save_checkpoint
+from data.memory import Load, check_memory, longest, measured_peak, skeleton
+from data.runs import (
+    RunLog,
+    above_zero,
+    agree,
+    average_gradients,
+    changed_settings,
+    describe_environment,
+    fill,
+    progress_table,
+    start_processes,
+)
 from data.sheets import contact_sheet
 from data.tiny import build_tiny
 from data.world import embedded_world
@@ -43,15 +57,30 @@ from eval import evaluate, show_results
 PRESETS = {
     "tiny": dict(steps=1000, batch_size=16, micro_batch_size=16, learning_rate=7e-4, max_frames=16, eval_every=250),
     "gpu-24gb": dict(
-        steps=2000, batch_size=16, micro_batch_size=1, learning_rate=1e-4, max_frames=32, fps=2.0, lora_rank=16,
-        freeze_vision=True, gradient_checkpointing=True, workers=4,
+        steps=2000, batch_size=16, micro_batch_size=1, learning_rate=1e-4, max_frames=32, fps=2.0, quantize="nf4",
+        lora_rank=16, freeze_vision=True, gradient_checkpointing=True, workers=4, save_every=100,
     ),
     "gpu-80gb": dict(
         steps=2000, batch_size=32, micro_batch_size=4, learning_rate=1e-4, max_frames=64, fps=2.0, lora_rank=64,
-        freeze_vision=True, gradient_checkpointing=True, workers=8,
+        freeze_vision=True, gradient_checkpointing=True, workers=8, save_every=100,
     ),
 }  # fmt: skip
-DEFAULTS = dict(fps=None, lora_rank=0, freeze_vision=False, gradient_checkpointing=False, eval_every=-1)
+DEFAULTS = dict(
+    fps=None, quantize="none", lora_rank=0, freeze_vision=False, gradient_checkpointing=False, eval_every=-1, save_every=-1
+)  # fmt: skip
+FREE = (
+    "out",
+    "memory_gb",
+    "resume",
+    "workers",
+    "time_limit",
+    "log_every",
+    "save_every",
+    "eval_every",
+    "eval_clips",
+    "sheets",
+    "tracker",
+)
 
 
 @dataclass
@@ -92,10 +121,16 @@ class Settings:
     """l, layers after which states are compared (default: half of them)."""
     temperature: float = 0.1
     """tau at the start; it is learned, within [0.01, 1]."""
+    quantize: Literal["none", "nf4"] | None = None
+    """nf4: the frozen weights in 4 bits (bitsandbytes), for LoRA on small cards."""
     lora_rank: int | None = None
-    """Rank of LoRA adapters on the language model's linear layers (0: train all weights)."""
+    """Rank of LoRA adapters on the linear layers (0: train all weights)."""
     freeze_vision: bool | None = None
     """Leave the vision encoder as it is."""
+    shard: bool = False
+    """Shard weights, gradients and optimizer over the processes (FSDP2), to train all weights of a large model."""
+    memory_gb: float | None = None
+    """Memory that a run may fill, in GiB (default: what the device has free); one that would not fit does not start."""
     gradient_checkpointing: bool | None = None
     """Recompute layers in the backward pass to save memory."""
     max_frames: int | None = None
@@ -116,8 +151,14 @@ class Settings:
     """Steps between evaluations (-1: only at the end)."""
     eval_clips: int = 64
     """Clips of an evaluation before the last (-1: all)."""
-    save_every: int = -1
+    save_every: int | None = None
     """Steps between checkpoints (-1: only at the end)."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in --out, exactly as if nothing had happened; without one, start."""
+    max_bad_steps: int = 10
+    """Steps in a row with NaN or Inf in loss or gradient (each is skipped and counted) after which the run stops."""
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
+    """Send metrics there, too."""
     sheets: int = 4
     """Contact sheets to draw."""
     world_clips: int = 6000
@@ -130,6 +171,11 @@ def resolve(settings: Settings) -> Settings:
     """Fill what is None from the preset, check what is given, and make the embedded world and model where needed."""
     s = fill(settings, DEFAULTS | PRESETS[settings.preset])
     above_zero(s, "steps", "batch_size", "micro_batch_size", "learning_rate", "max_frames", "log_every", "time_limit")
+    above_zero(s, "max_bad_steps")
+    if s.shard and s.quantize == "nf4":
+        raise ValueError(
+            "--shard with --quantize nf4: FSDP2 damages 4-bit weights (bitsandbytes issue 1945); give one of them"
+        )
     if s.batch_size % s.micro_batch_size:
         raise ValueError(f"--batch-size {s.batch_size} is not a multiple of --micro-batch-size {s.micro_batch_size}")
     if s.contrastive_weight < 0:
@@ -149,32 +195,64 @@ def resolve(settings: Settings) -> Settings:
 
 def main(settings: Settings) -> dict | None:
     """Train; returns the last evaluation."""
-    # --- set-up: settings, clips, model, optimizer
-    s = resolve(settings)
+    # --- set-up: processes, settings, clips, model, optimizer
+    accelerator = start_processes(settings.tracker, settings.out)
+    device, main_process = accelerator.device, accelerator.is_main_process
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    peers = dist.new_group(backend="gloo") if world_size > 1 else None  # for words between processes, see `agree`
+    with accelerator.main_process_first():
+        s = resolve(settings)
     set_seed(s.seed)
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
-    rank, world_size, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     if s.batch_size % (s.micro_batch_size * world_size):
         raise ValueError(
             f"--batch-size {s.batch_size} is not a multiple of micro-batch {s.micro_batch_size} x {world_size} processes"
         )
     console = Console(quiet=not main_process)
+    resumed, broken = checkpoints.newest_checkpoint(s.out) if s.resume else (None, [])
+    tensors, state = checkpoints.load_state(resumed) if resumed else ({}, {"step": 0})
+    if resumed and (
+        changed := changed_settings(s, state["settings"], FREE) + checkpoints.other_run(state, s.data, world_size)
+    ):
+        raise ValueError(f"--resume: {resumed} is of a run with other settings:\n  " + "\n  ".join(changed))
     clips, problems = load_clips(s.data, s.root)
     eval_clips, eval_problems = load_clips(s.eval_data, s.root) if s.eval_data else ([], [])
-    hf, processor = load_trainable(s.model, s.lora_rank, s.freeze_vision, s.gradient_checkpointing)
-    lm = vp.VideoLM(hf, s.contrastive_layer, s.temperature)
     contrastive = s.contrastive_weight > 0
+    steady = Preparation(models.load_processor(s.model), s.max_frames, s.fps)
+    shape = skeleton(s.model)
+    twin_layers = (s.contrastive_layer or shape.config.text_config.num_hidden_layers // 2) * contrastive
+    load = Load(s.micro_batch_size, *longest(clips, steady), twin_layers)
+    console.print(check_memory(shape, load, vars(s), device, s.memory_gb, world_size))
+    adapters = s.quantize, s.lora_rank, s.freeze_vision
+    hf, processor = models.load_trainable(s.model, *adapters, s.gradient_checkpointing, device, resumed)
+    lm = vp.VideoLM(hf, s.contrastive_layer, s.temperature)
     lm.heads.requires_grad_(contrastive)
+    if resumed and contrastive:
+        lm.heads.load_state_dict(checkpoints.load_file(resumed / "heads.safetensors"))
+    lm.to(device)
+    if s.shard:
+        models.shard(lm, device)
     preparation = Preparation(processor, s.max_frames, s.fps, s.jitter)
-    steady = Preparation(processor, s.max_frames, s.fps)
-    loader = ClipLoader(clips[rank::world_size], preparation, s.seed, s.workers, s.time_limit, s.max_bad_share)
-    loader.start()
-    if main_process:
-        log = RunLog(s.out, s)
-    console.print({f.name: getattr(s, f.name) for f in fields(s)} | describe_environment())
+    share = dict(rank=rank, world_size=world_size, block=s.micro_batch_size)
+    loader = ClipLoader(clips, preparation, s.seed, s.workers, s.time_limit, s.max_bad_share, **share)
     trained = [p for p in lm.parameters() if p.requires_grad]
+    parts = [[p for p in part.parameters() if p.requires_grad] for part in (lm.hf, lm.heads)]
+    groups = [{"params": part} for part in parts if part]
+    optimizer = torch.optim.AdamW(groups, s.learning_rate, betas=(0.9, 0.99), weight_decay=s.weight_decay, fused=True)
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(s.warmup * s.steps), s.steps)
+    if resumed:
+        checkpoints.set_optimizer(lm, optimizer, schedule, tensors, state["schedule"])
+        loader.restore(state["processes"][rank]["loader"])
+        checkpoints.set_random_states(state["processes"][rank]["random"])
+    loader.start()
+    log = RunLog(s.out, s, accelerator, state["step"])
+    console.print({f.name: getattr(s, f.name) for f in fields(s)} | describe_environment())
     console.print(f"{len(clips)} clips, {len(problems)} lines skipped; {sum(p.numel() for p in trained) / 1e6:.2f} M of "
-                  f"{sum(p.numel() for p in lm.parameters()) / 1e6:.2f} M parameters trained")  # fmt: skip
+                  f"{models.num_parameters(lm) / 1e6:.2f} M parameters trained; attention: {models.choose_attention()}; "
+                  f"{world_size} process(es)")  # fmt: skip
+    for problem in broken:
+        console.print(f"[yellow]checkpoint passed over[/] {problem}", highlight=False)
+    if s.resume:
+        console.print(f"resumed from {resumed}" if resumed else f"no checkpoint in {s.out}: started anew", highlight=False)
     for problem in problems + eval_problems:
         console.print(f"[yellow]skipped[/] {problem}", highlight=False)
     if len(problems) > s.max_bad_share * (len(clips) + len(problems)):
@@ -185,53 +263,84 @@ def main(settings: Settings) -> dict | None:
             contact_sheet(clip, frames, make_example(clip, frames, steady), s.out / f"sheet-{Path(clip.video).stem}.png")
         except ClipError as error:
             console.print(f"[yellow]no sheet[/] {error}", highlight=False)
-    optimizer = torch.optim.AdamW(trained, s.learning_rate, betas=(0.9, 0.99), weight_decay=s.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(s.warmup * s.steps), s.steps)
-    model, optimizer = accelerator.prepare(lm, optimizer)
 
-    def save(step: int) -> None:
-        save_checkpoint(s.out, step, lm.hf, processor, lm.heads if contrastive else None, {"settings": vars(s)})
+    def save(step: int, at: dict, merged: bool) -> None:
+        mine = {"loader": at, "random": checkpoints.random_states()}
+        processes = gather_object([mine]) if world_size > 1 else [mine]
+        tensors, weights = checkpoints.optimizer_tensors(lm, optimizer), models.whole_state(lm)
+        if main_process:
+            state = {"step": step, "settings": vars(s), "schedule": schedule.state_dict(), "processes": processes,
+                     "bad_steps": bad_steps.item()}  # fmt: skip
+            with checkpoints.whole_or_nothing(s.out, step) as partial:
+                models.save_model(partial, lm.hf, processor, merged, models.part(weights, "hf."))
+                if contrastive:
+                    checkpoints.save_file(models.part(weights, "heads."), partial / "heads.safetensors")
+                checkpoints.save_state(partial, tensors, state | checkpoints.this_run(s.data, world_size))
+        accelerator.wait_for_everyone()
+
+    def evaluation(step: int, count: int) -> dict:
+        scored = eval_clips if count < 0 else eval_clips[:count]
+        results = evaluate(lm, steady, scored, workers=s.workers, time_limit=s.time_limit, accelerator=accelerator)
+        log.write({"step": step} | {f"eval/{p} {n}": v for p in ("full", "twin") for n, v in results[p].items()})
+        if main_process:
+            (s.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        show_results(results, f"step {step}", console)
+        return results
 
     stop_asked = []
     signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(True))
 
     # --- the loop: data -> forward, backward -> step -> log -> save -> eval
-    examples = loader.examples()
+    examples, at, step = loader.examples(), loader.state(), state["step"]
     num_micro = s.batch_size // (s.micro_batch_size * world_size)
     results, pending, metrics, tokens_seen = None, [], {}, 0
+    bad_steps, bad_in_a_row = torch.tensor(state.get("bad_steps", 0.0), device=device), torch.zeros((), device=device)
     began = mark = time.perf_counter()
     with loader, Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
-        for step in range(1, s.steps + 1):
+        for step in range(state["step"] + 1, s.steps + 1):
             # All micro-batches are collated first, so that losses are divided by the counts of the whole step.
+            batches, lost = [], None
             try:
                 batches = [lm.collate([next(examples)[1] for _ in range(s.micro_batch_size)]) for _ in range(num_micro)]
-            except ClipError:  # too many clips are lost: end the run, but keep what it has learned
-                if main_process and step > 1:
-                    save(step - 1)
-                raise
-            counts = torch.tensor([sum(len(b.label_ids) for b in batches), sum(len(b.keyword_ids) for b in batches)])
-            if world_size > 1:  # DDP averages gradients: each process divides by the mean count
-                counts = accelerator.reduce(counts.to(accelerator.device), "mean")
-            num_tokens, num_keywords = counts[0], counts[1].clamp(min=1)
-            losses = torch.zeros(4, device=accelerator.device)
-            for i, batch in enumerate(batches):
-                with nullcontext() if i == num_micro - 1 else accelerator.no_sync(model):
-                    out = model(batch.to(accelerator.device), contrastive, s.twin_negatives)
-                    lm_loss, con_loss = out.lm_loss / num_tokens, out.contrastive_loss / num_keywords
-                    accelerator.backward(lm_loss + s.contrastive_weight * con_loss)
+            except ClipError as error:
+                lost = error
+            counts = [sum(len(b.label_ids) for b in batches), sum(len(b.keyword_ids) for b in batches)]
+            counts = agree([*counts, lost is not None, len(stop_asked)], peers)
+            if counts[2]:  # too many clips are lost: end the run, but keep what it has learned
+                if step > 1:
+                    save(step - 1, at, True)
+                raise lost or ClipError("another process has lost too many clips")
+            # Gradients are averaged over processes: each divides by the mean count.
+            num_tokens, num_keywords = counts[0] / world_size, max(1.0, counts[1] / world_size)
+            losses = torch.zeros(4, device=device)
+            for batch in batches:
+                with accelerator.autocast():
+                    out = lm(batch.to(device), contrastive, s.twin_negatives)
+                lm_loss, con_loss = out.lm_loss / num_tokens, out.contrastive_loss / num_keywords
+                (lm_loss + s.contrastive_weight * con_loss).backward()
                 positives, negatives = out.metrics.get("positives", 0), out.metrics.get("negatives", 0)
                 parts = [lm_loss.detach(), con_loss.detach(), positives / num_keywords, negatives / num_keywords]
-                losses += torch.stack([torch.as_tensor(p, device=losses.device) for p in parts])
-            grad_norm = accelerator.clip_grad_norm_(trained, s.grad_clip)
+                losses += torch.stack([torch.as_tensor(p, device=device) for p in parts])
+            losses = accelerator.reduce(losses, "mean")
+            average_gradients(trained, world_size)
+            grad_norm = models.clip_gradients(trained, s.grad_clip)
+            # A step with NaN or Inf is left out by the fused optimizer itself: nobody waits for the device to know.
+            optimizer.found_inf = 1.0 - torch.isfinite(losses.sum() + grad_norm).float()
+            bad_steps += optimizer.found_inf
+            bad_in_a_row = (bad_in_a_row + 1) * optimizer.found_inf
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+            at = loader.state()
+            if step == state["step"] + 1:
+                console.print(f"measured peak after the first step: {measured_peak(device) / 2**30:.2f} GiB")
 
             # --- log: the device is read only here
-            pending.append(torch.cat([losses, torch.as_tensor(grad_norm, device=losses.device).view(1)]))
+            pending.append(torch.cat([losses, grad_norm.view(1), optimizer.found_inf.view(1)]))
             tokens_seen += sum(b.input_ids.numel() for b in batches) * world_size
             if step % s.log_every == 0 or step == s.steps:
-                means = torch.stack(pending).float().mean(0).tolist()
+                values = torch.stack(pending).float()
+                means = values[values[:, -1] == 0].mean(0).tolist()  # of the steps that counted
                 now = time.perf_counter()
                 seconds = (now - mark) / len(pending)
                 metrics = {"step": step, "loss/lm": means[0]}
@@ -239,35 +348,38 @@ def main(settings: Settings) -> dict | None:
                     names = ("loss/contrastive", "contrastive/positives", "contrastive/negatives")
                     metrics |= dict(zip(names, means[1:4]))
                     metrics["contrastive/temperature"] = lm.heads.temperature.item()
-                metrics |= {"grad_norm": means[4], "lr": schedule.get_last_lr()[0], "perf/step_seconds": seconds}
-                metrics |= {"perf/tokens_per_second": tokens_seen / (now - mark), "data/skipped": len(loader.skipped)}
+                metrics |= {"grad_norm": means[4], "lr": schedule.get_last_lr()[0], "bad_steps": bad_steps.item()}
+                metrics |= {"perf/step_seconds": seconds, "perf/tokens_per_second": tokens_seen / (now - mark)}
+                metrics["data/skipped"] = sum(agree([len(loader.skipped)], peers))
                 pending, tokens_seen, mark = [], 0, now
-                if main_process:
-                    log.write(metrics)
-                left = (s.steps - step) * (now - began) / step
+                log.write(metrics)
+                left = (s.steps - step) * (now - began) / (step - state["step"])
                 if live:
                     live.update(progress_table(f"stage 1  step {step}/{s.steps}", metrics, left), refresh=True)
                 elif step % (10 * s.log_every) == 0 or step == s.steps:
                     shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
                     console.print(f"{shown}  {left / 60:.1f} min left", highlight=False, soft_wrap=True)
+                if bad_in_a_row >= s.max_bad_steps:
+                    save(step, at, True)
+                    raise ValueError(f"loss or gradient was NaN or Inf in {int(bad_in_a_row)} steps in a row; none of them "
+                                     f"changed the weights, which are saved in {s.out / 'checkpoint'}. Try a lower "
+                                     f"--learning-rate")  # fmt: skip
 
             # --- save, eval: in this order, so that no evaluation can lose what is trained
-            stopping = bool(stop_asked)  # by SIGTERM: save at once, and end well
+            stopping = counts[3] > 0  # by SIGTERM: save at once, and end well
             last = step == s.steps or stopping
-            due = step == s.steps or (s.eval_every > 0 and step % s.eval_every == 0)
-            if main_process and (last or (s.save_every > 0 and step % s.save_every == 0)):
-                save(step)
-            if main_process and eval_clips and due and not stopping:
-                scored = eval_clips if last or s.eval_clips < 0 else eval_clips[: s.eval_clips]
-                results = evaluate(lm, steady, scored, workers=s.workers, time_limit=s.time_limit)
-                log.write({"step": step} | {f"eval/{p} {n}": v for p in ("full", "twin") for n, v in results[p].items()})
-                (s.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-                show_results(results, f"step {step}", console)
+            if last or (s.save_every > 0 and step % s.save_every == 0):
+                save(step, at, step == s.steps)
+            if eval_clips and not last and s.eval_every > 0 and step % s.eval_every == 0:
+                evaluation(step, s.eval_clips)
                 mark = time.perf_counter()
             if last:
                 break
 
-    # --- afterwards
+    # --- afterwards: the last evaluation, on all clips
+    seconds = time.perf_counter() - began
+    if eval_clips and step == s.steps:
+        results = evaluation(step, -1)
     for reason in loader.skipped.values():
         console.print(f"[yellow]skipped[/] {reason}", highlight=False)
     if main_process:
@@ -275,7 +387,7 @@ def main(settings: Settings) -> dict | None:
         if results and results["full"]:
             name = "action right" if "action right" in results["full"] else "caption similarity"
             panels.append([f"eval/full {name}", f"eval/twin {name}"])
-        console.print(f"{log.plot(panels)}\n{s.out / 'checkpoint'}  ({step} steps in {time.perf_counter() - began:.0f} s)")
+        console.print(f"{log.plot(panels)}\n{s.out / 'checkpoint'}  ({step} steps in {seconds:.0f} s)")
     accelerator.end_training()
     return results
 

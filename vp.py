@@ -147,16 +147,17 @@ class ContrastiveHeads(nn.Module):
 # --- The policy loss (method, section 3) ------------------------------------------------------------------------------
 
 
-def token_weights(lengths: Tensor, level: str = "token") -> Tensor:
+def token_weights(lengths: Tensor, level: str = "token", num_tokens: float | None = None) -> Tensor:
     """How much each token of a rollout counts in the loss of a whole batch: (R,), for rollouts of `lengths` (R,) tokens.
 
-    token: every token of the batch alike (long rollouts count more); sequence: every rollout alike.
+    token: every token of the batch alike (long rollouts count more); sequence: every rollout alike. num_tokens: where the
+    batch is spread over processes whose gradients are averaged, the tokens of a process on average.
 
     >>> token_weights(torch.tensor([1, 3])).tolist(), token_weights(torch.tensor([1, 4]), "sequence").tolist()
     ([0.25, 0.25], [0.5, 0.125])
     """
     if level == "token":
-        return torch.full(lengths.shape, 1.0) / lengths.sum().clamp(min=1)
+        return torch.full(lengths.shape, 1.0 / max(1.0, float(lengths.sum()) if num_tokens is None else num_tokens))
     if level == "sequence":
         return 1.0 / (lengths.clamp(min=1) * lengths.numel())
     raise ValueError(f"loss level: got {level!r}; choose token or sequence")

@@ -326,11 +326,14 @@ def _work(clip: Clip, seed: Sequence[int]) -> bytes:
 
 
 class ClipLoader:
-    """An endless, seeded stream of examples that survives every clip.
+    """An endless, seeded stream of examples that survives every clip, and goes on where it stopped.
 
     Worker processes read ahead (0: none, in this process). A clip that raises, that kills its worker, or that takes
     longer than time_limit seconds (the worker is killed) is skipped for good: `skipped` maps its index to the reason.
     When more than max_bad_share of the clips are lost, the stream raises ClipError with the list.
+
+    Training processes share the clips without repeats: of the one order that all know, process `rank` of `world_size`
+    takes every world_size-th block of `block` clips. `position` is how far that order has been used up.
     """
 
     def __init__(
@@ -342,7 +345,12 @@ class ClipLoader:
         time_limit: float = 60.0,
         max_bad_share: float = 0.05,
         shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        block: int = 1,
     ):
+        self.rank, self.world_size, self.block = rank, world_size, block
+        self.position = 0
         self.clips, self.preparation, self.seed, self.shuffle = clips, preparation, seed, shuffle
         self.time_limit, self.max_bad_share, self.workers = time_limit, max_bad_share, workers
         self.skipped: dict[int, str] = {}
@@ -354,6 +362,15 @@ class ClipLoader:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["data.clips"])
             self.pool = ProcessPool(self.workers, initializer=_start_worker, initargs=(self.preparation,), context=context)
+
+    def state(self) -> dict:
+        """What `restore` needs to go on behind the last example."""
+        return {"position": self.position, "skipped": dict(self.skipped)}
+
+    def restore(self, state: dict) -> None:
+        """Go on where a loader of the same clips, seed and share stopped; JSON in between does no harm."""
+        self.position = state["position"]
+        self.skipped = {int(index): reason for index, reason in state["skipped"].items()}
 
     def __enter__(self) -> "ClipLoader":
         self.start()
@@ -380,17 +397,22 @@ class ClipLoader:
     def examples(self, epochs: int | None = None) -> Iterator[tuple[int, vp.Example]]:
         """(clip index, example), in an order that depends on the seed alone. Raises ClipError when too many are lost."""
         self.start()
-        draws = (d for d in self.order() if d[1] not in self.skipped)
-        if epochs is not None:
-            draws = itertools.takewhile(lambda d: d[0] < epochs, draws)
-        draws = iter(draws)
+        draws = self.order() if epochs is None else itertools.takewhile(lambda d: d[0] < epochs, self.order())
+        mine = (
+            (place, *draw)
+            for place, draw in enumerate(draws)
+            if place >= self.position and place // self.block % self.world_size == self.rank
+        )
         ahead: deque = deque()
         while True:
-            while len(ahead) < max(1, 8 * self.workers) and (draw := next(draws, None)) is not None:
-                ahead.append((draw[1], self.submit(*draw)))
+            while len(ahead) < max(1, 8 * self.workers) and (draw := next(mine, None)) is not None:
+                place, epoch, index = draw
+                if index not in self.skipped:
+                    ahead.append((place, index, self.submit(epoch, index)))
             if not ahead:
                 return
-            index, result = ahead.popleft()
+            place, index, result = ahead.popleft()
+            self.position = place + 1
             if index in self.skipped:
                 continue
             try:
@@ -415,7 +437,7 @@ class ClipLoader:
     def skip(self, index: int, reason: str) -> None:
         """Note a lost clip; too many of them end the run."""
         self.skipped[index] = reason
-        if len(self.skipped) > self.max_bad_share * len(self.clips):
+        if len(self.skipped) * self.world_size > self.max_bad_share * len(self.clips):
             listed = "\n  ".join(self.skipped.values())
             raise ClipError(
                 f"{len(self.skipped)} of {len(self.clips)} clips cannot be used, more than the allowed share of "

@@ -1,10 +1,6 @@
-"""A run's folder: settings.json, metrics.jsonl, curves.png, contact sheets, and checkpoints that a kill cannot spoil.
-
-runs/sft/checkpoint -> checkpoint-001000      the newest whole one: an ordinary Hugging Face directory
-"""
+"""A run's folder: settings.json, metrics.jsonl, curves.png; its settings, its terminal, and the processes that share it."""
 
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -13,11 +9,12 @@ from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import transformers
+from accelerate import Accelerator
 from rich.table import Table
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 transformers.utils.logging.disable_progress_bar()  # progress is shown by rich, and once
 
@@ -48,6 +45,55 @@ def above_zero(settings, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: got {getattr(settings, name)}; give a number above 0")
 
 
+def changed_settings(settings, before: Mapping, free: Sequence[str]) -> list[str]:
+    """What differs between a run's settings and those it is resumed with, but for those that are free to change."""
+    now = {k: str(v) for k, v in asdict(settings).items() if k not in free}
+    return [f"--{k.replace('_', '-')} was {before.get(k)}, is {v}" for k, v in now.items() if str(before.get(k)) != v]
+
+
+# --- Processes that share a run ------------------------------------------------------------------------------------------
+
+
+def start_processes(tracker: str | None = None, folder: Path | None = None) -> Accelerator:
+    """This process among those that `torchrun` or `accelerate launch` started, or alone. Raises ValueError for a tracker
+    that is not installed."""
+    cuda = torch.cuda.is_available()
+    try:
+        return Accelerator(
+            cpu=not cuda,
+            mixed_precision="bf16" if cuda else "no",
+            log_with=tracker,
+            project_dir=folder if tracker else None,
+        )
+    except ValueError as error:
+        raise ValueError(f"--tracker {tracker}: {error}; pip install {tracker}") from None
+
+
+def agree(values: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:
+    """Sums over all processes, worked out on CPUs, so that nobody waits for a device. group: of gloo; None when alone."""
+    if group is None:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, group=group)
+    return total.tolist()
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], num_processes: int) -> None:
+    """Make the gradients those of all processes together; those of FSDP2 are it already, from the backward pass.
+
+    By hand and once a step, not by DistributedDataParallel's hooks: processes may have no keyword, or no useful group of
+    rollouts, in a step, and then touch other parameters, or fewer, than their peers.
+    """
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    if num_processes == 1 or not parameters:
+        return
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    for work in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
+        work.wait()
+    torch._foreach_div_([p.grad for p in parameters], num_processes)
+
+
 def progress_table(title: str, metrics: Mapping[str, float], seconds_left: float) -> Table:
     """What the terminal shows live."""
     table = Table(title=f"{title}  {seconds_left / 60:.1f} min left", min_width=48)
@@ -59,18 +105,34 @@ def progress_table(title: str, metrics: Mapping[str, float], seconds_left: float
 
 
 class RunLog:
-    """Writes settings.json at the start and a line of metrics.jsonl at each call."""
+    """Writes settings.json at the start, and a line of metrics.jsonl at each call, which trackers get, too.
 
-    def __init__(self, folder: Path, settings: object):
-        self.folder = folder
+    Only the main process writes. step: where the run goes on; what an earlier attempt wrote of later steps is dropped.
+    """
+
+    def __init__(self, folder: Path, settings: object, accelerator: Accelerator | None = None, step: int = 0):
+        self.folder, self.path, self.accelerator = folder, folder / "metrics.jsonl", accelerator
+        self.writes = accelerator is None or accelerator.is_main_process
+        plain = asdict(settings) if is_dataclass(settings) else settings
+        if accelerator is not None and accelerator.log_with:
+            simple = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in plain.items()}
+            accelerator.init_trackers("videoperceiver", simple)
+        if not self.writes:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        record = {"settings": asdict(settings) if is_dataclass(settings) else settings} | describe_environment()
-        (folder / "settings.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
-        self.path = folder / "metrics.jsonl"
-        self.path.write_text("")
+        (folder / "settings.json").write_text(
+            json.dumps({"settings": plain} | describe_environment(), indent=2, default=str) + "\n"
+        )
+        lines = self.path.read_text().splitlines(keepends=True) if step and self.path.exists() else []
+        # a kill can tear the last line
+        self.path.write_text("".join(x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= step))
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Append one line."""
+        if self.accelerator is not None:
+            self.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=int(metrics["step"]))
+        if not self.writes:
+            return
         with self.path.open("a") as lines:
             lines.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}) + "\n")
 
@@ -96,91 +158,3 @@ class RunLog:
         figure.savefig(self.folder / file, dpi=130)
         plt.close(figure)
         return self.folder / file
-
-
-def merged_state_dict(hf: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model with its LoRA adapters folded in, under the plain model's names; the model is untouched."""
-    if not hasattr(hf, "get_base_model"):
-        return hf.state_dict()
-    from peft.tuners.lora import LoraLayer
-
-    base, merged = hf.get_base_model(), {}
-    deltas = {n: m.get_delta_weight("default") for n, m in base.named_modules() if isinstance(m, LoraLayer)}
-    for name, weight in base.state_dict().items():
-        if ".lora_" in name:
-            continue
-        owner, _, leaf = name.rpartition(".base_layer.")
-        if owner:
-            name = f"{owner}.{leaf}"
-            if leaf == "weight":
-                weight = (weight.float() + deltas[owner].float()).to(weight.dtype)
-        merged[name] = weight
-    return merged
-
-
-def save_checkpoint(folder: Path, step: int, hf: nn.Module, processor, heads: nn.Module | None, extra: dict) -> Path:
-    """Write `folder`/checkpoint-STEP whole or not at all, point `folder`/checkpoint at it, and drop older ones.
-
-    It holds merged weights, config, tokenizer and processor, loadable by plain transformers; heads.safetensors; the peft
-    adapter in adapter/ where there is one; and videoperceiver.json with `extra`.
-    """
-    final = folder / f"checkpoint-{step:06d}"
-    partial = folder / f".partial-{step:06d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    base = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
-    base.save_pretrained(partial, state_dict=merged_state_dict(hf))
-    if base is not hf:
-        hf.save_pretrained(partial / "adapter")
-    processor.save_pretrained(partial)
-    if heads is not None:
-        save_file({k: v.contiguous() for k, v in heads.state_dict().items()}, partial / "heads.safetensors")
-    (partial / "videoperceiver.json").write_text(json.dumps(extra | {"step": step}, indent=2, default=str) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    link = folder / f".checkpoint-{os.getpid()}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    os.replace(link, folder / "checkpoint")  # from one whole checkpoint to the next in a single step
-    for old in folder.glob("checkpoint-*"):
-        if old != final:
-            shutil.rmtree(old)
-    return final
-
-
-def load_pretrained(model: str | Path, dtype: torch.dtype) -> tuple[nn.Module, object]:
-    """The Hugging Face model that `--model` means, safetensors only, and its processor."""
-    source = find_checkpoint(model)
-    try:
-        hf = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True)
-        return hf, AutoProcessor.from_pretrained(source)
-    except OSError as error:
-        raise ValueError(f"--model {model}: {str(error).strip().splitlines()[0]}") from None
-
-
-def load_trainable(
-    model: str, lora_rank: int, freeze_vision: bool, gradient_checkpointing: bool
-) -> tuple[nn.Module, object]:
-    """The model to train, with adapters, frozen parts and checkpointing as asked, and its processor."""
-    dtype = torch.bfloat16 if torch.cuda.is_available() and lora_rank else torch.float32
-    hf, processor = load_pretrained(model, dtype)
-    if gradient_checkpointing:
-        hf.gradient_checkpointing_enable()
-        hf.enable_input_require_grads()
-    if freeze_vision:
-        hf.model.visual.requires_grad_(False)
-    if lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        linears = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-        hf = get_peft_model(hf, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=linears))
-    return hf, processor
-
-
-def find_checkpoint(model: str | Path) -> str:
-    """The Hugging Face directory that `--model` means: a run's folder, a checkpoint, or a name on the hub as it is."""
-    path = Path(model)
-    if (path / "checkpoint").exists():
-        return str((path / "checkpoint").resolve())
-    if path.is_dir() and not (path / "config.json").exists():
-        raise ValueError(f"--model {path}: no checkpoint in this folder; train one with `python train_sft.py --out {path}`")
-    return str(path)

@@ -93,11 +93,16 @@ def train_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
+def token_ids(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+    """What a configuration must know of its tokenizer: the ids that stand for images and videos, and around them."""
+    names = {"image_token_id": "image_pad", "video_token_id": "video_pad"}
+    names |= {"vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end"}
+    return {name: tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in names.items()}
+
+
 def build_tiny(out: Path, family: Family = "qwen2_5_vl", seed: int = 0) -> Path:
     """Write a tiny checkpoint with random weights to `out` and return the folder."""
     tokenizer = train_tokenizer()
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
-    ids |= {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
     vision = dict(depth=2, hidden_size=96, num_heads=4, intermediate_size=192, patch_size=12, out_hidden_size=128)
     text = dict(
         vocab_size=len(tokenizer),
@@ -112,8 +117,7 @@ def build_tiny(out: Path, family: Family = "qwen2_5_vl", seed: int = 0) -> Path:
         pad_token_id=tokenizer.pad_token_id,
     )
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-    config_ids = dict(image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], tie_word_embeddings=True)
-    config_ids |= dict(vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"])
+    config_ids = token_ids(tokenizer) | {"tie_word_embeddings": True}
     torch.manual_seed(seed)
     pixels = dict(patch_size=12, cap_pixels_per_frame=False)
     image_processor = Qwen2VLImageProcessor(patch_size=12, size={"shortest_edge": 24**2, "longest_edge": PIXELS**2})

@@ -1,0 +1,189 @@
+"""Checkpoints: whole or not there at all, found again by the next run, and loadable by plain transformers.
+
+    runs/sft/checkpoint -> checkpoint-001000      the newest whole one
+        config.json, model.safetensors, ...       an ordinary Hugging Face directory, adapters merged
+        adapter/                                  the LoRA adapter in peft's format, where there is one
+        heads.safetensors                         the contrastive heads of stage 1
+        state/                                    what `--resume` needs: optimizer.safetensors, state.json
+        files.json                                size and checksum of every file above
+
+While a run with adapters goes on, its checkpoints hold the adapter alone; the last one is merged.
+"""
+
+import base64
+import json
+import os
+import random
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def checksums(folder: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file below a folder, but for files.json."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "files.json"):
+        crc = 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                crc = zlib.crc32(block, crc)
+        found[str(path.relative_to(folder))] = [path.stat().st_size, crc]
+    return found
+
+
+@contextmanager
+def whole_or_nothing(folder: Path, step: int, keep: int = 2) -> Iterator[Path]:
+    """A folder to write a checkpoint into; it becomes `folder`/checkpoint-STEP when it is whole, and not before.
+
+    Then `folder`/checkpoint points at it, and all but it and the `keep` - 1 before it are dropped. Where writing fails,
+    such as on a full disk, what was written is taken away, older ones stay, and ValueError says what happened.
+    """
+    final, partial = folder / f"checkpoint-{step:06d}", folder / f".partial-{step:06d}"
+    for left_over in folder.glob(".partial-*"):
+        shutil.rmtree(left_over)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        (partial / "files.json").write_text(json.dumps(checksums(partial), indent=0) + "\n")
+        for path in [*partial.rglob("*"), partial]:  # on the disk before the name is: a power cut leaves no empty file
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(folder).free / 2**20
+        last = newest_checkpoint(folder)[0]
+        raise ValueError(
+            f"{final} could not be saved ({error}); {free:.0f} MiB are free on that disk. "
+            + (f"The checkpoint before, {last}, is whole: free some space and go on with --resume" if last else "")
+        ) from error
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    link = folder / f".checkpoint-{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    os.replace(link, folder / "checkpoint")  # from one whole checkpoint to the next in a single step
+    older = [path for path in checkpoints(folder) if path.name < final.name]
+    for old in checkpoints(folder):
+        if old != final and old not in older[: keep - 1]:  # what counts further is damaged, or of a run before this one
+            shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted(Path(folder).glob("checkpoint-" + "[0-9]" * 6), reverse=True)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, or None, and a message for every broken one that was passed over."""
+    broken = []
+    for path in checkpoints(folder):
+        try:
+            promised, found = json.loads((path / "files.json").read_text()), checksums(path)
+        except (OSError, ValueError) as error:
+            broken.append(f"{path}: {error}")
+            continue
+        wrong = [name for name in promised if found.get(name) != promised[name]]
+        if not wrong:
+            return path, broken
+        broken.append(f"{path}: damaged or missing: {', '.join(wrong[:3])}")
+    return None, broken
+
+
+def find_checkpoint(model: str | Path) -> str:
+    """The directory that `--model` means: a run's folder, a checkpoint, or a name on the hub as it is."""
+    path = Path(model)
+    if (path / "checkpoint").exists():
+        return str((path / "checkpoint").resolve())
+    if path.is_dir() and not (path / "config.json").exists() and not (path / "adapter").is_dir():
+        raise ValueError(f"--model {path}: no checkpoint in this folder; train one with `python train_sft.py --out {path}`")
+    return str(path.resolve()) if path.is_dir() else str(path)
+
+
+# --- What --resume needs besides the weights ------------------------------------------------------------------------------
+
+
+def random_states() -> dict:
+    """All random states of this process, as JSON can hold them."""
+    version, numbers, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    state = {"python": [version, list(numbers), gauss], "numpy": [name, keys.tolist(), *rest]}
+    state["torch"] = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+    if torch.cuda.is_available():
+        state["cuda"] = base64.b64encode(torch.cuda.get_rng_state().numpy().tobytes()).decode()
+    return state
+
+
+def set_random_states(state: dict) -> None:
+    """The other way round."""
+
+    def tensor(text: str) -> Tensor:
+        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state((state["numpy"][0], np.array(state["numpy"][1], np.uint32), *state["numpy"][2:]))
+    torch.set_rng_state(tensor(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensor(state["cuda"]))
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors by parameter name, whole, on the CPU. Every process of a sharded run must call it."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            tensors[f"{name}/{key}"] = value.detach().cpu().clone()
+    return tensors
+
+
+def set_optimizer(model: nn.Module, optimizer, schedule, tensors: dict[str, Tensor], schedule_state: dict) -> None:
+    """The other way round, sharded like the parameters; and the learning rate where its schedule was."""
+    for name, parameter in model.named_parameters():
+        own = {k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == name}
+        for key, value in own.items():
+            value = value.to(parameter.device)
+            if isinstance(parameter, DTensor) and value.dim():
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            optimizer.state[parameter][key] = value
+    schedule.load_state_dict(schedule_state)
+    for settings, learning_rate in zip(optimizer.param_groups, schedule.get_last_lr()):
+        settings["lr"] = learning_rate
+
+
+def save_state(partial: Path, tensors: dict[str, Tensor], state: dict) -> None:
+    """Write state/: the optimizer's tensors, and everything else as JSON."""
+    (partial / "state").mkdir()
+    save_file(tensors, partial / "state/optimizer.safetensors")
+    (partial / "state/state.json").write_text(json.dumps(state, default=str) + "\n")
+
+
+def load_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
+    """Read state/ again. Raises ValueError where the checkpoint has none."""
+    if not (checkpoint / "state/state.json").exists():
+        raise ValueError(f"{checkpoint} has no state/ to resume from; start anew from its weights: --model {checkpoint}")
+    state = json.loads((checkpoint / "state/state.json").read_text())
+    return load_file(checkpoint / "state/optimizer.safetensors"), state
+
+
+def this_run(data: Path, world_size: int) -> dict:
+    """What a run cannot change when it is resumed, besides its settings: the annotation file and the processes."""
+    return {"annotations": zlib.crc32(Path(data).read_bytes()), "num_processes": world_size}
+
+
+def other_run(state: dict, data: Path, world_size: int) -> list[str]:
+    """What of `this_run` differs from a saved state's."""
+    now = this_run(data, world_size)
+    changed = [f"{data} has changed"] if state["annotations"] != now["annotations"] else []
+    if state["num_processes"] != world_size:
+        changed.append(f"it ran in {state['num_processes']} process(es), not {world_size}, which share its clips")
+    return changed

@@ -1,0 +1,187 @@
+"""Will it fit? Memory of a training run, worked out from the architecture before anything is loaded.
+
+It counts what grows: weights, gradients and optimizer, activations kept for the backward pass, the largest single
+layer, the rollouts' cache. What it leaves out (allocator's fragments, the CUDA context) is covered by SLACK.
+"""
+
+import re
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from data.checkpoints import find_checkpoint
+from data.clips import Clip, ClipError, Preparation, make_example, read_frames
+from data.models import LANGUAGE_LINEARS, VISION_LINEARS
+from data.sizes import random_config
+
+SLACK = 1.1
+GIB = 2**30
+
+
+@dataclass
+class Load:
+    """What one pass of a run has to hold at the same time.
+
+    clips: of a micro-batch; visual_tokens, text_tokens: of the longest clip. rollouts: descriptions that are packed behind
+    each prompt (stage 2; 0 in stage 1), twin_rollouts as many more while sampling, new_tokens long each, prompts at a
+    time. twin_layers: layers that the twin runs through. reference: a frozen second model is held.
+    """
+
+    clips: int
+    visual_tokens: int
+    text_tokens: int
+    twin_layers: int = 0
+    rollouts: int = 0
+    twin_rollouts: int = 0
+    new_tokens: int = 0
+    prompts: int = 0
+    reference: bool = False
+
+
+def longest(clips: Sequence[Clip], preparation: Preparation) -> tuple[int, int]:
+    """Visual tokens and text tokens that a clip may bring, at most: by the pictures of the first clips, and by the longest
+    caption."""
+    per_slot, text = 0, 0
+    for clip in [*clips[:3], max(clips, key=lambda c: len(c.caption))]:
+        try:
+            frames = read_frames(clip, 4, frames_per_slot=preparation.frames_per_slot)
+            example = make_example(replace(clip, key_spans=None, keywords=[]), frames, preparation)
+        except ClipError:
+            continue
+        visual = int((example.token_types == 2).sum())
+        per_slot, text = max(per_slot, visual // int(example.grid[0])), max(text, len(example.input_ids) - visual)
+    return per_slot * -(-preparation.max_frames // preparation.frames_per_slot), text
+
+
+def skeleton(model: str) -> nn.Module:
+    """The architecture that `--model` means, without memory: its tensors are on the meta device."""
+    if model.startswith("random:"):
+        config = random_config(model.removeprefix("random:"))
+    else:
+        config = AutoConfig.from_pretrained(find_checkpoint(model))
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def estimate(hf: nn.Module, load: Load, settings: Mapping, gpu: bool, num_processes: int = 1) -> dict[str, float]:
+    """Bytes of each part at its largest. hf: a skeleton; settings: quantize, lora_rank, freeze_vision,
+    gradient_checkpointing, shard, max_frames."""
+    s, text, vision = settings, hf.config.text_config, hf.config.vision_config
+    wide = 2 if gpu and s["lora_rank"] else 4  # bytes of a weight that is not quantised, and of the residual stream
+    half = 2 if gpu else 4  # bytes of what layers compute
+    count, adapters, trained = 0.0, 0, 0
+    targets = re.compile(LANGUAGE_LINEARS if s["freeze_vision"] else f"{LANGUAGE_LINEARS}|{VISION_LINEARS}")
+    for name, module in hf.named_modules():
+        own = sum(p.numel() for p in module.parameters(recurse=False))
+        small = s["quantize"] == "nf4" and isinstance(module, nn.Linear) and "language_model" in name
+        count += own * (0.5 + 1 / 64 + 4 / 64 / 256 if small else wide)
+        if s["lora_rank"] and isinstance(module, nn.Linear) and targets.fullmatch(name):
+            adapters += s["lora_rank"] * (module.in_features + module.out_features)
+        elif not s["lora_rank"] and not (s["freeze_vision"] and ".visual." in f".{name}."):
+            trained += own
+    if hf.get_output_embeddings().weight is hf.get_input_embeddings().weight:
+        tied = text.vocab_size * text.hidden_size
+        count, trained = count - tied * wide, trained - tied * (not s["lora_rank"])
+    parts = num_processes if s["shard"] else 1
+    D, I, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    head = getattr(text, "head_dim", None) or D // text.num_attention_heads
+    q, kv = text.num_attention_heads * head, 2 * text.num_key_value_heads * head
+    layer = (2 * wide + 2 * half) * D + half * (2 * q + kv + 3 * I)  # of a token, kept by one layer for its backward pass
+    layer += s["lora_rank"] * 7 * 4
+    kept = wide * D * layers + layer if s["gradient_checkpointing"] else layer * layers
+    prompt = load.visual_tokens + load.text_tokens
+    tokens = load.clips * (prompt + load.rollouts * load.new_tokens)
+    twin = load.clips * load.visual_tokens * (kept * load.twin_layers / layers)
+    patches, W = load.visual_tokens * vision.spatial_merge_size**2, vision.hidden_size
+    block = half * (8 * W + 3 * vision.intermediate_size)
+    vision_kept = block * vision.depth
+    if s["gradient_checkpointing"]:
+        vision_kept = half * W * vision.depth + block
+    if s["freeze_vision"]:
+        vision_kept = block
+    labels = load.clips * (load.rollouts * load.new_tokens or load.text_tokens)
+    cache = load.prompts * layers * half * kv * (2 * prompt + (load.rollouts + load.twin_rollouts) * load.new_tokens)
+    largest = max(text.vocab_size * D, I * D) * half * (parts > 1)  # gathered from the other processes
+    return {
+        "weights": count / parts + largest,
+        "adapters, gradients, optimizer": (16 * adapters + 12 * trained) / parts,
+        "reference": count / parts if load.reference else 0.0,
+        "activations, language model": tokens * kept + twin,
+        "activations, vision encoder": load.clips * patches * vision_kept,
+        "logits": 2 * 4 * min(labels, 4096) * text.vocab_size,
+        "cache of the rollouts": float(cache),
+    }
+
+
+def available(device: torch.device) -> float:
+    """Bytes that this process may still take on a device, what it holds already included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+
+
+def measured_peak(device: torch.device) -> int:
+    """The most bytes this process has held so far: tensors on a GPU, all memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def lighter(settings: Mapping, load: Load) -> dict[str, tuple[dict, Load]]:
+    """Changes that save memory, by the flags that make them."""
+    s, found = dict(settings), {}
+    if load.clips > 1:
+        found["--micro-batch-size 1"] = s, replace(load, clips=1)
+    if not s["gradient_checkpointing"]:
+        found["--gradient-checkpointing"] = s | {"gradient_checkpointing": True}, load
+    if not s["lora_rank"]:
+        found["--lora-rank 16"] = s | {"lora_rank": 16}, load
+    if s["quantize"] == "none":
+        found["--quantize nf4 --lora-rank 16"] = (
+            s | {"quantize": "nf4", "lora_rank": s["lora_rank"] or 16, "shard": False},
+            load,
+        )
+    if not s["freeze_vision"]:
+        found["--freeze-vision"] = s | {"freeze_vision": True}, load
+    if s["max_frames"] >= 8:
+        found[f"--max-frames {s['max_frames'] // 2}"] = s, replace(load, visual_tokens=load.visual_tokens // 2)
+    if load.rollouts > 4:
+        found["--num-rollouts 4"] = s, replace(load, rollouts=4)
+    return found
+
+
+def check_memory(
+    hf: nn.Module, load: Load, settings: Mapping, device: torch.device, limit_gb: float | None, num_processes: int = 1
+) -> Table:
+    """A table of the estimate. Raises ValueError where it is more than there is, with the three settings that save most."""
+    gpu = device.type == "cuda"
+    parts = estimate(hf, load, settings, gpu, num_processes)
+    total, limit = SLACK * sum(parts.values()), limit_gb * GIB if limit_gb else available(device)
+    if total > limit:
+        saved = {
+            flags: SLACK * sum(estimate(hf, at, changed, gpu, num_processes).values())
+            for flags, (changed, at) in lighter(settings, load).items()
+        }
+        best = sorted(saved, key=saved.get)[:3]
+        listed = "\n".join(
+            f"  {flags}: {saved[flags] / GIB:.1f} GiB" + " (fits)" * (saved[flags] <= limit) for flags in best
+        )
+        largest = ", ".join(f"{n} {v / GIB:.1f}" for n, v in sorted(parts.items(), key=lambda x: -x[1])[:3])
+        raise ValueError(
+            f"this run needs about {total / GIB:.1f} GiB ({largest}), and there are {limit / GIB:.1f}. It would take less "
+            f"with\n{listed}\nor several of them together. To try it all the same, raise --memory-gb"
+        )
+    table = Table(title=f"memory, estimated: {total / GIB:.2f} GiB of {limit / GIB:.1f}")
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    for name, value in parts.items():
+        if value:
+            table.add_row(name, f"{value / GIB:.3f}")
+    table.add_row("the rest", f"{(total - sum(parts.values())) / GIB:.3f}")
+    return table

@@ -1,0 +1,243 @@
+"""Models: load one to evaluate or to train, in full precision, with LoRA adapters, or in 4 bits; merge adapters again.
+
+`--model` is a run's folder, a checkpoint, a Hugging Face directory, a name on the hub, or random:NAME, a true
+architecture with random weights for measuring speed and memory where nothing can be downloaded.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
+
+from data.checkpoints import find_checkpoint
+
+Quantize = Literal["none", "nf4"]
+
+# LoRA goes on every linear layer of the language model and, where the vision encoder is trained, on those of its blocks.
+LANGUAGE_LINEARS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+VISION_LINEARS = r".*visual\.blocks.*\.(qkv|proj|gate_proj|up_proj|down_proj|linear_fc1|linear_fc2)"
+
+
+def choose_attention() -> str:
+    """The fastest attention at hand, as transformers names it: flash-attn 4, 3 or 2 on a GPU that has it, else sdpa.
+
+    Branches behind a shared prefix (stage 2) need a mask that flash-attn does not know: VideoLM runs them with
+    flex_attention on a GPU and sdpa elsewhere, whatever is chosen here.
+    """
+    if torch.cuda.is_available():
+        available = {4: is_flash_attn_4_available, 3: is_flash_attn_3_available, 2: is_flash_attn_2_available}
+        for version, at_hand in available.items():
+            if at_hand():
+                return f"flash_attention_{version}"
+    return "sdpa"
+
+
+def nf4_config() -> BitsAndBytesConfig:
+    """4-bit NormalFloat with double quantisation; the vision encoder and the output head stay as they are."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["model.visual", "lm_head"],
+    )  # fmt: skip
+
+
+def load_processor(model: str | Path) -> object:
+    """The processor that `--model` means."""
+    if str(model).startswith("random:"):
+        from data.sizes import random_processor
+
+        return random_processor(str(model).removeprefix("random:"))
+    try:
+        return AutoProcessor.from_pretrained(find_checkpoint(model))
+    except OSError as error:
+        raise ValueError(f"--model {model}: {str(error).strip().splitlines()[0]}") from None
+
+
+def load_pretrained(
+    model: str | Path, dtype: torch.dtype, quantize: Quantize = "none", device: torch.device | str | None = None
+) -> tuple[nn.Module, object]:
+    """The Hugging Face model that `--model` means, safetensors only, and its processor.
+
+    dtype: of the weights (with nf4: of those that are not quantised). device: where to (default: the CPU). A checkpoint
+    that holds an adapter only is loaded as its base with the adapter on top. Raises ValueError where it cannot be loaded.
+    """
+    if str(model).startswith("random:"):
+        from data.sizes import random_model
+
+        return random_model(str(model).removeprefix("random:"), dtype, quantize == "nf4", device or "cpu")
+    source = find_checkpoint(model)
+    adapter = Path(source, "adapter")
+    adapter_only = adapter.is_dir() and not Path(source, "config.json").exists()
+    more = {"attn_implementation": choose_attention(), "use_safetensors": True, "dtype": dtype}
+    if quantize == "nf4":
+        more |= {"quantization_config": nf4_config(), "device_map": {"": str(device or "cpu")}}
+    try:
+        base = (
+            json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] if adapter_only else source
+        )
+        hf = AutoModelForImageTextToText.from_pretrained(base, **more)
+    except OSError as error:
+        raise ValueError(f"--model {model}: {str(error).strip().splitlines()[0]}") from None
+    if adapter_only:
+        from peft import PeftModel
+
+        hf = PeftModel.from_pretrained(hf, adapter)
+    return hf.to(device) if device and quantize == "none" else hf, load_processor(model)
+
+
+def load_trainable(
+    model: str, quantize: Quantize, lora_rank: int, freeze_vision: bool, gradient_checkpointing: bool, device: torch.device,
+    resumed: Path | None = None,
+) -> tuple[nn.Module, object]:  # fmt: skip
+    """The model to train, with adapters, frozen parts and checkpointing as asked, and its processor.
+
+    Without adapters all weights train in float32 (under bf16 autocast on a GPU). With adapters the frozen weights are bf16
+    on a GPU, or 4-bit, and the adapters float32. resumed: a checkpoint of the same run to go on from. Raises ValueError
+    for 4 bits without adapters.
+    """
+    if quantize == "nf4" and not lora_rank:
+        raise ValueError("--quantize nf4: 4-bit weights cannot be trained themselves; give --lora-rank, such as 16")
+    dtype = torch.bfloat16 if device.type == "cuda" and lora_rank else torch.float32
+    hf, processor = load_pretrained(resumed if resumed and not lora_rank else model, dtype, quantize, device)
+    if hasattr(hf, "get_base_model"):
+        raise ValueError(f"--model {model} is an adapter; fold it in first: python eval.py merge {model}")
+    if gradient_checkpointing:
+        hf.gradient_checkpointing_enable({"use_reentrant": False})
+        hf.enable_input_require_grads()
+    if freeze_vision:
+        hf.model.visual.requires_grad_(False)
+    if lora_rank:
+        from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+        targets = LANGUAGE_LINEARS if freeze_vision else f"{LANGUAGE_LINEARS}|{VISION_LINEARS}"
+        hf = get_peft_model(hf, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=targets))
+        if resumed:
+            set_peft_model_state_dict(hf, load_file(resumed / "adapter/adapter_model.safetensors"))
+    return hf, processor
+
+
+# --- Many processes: FSDP2 ----------------------------------------------------------------------------------------------
+
+
+def shard(lm: nn.Module, device: torch.device) -> None:
+    """Shard a VideoLM over all processes, block by block (FSDP2): each holds its part of weights, gradients and optimizer.
+
+    Weights stay in float32; on a GPU they are gathered, and computed with, in bf16. The contrastive heads are small, and
+    stay whole.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    for block in [*lm.base.model.visual.blocks, *lm.base.model.language_model.layers]:
+        fully_shard(block, mesh=mesh, mp_policy=mixed)
+    fully_shard(lm, mesh=mesh, mp_policy=mixed, ignored_params=set(lm.heads.parameters()))
+    for method in ("encode_examples", "log_probs", "roll_out"):
+        register_fsdp_forward_method(lm, method)
+
+
+@contextmanager
+def gathered(lm: nn.Module) -> Iterator[None]:
+    """All weights on every process: while each decodes its own number of tokens they cannot be gathered layer by layer."""
+    blocks = [m for m in lm.modules() if isinstance(m, FSDPModule)]
+    for block in blocks:
+        block.set_reshard_after_forward(False, recurse=False)
+        block.unshard()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.set_reshard_after_forward(block is not lm, recurse=False)
+            block.reshard()
+
+
+def whole_state(lm: nn.Module) -> dict[str, Tensor]:
+    """A VideoLM's weights by name, put together again where they are sharded; then every process must call it, and the
+    first one gets them, on the CPU."""
+    first, state = not dist.is_initialized() or dist.get_rank() == 0, {}
+    for name, weight in lm.state_dict().items():
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
+            weight = weight.cpu() if first else None
+        state[name] = weight
+    return state
+
+
+def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights of one part of a module, under the part's own names."""
+    return {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
+    """Scale gradients down to a norm of at most `largest`; returns the norm they had, on their device."""
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    whole = [p for p in parameters if not isinstance(p, DTensor)]
+    norms = [
+        torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None]) for some in (whole, sharded) if some
+    ]
+    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    for some in (whole, sharded):
+        torch.nn.utils.clip_grads_with_norm_(some, largest, norm)
+    return norm
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Weights of a module; a byte of 4-bit ones counts as two."""
+    return sum(p.numel() * (2 if hasattr(p, "quant_state") else 1) for p in module.parameters())
+
+
+# --- Saving ------------------------------------------------------------------------------------------------------------
+
+
+def merged_state_dict(hf: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights of a model with its LoRA adapters folded in, under the plain model's names; the model is untouched.
+
+    4-bit weights are dequantised first, so that the merged model answers as the trained one did. state: the model's own,
+    where it is sharded over processes.
+    """
+    state = hf.state_dict() if state is None else state
+    base = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+    state = {name.removeprefix("base_model.model."): weight for name, weight in state.items()}
+    modules, dtype, merged = dict(base.named_modules()), base.lm_head.weight.dtype, {}
+    for name, weight in state.items():
+        owner, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
+        if ".lora_" in name or owner.endswith(".weight"):  # weight.absmax and the like say how 4 bits were packed
+            continue
+        layer = modules.get(owner)
+        plain = getattr(getattr(layer, "base_layer", layer), "weight", None)
+        if leaf == "weight" and hasattr(plain, "quant_state"):
+            from bitsandbytes.functional import dequantize_4bit
+
+            weight = dequantize_4bit(plain.data, plain.quant_state).to(dtype)
+        if leaf == "weight" and f"{owner}.lora_A.default.weight" in state:
+            a, b = (state[f"{owner}.lora_{x}.default.weight"].float() for x in "AB")
+            weight = (weight.float() + layer.scaling["default"] * (b @ a)).to(dtype)
+        merged[f"{owner}.{leaf}"] = weight
+    return merged
+
+
+def save_model(partial: Path, hf: nn.Module, processor, merged: bool, state: dict[str, Tensor] | None = None) -> None:
+    """Write a model as a Hugging Face directory: adapters merged, or, without `merged`, the adapter alone.
+
+    state: the model's weights by name, where they are sharded over processes.
+    """
+    adapted = hasattr(hf, "get_base_model")
+    if merged or not adapted:
+        base = hf.get_base_model() if adapted else hf
+        config = type(base.config).from_dict(base.config.to_dict() | {"quantization_config": None})
+        del config.quantization_config
+        with torch.device("meta"):
+            plain = type(base)(config).to(base.lm_head.weight.dtype)  # no adapters, 4 bits or shards: it gives the names
+        plain.generation_config = base.generation_config
+        plain.save_pretrained(partial, state_dict=merged_state_dict(hf, state))
+    if adapted:
+        hf.save_pretrained(partial / "adapter", state_dict=state)
+    processor.save_pretrained(partial)
