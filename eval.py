@@ -4,7 +4,9 @@
     python eval.py describe VIDEO.mp4 --model runs/sft                # one file, one description
     python eval.py report                                             # the README's tables: trains what they need
     python eval.py report --stage 2
+    python eval.py report --stage lora
     python eval.py cost                                               # what sharing prefixes saves in stage 2
+    python eval.py merge runs/sft --out merged                        # fold a checkpoint's adapter into its model
 
 A model that does not look at the event scores the same on the full video and on its twin: the difference is the
 perception gap. Keyword recall is the share of a clip's keywords that stand, word for word, in the greedy description;
@@ -37,7 +39,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 import vp
 from data.clips import PROMPT, Clip, ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
-from data.models import gathered, load_pretrained
+from data.models import gathered, load_pretrained, save_model
 from data.runs import describe_environment
 from data.tiny import build_tiny
 
@@ -93,11 +95,24 @@ class DescribeSettings:
 
 
 @dataclass
+class MergeSettings:
+    """Fold the LoRA adapter of a checkpoint into its model: a plain Hugging Face directory."""
+
+    model: tyro.conf.Positional[str]
+    """A run's folder or a checkpoint."""
+    out: Path = Path("runs/merged")
+    """Folder to write."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: fold it into the 4-bit weights it was trained on, dequantised, in place of those they were made from."""
+
+
+@dataclass
 class ReportSettings:
     """Train every variant of a stage on the embedded world with several seeds, and write the README's tables."""
 
-    stage: Literal[1, 2] = 1
-    """Stage 1, or stage 2 from a stage 1 of 700 steps, which leaves room."""
+    stage: Literal[1, 2, "lora"] = 1
+    """1; or 2, from a stage 1 of 700 steps, which leaves room; or lora: stage 1 goes on from there with adapters, in full
+    precision and in 4 bits."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; each gives every variant its own weights and order of clips."""
     out: Path = Path("runs/report")
@@ -126,12 +141,15 @@ class CostSettings:
     """Folder of cost.json and cost.md."""
 
 
+LORA = ["--lora-rank", "16", "--steps", "300", "--learning-rate", "2e-3", "--eval-every", "-1"]
 VARIANTS = {
     1: {"caption loss alone": ["--contrastive-weight", "0"], "+ contrastive, twin (default)": []},
     2: {"relative (default)": [], "similarity": ["--reward", "similarity"]},
+    "lora": {"LoRA, full precision": [*LORA], "LoRA, 4-bit": [*LORA, "--quantize", "nf4"]},
 }
 ABLATIONS = {
     1: {"+ contrastive, no twin": ["--no-twin-negatives"]},
+    "lora": {},
     2: {
         "recall: no twin, no comparison": ["--reward", "recall", "--num-twin-rollouts", "0"],
         "pooled": ["--reward", "pooled"],
@@ -309,6 +327,17 @@ def run_evaluation(settings: EvalSettings, console: Console) -> dict:
     (out / "row.md").write_text(markdown_row(results, settings.model))
     console.print(f"{out / 'results.json'}, {out / 'row.md'}", highlight=False)
     return results
+
+
+def run_merge(settings: MergeSettings, console: Console) -> Path:
+    """The command `python eval.py merge`."""
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    hf, processor = load_pretrained(settings.model, dtype, settings.quantize)
+    if (settings.out / "config.json").exists():
+        raise ValueError(f"--out {settings.out}: there is a model already; give another folder")
+    save_model(settings.out, hf, processor, merged=True, adapter=False)
+    console.print(settings.out, highlight=False)
+    return settings.out
 
 
 def run_describe(settings: DescribeSettings, console: Console) -> str:
@@ -497,10 +526,10 @@ def run_report(settings: ReportSettings, console: Console) -> str:
         head.insert(1, "action right, full, sampled")
     lines = [f"| stage {stage}, world, test split | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     steps = [] if settings.steps is None else ["--steps", str(settings.steps)]
-    start = {seed: settings.out / "stage-1-short" / f"seed-{seed}" for seed in seeds} if stage == 2 else {}
+    start = {seed: settings.out / "stage-1-short" / f"seed-{seed}" for seed in seeds} if stage != 1 else {}
     for seed, folder in start.items():
         train_if_missing("train_sft.py", folder, ["--steps", "700", "--seed", str(seed), "--eval-every", "-1"], console)
-    variants = {"stage 1 alone": None} if stage == 2 else {}
+    variants = {"stage 1 alone": None} if stage != 1 else {}
     for variant, arguments in (variants | VARIANTS[stage] | (ABLATIONS[stage] if settings.ablation else {})).items():
         runs = []
         for seed in seeds:
@@ -510,8 +539,9 @@ def run_report(settings: ReportSettings, console: Console) -> str:
             elif stage == 1:
                 train_if_missing("train_sft.py", out, ["--seed", str(seed), *arguments, *steps], console)
             else:
-                more = ["--model", str(start[seed]), "--no-eval-before", "--seed", str(seed), *arguments, *steps]
-                train_if_missing("train_rl.py", out, more, console)
+                script, more = ("train_sft.py", []) if stage == "lora" else ("train_rl.py", ["--no-eval-before"])
+                more += ["--model", str(start[seed]), "--seed", str(seed), *arguments, *steps]
+                train_if_missing(script, out, more, console)
             runs.append(out)
         greedy = [json.loads((run / "results.json").read_text()) for run in runs]
         cells = [spread([r[part][name] for r in greedy]) for name, part in columns]
@@ -539,6 +569,8 @@ if __name__ == "__main__":
             run_describe(tyro.cli(DescribeSettings, args=sys.argv[2:], prog="eval.py describe"), console)
         elif sys.argv[1:2] == ["report"]:
             run_report(tyro.cli(ReportSettings, args=sys.argv[2:], prog="eval.py report"), console)
+        elif sys.argv[1:2] == ["merge"]:
+            run_merge(tyro.cli(MergeSettings, args=sys.argv[2:], prog="eval.py merge"), console)
         elif sys.argv[1:2] == ["cost"]:
             run_cost(tyro.cli(CostSettings, args=sys.argv[2:], prog="eval.py cost"), console)
         else:

@@ -285,7 +285,7 @@ def main(settings: Settings) -> dict | None:
             state = {"step": step, "settings": vars(s), "schedule": schedule.state_dict(), "processes": processes,
                      "before": before, "bad_steps": bad_steps.item()}  # fmt: skip
             with checkpoints.whole_or_nothing(s.out, step) as partial:
-                models.save_model(partial, lm.hf, processor, merged, models.part(weights, "hf."))
+                models.save_model(partial, lm.hf, processor, merged, state=models.part(weights, "hf."))
                 checkpoints.save_state(partial, tensors, state | checkpoints.this_run(s.data, world_size))
         accelerator.wait_for_everyone()
 

@@ -696,7 +696,8 @@ class VideoLM(nn.Module):
             mask = (packed.branch < len(packed.ancestors) - 1).long()  # (B, T): all but padding
         else:
             mask = packed.block_mask() if self.flex else packed.mask()
-        with self.text_attention("flex_attention") if self.shares_prefix and self.flex else nullcontext():
+        name = "flex_attention" if self.flex else "sdpa"
+        with self.text_attention(name) if self.shares_prefix else nullcontext():
             out = self.base.model(
                 input_ids=packed.input_ids,
                 mm_token_type_ids=packed.token_types,
@@ -763,13 +764,14 @@ class VideoLM(nn.Module):
             # Asking whether all are done waits for the device: on a GPU only now and then.
             if t + 1 == max_new_tokens or ((device.type == "cpu" or t % 8 == 7) and done.all()):
                 break
-            h = self.base.model.language_model(
-                inputs_embeds=self.base.get_input_embeddings()(tokens[:, :, t]),
-                position_ids=position + t,
-                attention_mask=mask[..., : T + num * (t + 1)],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
+            with self.text_attention("sdpa"):  # flash-attn knows no mask that tells branches apart
+                h = self.base.model.language_model(
+                    inputs_embeds=self.base.get_input_embeddings()(tokens[:, :, t]),
+                    position_ids=position + t,
+                    attention_mask=mask[..., : T + num * (t + 1)],
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state
         seconds = {"prefill": prefilled - began, "decode": wait_and_time(device) - prefilled}
         return Rollouts(tokens[:, :, : t + 1], logps[:, :, : t + 1], lengths, done, seconds)
 

@@ -139,7 +139,7 @@ def lighter(settings: Mapping, load: Load) -> dict[str, tuple[dict, Load]]:
     if load.clips > 1:
         found["--micro-batch-size 1"] = s, replace(load, clips=1)
     if not s["gradient_checkpointing"]:
-        found["--gradient-checkpointing"] = s | {"gradient_checkpointing": True}, load
+        found["--gradient-checkpointing True"] = s | {"gradient_checkpointing": True}, load
     if not s["lora_rank"]:
         found["--lora-rank 16"] = s | {"lora_rank": 16}, load
     if s["quantize"] == "none":
@@ -148,7 +148,7 @@ def lighter(settings: Mapping, load: Load) -> dict[str, tuple[dict, Load]]:
             load,
         )
     if not s["freeze_vision"]:
-        found["--freeze-vision"] = s | {"freeze_vision": True}, load
+        found["--freeze-vision True"] = s | {"freeze_vision": True}, load
     if s["max_frames"] >= 8:
         found[f"--max-frames {s['max_frames'] // 2}"] = s, replace(load, visual_tokens=load.visual_tokens // 2)
     if load.rollouts > 4:

@@ -92,6 +92,9 @@ def load_pretrained(
         from peft import PeftModel
 
         hf = PeftModel.from_pretrained(hf, adapter)
+    for module in hf.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes 0.50 repacks 4-bit weights for inference on a CPU,
+            module.support_avx512bf16_for_cpu = False  # and from then on they have no backward pass
     return hf.to(device) if device and quantize == "none" else hf, load_processor(model)
 
 
@@ -112,7 +115,7 @@ def load_trainable(
     if hasattr(hf, "get_base_model"):
         raise ValueError(f"--model {model} is an adapter; fold it in first: python eval.py merge {model}")
     if gradient_checkpointing:
-        hf.gradient_checkpointing_enable({"use_reentrant": False})
+        hf.activation_checkpointing_enable()
         hf.enable_input_require_grads()
     if freeze_vision:
         hf.model.visual.requires_grad_(False)
@@ -224,8 +227,11 @@ def merged_state_dict(hf: nn.Module, state: dict[str, Tensor] | None = None) -> 
     return merged
 
 
-def save_model(partial: Path, hf: nn.Module, processor, merged: bool, state: dict[str, Tensor] | None = None) -> None:
-    """Write a model as a Hugging Face directory: adapters merged, or, without `merged`, the adapter alone.
+def save_model(
+    folder: Path, hf: nn.Module, processor, merged: bool, adapter: bool = True, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write a model as a Hugging Face directory. Where it has a LoRA adapter: merged, the adapter folded in, and adapter,
+    the adapter in a folder of that name, as peft loads it.
 
     state: the model's weights by name, where they are sharded over processes.
     """
@@ -237,7 +243,7 @@ def save_model(partial: Path, hf: nn.Module, processor, merged: bool, state: dic
         with torch.device("meta"):
             plain = type(base)(config).to(base.lm_head.weight.dtype)  # no adapters, 4 bits or shards: it gives the names
         plain.generation_config = base.generation_config
-        plain.save_pretrained(partial, state_dict=merged_state_dict(hf, state))
-    if adapted:
-        hf.save_pretrained(partial / "adapter", state_dict=state)
-    processor.save_pretrained(partial)
+        plain.save_pretrained(folder, state_dict=merged_state_dict(hf, state))
+    if adapted and adapter:
+        hf.save_pretrained(folder / "adapter", state_dict=state)
+    processor.save_pretrained(folder)
