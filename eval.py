@@ -533,7 +533,7 @@ def run_report(settings: ReportSettings, console: Console) -> str:
     for variant, arguments in (variants | VARIANTS[stage] | (ABLATIONS[stage] if settings.ablation else {})).items():
         runs = []
         for seed in seeds:
-            out = settings.out / re.sub(r"[^a-z0-9]+", "-", f"{variant} ").strip("-") / f"seed-{seed}"
+            out = settings.out / re.sub(r"[^a-z0-9]+", "-", f"{variant} ".lower()).strip("-") / f"seed-{seed}"
             if arguments is None:
                 out = start[seed]
             elif stage == 1:

@@ -489,5 +489,5 @@ def main(settings: Settings) -> dict | None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Settings, description=__doc__))
-    except (ClipError, ValueError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -212,7 +212,7 @@ def merged_state_dict(hf: nn.Module, state: dict[str, Tensor] | None = None) -> 
     modules, dtype, merged = dict(base.named_modules()), base.lm_head.weight.dtype, {}
     for name, weight in state.items():
         owner, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
-        if ".lora_" in name or owner.endswith(".weight"):  # weight.absmax and the like say how 4 bits were packed
+        if ".lora_" in name or ".weight." in name:  # weight.absmax and the like say how 4 bits were packed
             continue
         layer = modules.get(owner)
         plain = getattr(getattr(layer, "base_layer", layer), "weight", None)

@@ -1,15 +1,16 @@
-"""Checkpoints that a kill cannot spoil, that plain transformers loads; metrics, curves, sheets; our name `kernels`."""
+"""Metrics, curves, sheets; what a resumed run may change; our name `kernels`."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 import vp
 from data import runs
@@ -17,54 +18,6 @@ from data.clips import Preparation, load_clips, prepare, read_frames
 from data.sheets import contact_sheet
 
 HERE = Path(__file__).parent.parent
-
-
-def test_checkpoint_loads_in_plain_transformers(lm, checkpoint, tmp_path):
-    """Weights, config, tokenizer and processor; safetensors only; the heads in a file of their own; old ones dropped."""
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    for step in (5, 10):
-        runs.save_checkpoint(tmp_path, step, lm.hf, processor, lm.heads, {"settings": {"a": 1}})
-    where = Path(runs.find_checkpoint(tmp_path))
-    assert where.name == "checkpoint-000010" and [p.name for p in tmp_path.glob("checkpoint-*")] == [where.name]
-    again = AutoModelForImageTextToText.from_pretrained(where)
-    for (name, a), (_, b) in zip(lm.hf.named_parameters(), again.named_parameters(), strict=True):
-        assert torch.equal(a, b), name
-    assert AutoProcessor.from_pretrained(where).tokenizer.get_vocab() == processor.tokenizer.get_vocab()
-    assert json.loads((where / "videoperceiver.json").read_text()) == {"settings": {"a": 1}, "step": 10}
-    assert {p.suffix for p in where.rglob("*") if p.is_file()} <= {".safetensors", ".json", ".jinja", ".txt"}
-    script = "import sys; from transformers import AutoModelForImageTextToText as M; M.from_pretrained(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", script, where], check=True, cwd=tmp_path, capture_output=True)
-
-
-@pytest.mark.parametrize("place", ["save_pretrained", "save_file", "replace"])
-def test_a_kill_while_saving_leaves_the_last_good_one(lm, qwen2_5, tmp_path, monkeypatch, place):
-    """Dying in the middle of a save, wherever, leaves `checkpoint` pointing at the whole older one."""
-    processor = AutoProcessor.from_pretrained(qwen2_5)
-    runs.save_checkpoint(tmp_path, 1, lm.hf, processor, lm.heads, {})
-    before = sorted(p.name for p in Path(runs.find_checkpoint(tmp_path)).iterdir())
-
-    class Killed(BaseException):
-        """Stands in for the kill."""
-
-    def die(*_, **__):
-        raise Killed
-
-    owner = {"save_pretrained": processor, "save_file": runs, "replace": os}[place]
-    monkeypatch.setattr(owner, place, die)
-    with pytest.raises(Killed):
-        runs.save_checkpoint(tmp_path, 2, lm.hf, processor, lm.heads, {})
-    monkeypatch.undo()
-    where = Path(runs.find_checkpoint(tmp_path))
-    assert where.name == "checkpoint-000001" and sorted(p.name for p in where.iterdir()) == before
-    assert runs.save_checkpoint(tmp_path, 2, lm.hf, processor, lm.heads, {}) == tmp_path / "checkpoint-000002"
-    assert not list(tmp_path.glob(".partial*"))
-
-
-def test_a_folder_without_checkpoint_says_so(tmp_path):
-    """A run that never saved is named with the command to run; a hub name passes through."""
-    with pytest.raises(ValueError, match="no checkpoint in this folder; train one with"):
-        runs.find_checkpoint(tmp_path)
-    assert runs.find_checkpoint("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
 def test_metrics_and_curves(tmp_path):
@@ -77,6 +30,31 @@ def test_metrics_and_curves(tmp_path):
     assert {"settings", "commit", "torch", "device"} <= json.loads((tmp_path / "run/settings.json").read_text()).keys()
     picture = Image.open(log.plot([["loss/lm"], ["absent"]]))
     assert picture.width > 800 and len(picture.convert("L").getcolors(256)) > 3
+
+
+def test_a_resumed_log_drops_what_comes_again(tmp_path):
+    """Lines behind the checkpoint go, and so does a line that a kill tore; a fresh run starts an empty file."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 3, "a"')
+    log = runs.RunLog(tmp_path, {"lr": 1}, step=2)
+    log.write({"step": 3, "a": 4})
+    assert [json.loads(x)["a"] for x in path.open()] == [1, 2, 4]
+    runs.RunLog(tmp_path, {"lr": 1})
+    assert path.read_text() == ""
+
+
+def test_changed_settings_are_named():
+    """A resumed run may not change what shapes it, by the flag's name; what only watches it is free."""
+
+    @dataclass
+    class Some:
+        learning_rate: float = 1e-3
+        out: Path = Path("a")
+        log_every: int = 1
+
+    before = {"learning_rate": 1e-3, "out": "a", "log_every": 1}
+    assert runs.changed_settings(Some(log_every=5), before, ["log_every"]) == []
+    assert runs.changed_settings(Some(2e-3), before, []) == ["--learning-rate was 0.001, is 0.002"]
 
 
 @pytest.mark.parametrize("frames", [6, 16, 40])
