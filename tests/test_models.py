@@ -1,0 +1,159 @@
+"""Models to train: which weights move, 4 bits, true architectures with random weights, and will it fit."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from bitsandbytes.nn import Params4bit
+from rich.console import Console
+
+import train_sft
+import vp
+from data import memory, models, sizes
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("freeze_vision", [True, False])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_what_is_quantised_and_what_moves(checkpoint, ragged, quantize, freeze_vision):
+    """4 bits in the language model only, not in the vision encoder or the head; a step moves the adapters alone, after an
+    evaluation, too (bitsandbytes repacks weights in eval mode on some CPUs and has no gradient from then on)."""
+    hf, _ = models.load_trainable(str(checkpoint), quantize, 4, freeze_vision, True, CPU)
+    small = {n for n, p in hf.named_parameters() if isinstance(p, Params4bit)}
+    assert bool(small) == (quantize == "nf4") and all("language_model" in n for n in small)
+    assert len(small) in (0, 7 * 4)
+    trained = {n for n, p in hf.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in n for n in trained)
+    assert any("visual" in n for n in trained) != freeze_vision
+    lm = vp.VideoLM(hf)
+    lm.eval()
+    lm.describe(ragged, max_new_tokens=2)
+    lm.train()
+    before = {n: p.detach().clone() for n, p in hf.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], 1e-2, fused=True)
+    for _ in range(2):  # in the first step A has no gradient, since B is zero
+        out = lm(lm.collate(ragged))
+        (out.lm_loss + out.contrastive_loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {n for n, p in hf.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == trained
+
+
+def test_4_bits_alone_are_refused(checkpoint):
+    """They cannot be trained themselves, nor sharded: by name, with what to give instead."""
+    with pytest.raises(ValueError, match=r"--quantize nf4.*give --lora-rank"):
+        models.load_trainable(str(checkpoint), "nf4", 0, True, False, CPU)
+    settings = train_sft.Settings(model=str(checkpoint), quantize="nf4", lora_rank=4, shard=True)
+    with pytest.raises(ValueError, match=r"--shard with --quantize nf4.*1945"):
+        train_sft.resolve(settings)
+
+
+@pytest.mark.parametrize(
+    "name, billions, hidden", [("qwen2.5-vl-7b", 8.29, 3584), ("qwen3-vl-8b", 8.77, 4096), ("qwen2.5-vl-3b", 3.75, 2048),
+                               ("qwen3-vl-4b", 4.44, 2560), ("qwen3-vl-2b", 2.13, 2048)],
+)  # fmt: skip
+def test_true_sizes(name, billions, hidden):
+    """The published numbers of parameters, counted on the meta device."""
+    hf = memory.skeleton(f"random:{name}")
+    count = sum(p.numel() for p in hf.parameters())
+    assert count / 1e9 == pytest.approx(billions, abs=0.02) and hf.config.text_config.hidden_size == hidden
+    assert all(p.is_meta for p in hf.parameters())
+
+
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3"])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_random_models_train(monkeypatch, world, family, quantize):
+    """A size of our own, in 4 bits or not: the processor fits the model, losses are those of chance, gradients flow."""
+    text, vision, tied = sizes.SIZES["qwen2.5-vl-7b" if family == "qwen2.5" else "qwen3-vl-8b"]
+    text = text | dict(hidden_size=256, intermediate_size=128, num_hidden_layers=4, vocab_size=1024, num_attention_heads=2)
+    text |= dict(num_key_value_heads=1)
+    vision = vision | dict(depth=2, hidden_size=64, num_heads=2, intermediate_size=64, out_hidden_size=256)
+    vision |= dict(fullatt_block_indexes=[1]) if family == "qwen2.5" else dict(deepstack_visual_indexes=[0])
+    monkeypatch.setitem(sizes.SIZES, f"{family}-own", (text, vision, tied))
+    hf, processor = models.load_trainable(f"random:{family}-own", quantize, 4, True, True, CPU)
+    assert any(isinstance(p, Params4bit) for p in hf.parameters()) == (quantize == "nf4")
+    from data.clips import Preparation, load_clips, prepare
+
+    examples = [prepare(clip, Preparation(processor, 8)) for clip in load_clips(world / "train.jsonl")[0][:2]]
+    lm = vp.VideoLM(hf)
+    batch = lm.collate(examples)
+    out = lm(batch)
+    (out.lm_loss + out.contrastive_loss).backward()
+    assert out.lm_loss.item() / len(batch.label_ids) == pytest.approx(6.93, abs=0.5)  # ln 1024
+    assert all(p.grad.isfinite().all() for p in lm.parameters() if p.requires_grad)
+    assert any(p.grad.abs().max() > 0 for p in hf.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match=r"unknown; choose one of qwen2\.5-vl-3b"):
+        models.load_pretrained("random:gpt", torch.float32)
+
+
+LOAD = memory.Load(clips=1, visual_tokens=32 * 64, text_tokens=160)
+QLORA = dict(quantize="nf4", lora_rank=16, freeze_vision=True, gradient_checkpointing=True, shard=False, max_frames=32)
+
+
+def test_the_estimate_counts_weights_right(checkpoint):
+    """Weights, gradients and optimizer of the estimate are those of the model that is then loaded, to the byte or so."""
+    hf = memory.skeleton(str(checkpoint))
+    for quantize, rank, freeze in (("none", 0, False), ("none", 0, True), ("none", 8, False), ("nf4", 8, True)):
+        settings = QLORA | dict(quantize=quantize, lora_rank=rank, freeze_vision=freeze)
+        parts = memory.estimate(hf, LOAD, settings, gpu=False)
+        loaded, _ = models.load_trainable(str(checkpoint), quantize, rank, freeze, False, CPU)
+        trained = sum(p.numel() for p in loaded.parameters() if p.requires_grad)
+        weights = sum(p.numel() * p.element_size() for n, p in loaded.named_parameters() if "lora_" not in n)
+        assert parts["weights"] == pytest.approx(weights, rel=0.03)
+        assert parts["adapters, gradients, optimizer"] == (16 if rank else 12) * trained
+
+
+def test_the_estimate_of_a_7b_on_24_gb():
+    """What was worked out by hand for Qwen2.5-VL-7B: 4-bit linears 3.4 GB, embeddings and head 2.2, vision 1.35; LoRA with
+    Adam 0.65; layer checkpoints at 16k tokens 3.3."""
+    hf = memory.skeleton("random:qwen2.5-vl-7b")
+    parts = memory.estimate(hf, LOAD, QLORA, gpu=True)
+    assert parts["weights"] / 1e9 == pytest.approx(3.4 + 2.2 + 1.35, abs=0.15)
+    assert parts["adapters, gradients, optimizer"] / 1e9 == pytest.approx(0.65, abs=0.03)
+    layer = memory.estimate(hf, memory.Load(1, 16000, 384), QLORA, gpu=True)["activations, language model"]
+    assert layer / 1e9 > 3.3
+    total = memory.SLACK * sum(parts.values())
+    assert 7e9 < total < 20e9
+    longer = memory.estimate(hf, memory.Load(1, 4 * 2048, 160), QLORA, gpu=True)
+    assert longer["activations, language model"] > 3 * parts["activations, language model"]
+    assert memory.estimate(hf, LOAD, QLORA | {"gradient_checkpointing": False}, True)["activations, language model"] > total
+    half = memory.estimate(hf, LOAD, QLORA | dict(quantize="none", lora_rank=0, shard=True), True, num_processes=8)
+    whole = memory.estimate(hf, LOAD, QLORA | dict(quantize="none", lora_rank=0), True)
+    assert half["adapters, gradients, optimizer"] * 8 == whole["adapters, gradients, optimizer"]
+
+
+def test_a_run_that_cannot_fit_says_how_it_would():
+    """Before anything is loaded: the need, the largest parts, and three settings with what each would leave."""
+    hf = memory.skeleton("random:qwen2.5-vl-7b")
+    settings = QLORA | dict(quantize="none", lora_rank=0, freeze_vision=False, gradient_checkpointing=False)
+    with pytest.raises(ValueError, match="this run needs about") as caught:
+        memory.check_memory(hf, LOAD, settings, CPU, 24.0)
+    message = str(caught.value)
+    assert message.count("\n  --") == 3 and "--quantize nf4 --lora-rank 16: " in message and "there are 24.0" in message
+    small = memory.check_memory(hf, LOAD, QLORA, CPU, 24.0)
+    console = Console(record=True, quiet=True)
+    console.print(small)
+    assert "24.0" in small.title
+
+
+def test_a_script_refuses_before_it_loads(tmp_path, world, qwen2_5, capsys):
+    """With too little memory the train script ends at once, in one error."""
+    settings = train_sft.Settings(model=str(qwen2_5), data=world / "train.jsonl", out=tmp_path / "o", memory_gb=0.001)
+    with pytest.raises(ValueError, match="--memory-gb"):
+        train_sft.main(settings)
+    assert not (tmp_path / "o/checkpoint").exists()
+    assert asdict(settings)["memory_gb"] == 0.001
+
+
+def test_attention_is_chosen_by_what_is_there(monkeypatch):
+    """No GPU: sdpa. With one: the newest flash-attn that is installed, else sdpa."""
+    assert models.choose_attention() == "sdpa" or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for version in (2, 3, 4):
+        monkeypatch.setattr(models, f"is_flash_attn_{version}_available", lambda: False)
+    assert models.choose_attention() == "sdpa"
+    for version in (2, 3, 4):
+        monkeypatch.setattr(models, f"is_flash_attn_{version}_available", lambda: True)
+        assert models.choose_attention() == f"flash_attention_{version}"
