@@ -205,7 +205,7 @@ def score(clip: Clip, text: str, actions: set[str]) -> dict[str, float]:
     return scores
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP2 keeps buffers that it gathers here, and trains with them
 def evaluate(
     lm: vp.VideoLM,
     preparation: Preparation,

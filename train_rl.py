@@ -248,7 +248,9 @@ def main(settings: Settings) -> dict | None:
                       "such as sentence-transformers/all-MiniLM-L6-v2")  # fmt: skip
         words = [text for clip in clips for text in (clip.caption, *clip.keywords)]
         name = f"text-encoder-{zlib.crc32(' '.join(words).encode()):08x}"
-        encoder = TextEncoder(build_text_encoder(s.out / name, words), device)
+        with accelerator.main_process_first():
+            own_encoder = build_text_encoder(s.out / name, words)
+        encoder = TextEncoder(own_encoder, device)
     else:
         encoder = TextEncoder(s.text_encoder, device)
     share = dict(rank=rank, world_size=world_size, block=num_prompts)
