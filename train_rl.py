@@ -35,7 +35,7 @@ from transformers import get_linear_schedule_with_warmup
 import vp
 from data import checkpoints, models
 from data.clips import ClipError, ClipLoader, Preparation, load_clips
-from data.memory import Load, check_memory, longest, measured_peak, skeleton
+from data.memory import Load, check_memory, longest, measured_peak, out_of_memory_explained, skeleton
 from data.runs import (
     RunLog,
     above_zero,
@@ -229,7 +229,8 @@ def main(settings: Settings) -> dict | None:
     load = Load(s.micro_batch_size, *longest(clips, preparation), rollouts=G, twin_rollouts=G_twin, prompts=num_prompts,
                 new_tokens=s.max_new_tokens, reference=s.beta > 0 and not s.lora_rank)  # fmt: skip
     adapters = dict(quantize=s.quantize, lora_rank=s.lora_rank, freeze_vision=not s.train_vision)
-    console.print(check_memory(skeleton(s.model), load, vars(s) | adapters, device, s.memory_gb, world_size))
+    shape = skeleton(s.model)
+    console.print(check_memory(shape, load, vars(s) | adapters, device, s.memory_gb, world_size))
     hf, processor = models.load_trainable(s.model, *adapters.values(), s.gradient_checkpointing, device, resumed)
     lm = vp.VideoLM(hf).to(device)
     lm.heads.requires_grad_(False)
@@ -303,6 +304,14 @@ def main(settings: Settings) -> dict | None:
     before = state.get("before")
     if eval_clips and s.eval_before and not resumed:
         before = evaluation(0, -1) | {"rows": []}
+
+    def rescue() -> str:  # memory has run out in the middle of a step
+        optimizer.zero_grad()
+        if step - 1 <= state["step"] or world_size > 1:  # saving needs every process, and the others wait elsewhere
+            return "Nothing of this attempt is saved."
+        save(step - 1, at, step - 1 == s.steps)
+        return f"What was trained is saved: after the change go on from {s.out / 'checkpoint'} with --model."
+
     stop_asked = []
     signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(True))
 
@@ -311,7 +320,8 @@ def main(settings: Settings) -> dict | None:
     pending, shown, pages = [], [], []
     bad_steps, bad_in_a_row = torch.tensor(state.get("bad_steps", 0.0), device=device), torch.zeros((), device=device)
     began = time.perf_counter()
-    with loader, Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
+    live_table = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
+    with loader, out_of_memory_explained(shape, load, vars(s) | adapters, device, rescue, world_size), live_table as live:
         for step in range(state["step"] + 1, s.steps + 1):
             clock = {"data": time.perf_counter()}
             drawn, places, lost = [], [], None

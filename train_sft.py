@@ -37,7 +37,7 @@ from transformers import get_cosine_schedule_with_warmup
 import vp
 from data import checkpoints, models
 from data.clips import ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
-from data.memory import Load, check_memory, longest, measured_peak, skeleton
+from data.memory import Load, check_memory, longest, measured_peak, out_of_memory_explained, skeleton
 from data.runs import (
     RunLog,
     above_zero,
@@ -287,6 +287,13 @@ def main(settings: Settings) -> dict | None:
         show_results(results, f"step {step}", console)
         return results
 
+    def rescue() -> str:  # memory has run out in the middle of a step
+        optimizer.zero_grad()
+        if step - 1 <= state["step"] or world_size > 1:  # saving needs every process, and the others wait elsewhere
+            return "Nothing of this attempt is saved."
+        save(step - 1, at, step - 1 == s.steps)
+        return f"What was trained is saved: after the change go on from {s.out / 'checkpoint'} with --model."
+
     stop_asked = []
     signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(True))
 
@@ -296,7 +303,8 @@ def main(settings: Settings) -> dict | None:
     results, pending, metrics, tokens_seen = None, [], {}, 0
     bad_steps, bad_in_a_row = torch.tensor(state.get("bad_steps", 0.0), device=device), torch.zeros((), device=device)
     began = mark = time.perf_counter()
-    with loader, Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
+    live_table = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
+    with loader, out_of_memory_explained(shape, load, vars(s), device, rescue, world_size), live_table as live:
         for step in range(state["step"] + 1, s.steps + 1):
             # All micro-batches are collated first, so that losses are divided by the counts of the whole step.
             batches, lost = [], None

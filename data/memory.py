@@ -6,7 +6,8 @@ layer, the rollouts' cache. What it leaves out (allocator's fragments, the CUDA 
 
 import re
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import psutil
@@ -156,6 +157,32 @@ def lighter(settings: Mapping, load: Load) -> dict[str, tuple[dict, Load]]:
     return found
 
 
+def advice(hf: nn.Module, load: Load, settings: Mapping, gpu: bool, limit: float, num_processes: int = 1) -> str:
+    """The three settings that save most, with what each would leave of the estimate."""
+    saved = {
+        flags: SLACK * sum(estimate(hf, at, changed, gpu, num_processes).values())
+        for flags, (changed, at) in lighter(settings, load).items()
+    }
+    best = sorted(saved, key=saved.get)[:3]
+    fits = {flags: " (fits)" * (saved[flags] <= limit) for flags in best}
+    listed = "\n".join(f"  {flags}: {saved[flags] / GIB:.1f} GiB{fits[flags]}" for flags in best)
+    return f"It would take less with\n{listed}\nor several of them together."
+
+
+@contextmanager
+def out_of_memory_explained(
+    hf: nn.Module, load: Load, settings: Mapping, device: torch.device, rescue: Callable[[], str], num_processes: int = 1
+) -> Iterator[None]:
+    """Where memory runs out all the same: save by `rescue`, which says where, and raise ValueError with the advice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        error.__traceback__ = None  # it holds the activations
+        where, gpu = rescue(), device.type == "cuda"
+        helps = advice(hf, load, settings, gpu, available(device), num_processes)
+        raise ValueError(f"out of memory. {where} {helps}") from None
+
+
 def check_memory(
     hf: nn.Module, load: Load, settings: Mapping, device: torch.device, limit_gb: float | None, num_processes: int = 1
 ) -> Table:
@@ -164,18 +191,11 @@ def check_memory(
     parts = estimate(hf, load, settings, gpu, num_processes)
     total, limit = SLACK * sum(parts.values()), limit_gb * GIB if limit_gb else available(device)
     if total > limit:
-        saved = {
-            flags: SLACK * sum(estimate(hf, at, changed, gpu, num_processes).values())
-            for flags, (changed, at) in lighter(settings, load).items()
-        }
-        best = sorted(saved, key=saved.get)[:3]
-        listed = "\n".join(
-            f"  {flags}: {saved[flags] / GIB:.1f} GiB" + " (fits)" * (saved[flags] <= limit) for flags in best
-        )
         largest = ", ".join(f"{n} {v / GIB:.1f}" for n, v in sorted(parts.items(), key=lambda x: -x[1])[:3])
         raise ValueError(
-            f"this run needs about {total / GIB:.1f} GiB ({largest}), and there are {limit / GIB:.1f}. It would take less "
-            f"with\n{listed}\nor several of them together. To try it all the same, raise --memory-gb"
+            f"this run needs about {total / GIB:.1f} GiB ({largest}), and there are {limit / GIB:.1f}. "
+            + advice(hf, load, settings, gpu, limit, num_processes)
+            + " To try it all the same, raise --memory-gb"
         )
     table = Table(title=f"memory, estimated: {total / GIB:.2f} GiB of {limit / GIB:.1f}")
     table.add_column("part")

@@ -57,16 +57,11 @@ def changed_settings(settings, before: Mapping, free: Sequence[str]) -> list[str
 def start_processes(tracker: str | None = None, folder: Path | None = None) -> Accelerator:
     """This process among those that `torchrun` or `accelerate launch` started, or alone. Raises ValueError for a tracker
     that is not installed."""
-    cuda = torch.cuda.is_available()
-    try:
-        return Accelerator(
-            cpu=not cuda,
-            mixed_precision="bf16" if cuda else "no",
-            log_with=tracker,
-            project_dir=folder if tracker else None,
-        )
-    except ValueError as error:
-        raise ValueError(f"--tracker {tracker}: {error}; pip install {tracker}") from None
+    cuda, project = torch.cuda.is_available(), folder if tracker else None
+    accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no", log_with=tracker, project_dir=project)
+    if tracker and not accelerator.log_with:
+        raise ValueError(f"--tracker {tracker}: it is not installed; pip install {tracker}")
+    return accelerator
 
 
 def agree(values: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:

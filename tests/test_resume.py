@@ -171,3 +171,37 @@ def test_too_many_bad_steps_end_the_run_with_what_was_good(in_process, qwen2_5, 
     assert all(torch.equal(saved[k], before[k]) for k in before)
     _, lines = in_process(dict.fromkeys((1, 2, 4, 5, 7, 8), math.nan), name="p", max_bad_steps=3)
     assert lines[-1]["bad_steps"] == 6
+
+
+def test_out_of_memory_is_explained_and_saves(in_process, world, qwen2_5, tmp_path, monkeypatch):
+    """Running out in the middle: what was trained is saved, and three settings that need less are named."""
+    forward, calls = vp.VideoLM.forward, []
+
+    def bursts(self, *arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(vp.VideoLM, "forward", bursts)
+    settings = dict(steps=8, batch_size=2, micro_batch_size=2, sheets=0, workers=0, model=str(qwen2_5))
+    with pytest.raises(ValueError, match="out of memory") as caught:
+        train_sft.main(train_sft.Settings(data=world / "train.jsonl", out=tmp_path / "o", **settings))
+    message = str(caught.value)
+    assert message.count("\n  --") == 3 and "\n  --lora-rank 16: " in message and "go on from" in message
+    assert (tmp_path / "o/checkpoint").resolve().name == "checkpoint-000003"
+    assert (tmp_path / "o/checkpoint/model.safetensors").exists()
+
+
+def test_tensorboard_gets_the_metrics(in_process, tmp_path):
+    """--tracker tensorboard: every logged number at its step; a tracker that is not installed is one clear error."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, lines = in_process({}, tracker="tensorboard", steps=3)
+    folders = {p.parent for p in out.rglob("events.*")}
+    events = next(e for e in (EventAccumulator(str(f)).Reload() for f in folders) if "loss/lm" in e.Tags()["scalars"])
+    for name in ("loss/lm", "loss/contrastive", "grad_norm"):
+        assert [e.step for e in events.Scalars(name)] == [1, 2, 3]
+        assert [e.value for e in events.Scalars(name)] == pytest.approx([x[name] for x in lines], abs=1e-5)
+    with pytest.raises(ValueError, match=r"--tracker trackio: .*pip install trackio"):
+        in_process({}, tracker="trackio", name="p")
