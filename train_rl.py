@@ -231,6 +231,7 @@ def main(settings: Settings) -> dict | None:
     adapters = dict(quantize=s.quantize, lora_rank=s.lora_rank, freeze_vision=not s.train_vision)
     shape = skeleton(s.model)
     console.print(check_memory(shape, load, vars(s) | adapters, device, s.memory_gb, world_size))
+    held = measured_peak(device)  # by what is there before the model
     hf, processor = models.load_trainable(s.model, *adapters.values(), s.gradient_checkpointing, device, resumed)
     lm = vp.VideoLM(hf).to(device)
     lm.heads.requires_grad_(False)
@@ -384,8 +385,8 @@ def main(settings: Settings) -> dict | None:
             clock["update"] = time.perf_counter()
             kept = [b for b in range(num_prompts) if useful[b] or s.shard]  # sharded: all must make the same passes
             sampled = rollouts.lengths[:, :G].flatten()
-            mean_tokens = agree([int(sampled.sum())], peers)[0] / world_size
-            weight = vp.token_weights(sampled, s.loss_level, mean_tokens).view(num_prompts, G)
+            num_tokens, num_useful = agree([int(sampled.sum()), sum(useful)], peers)
+            weight = vp.token_weights(sampled, s.loss_level, num_tokens / world_size).view(num_prompts, G)
             weight = weight * torch.tensor(useful)[:, None]
             parts = []
             for i in range(0, len(kept), s.micro_batch_size):
@@ -421,7 +422,8 @@ def main(settings: Settings) -> dict | None:
                     sums |= {"entropy": (token_weight * entropy).sum(), "weight": token_weight.sum(), "loss": loss.detach()}
                     for name, value in sums.items():
                         totals[name] = totals.get(name, 0.0) + value
-                average_gradients(trained, world_size)
+                if num_useful:
+                    average_gradients(trained, world_size)
                 grad_norm = models.clip_gradients(trained, s.grad_clip)
                 # An update with NaN or Inf is left out by the fused optimizer itself: nobody waits for the device to know.
                 loss = accelerator.reduce(torch.as_tensor(totals.get("loss", 0.0), device=device), "mean")
@@ -433,12 +435,18 @@ def main(settings: Settings) -> dict | None:
                 optimizer.zero_grad()
             at = loader.state()
             if step == state["step"] + 1:
-                console.print(f"measured peak after the first step: {measured_peak(device) / 2**30:.2f} GiB")
+                console.print(
+                    f"memory, measured: {(measured_peak(device) - held) / 2**30:.2f} GiB at the peak of the first step"
+                )
             clock["end"] = time.perf_counter()
 
             # --- log: means over prompts, and over the tokens that were updated on
-            about = {f"policy/{name}": totals[name] / totals["weight"] for name in ("kl", "clipped", "entropy") if totals}
-            about |= {"policy/loss": totals["loss"]} if totals else {}
+            about = {
+                f"policy/{name}": totals[name] / totals["weight"].clamp(min=1e-9)
+                for name in ("kl", "clipped", "entropy")
+                if totals
+            }
+            about |= {"policy/loss": loss} if num_useful else {}
             about |= {"policy/grad_norm": grad_norm, "rollout/length": rollouts.lengths[:, :G].float().mean()}
             about |= {"rollout/cut_off": (~rollouts.finished[:, :G]).float().mean()}
             about |= {f"perf/{name}_seconds": t - clock[name] for name, t in zip(clock, list(clock.values())[1:])}

@@ -223,6 +223,7 @@ def main(settings: Settings) -> dict | None:
     load = Load(s.micro_batch_size, *longest(clips, steady), twin_layers)
     console.print(check_memory(shape, load, vars(s), device, s.memory_gb, world_size))
     adapters = s.quantize, s.lora_rank, s.freeze_vision
+    held = measured_peak(device)  # by what is there before the model
     hf, processor = models.load_trainable(s.model, *adapters, s.gradient_checkpointing, device, resumed)
     lm = vp.VideoLM(hf, s.contrastive_layer, s.temperature)
     lm.heads.requires_grad_(contrastive)
@@ -341,7 +342,9 @@ def main(settings: Settings) -> dict | None:
             optimizer.zero_grad()
             at = loader.state()
             if step == state["step"] + 1:
-                console.print(f"measured peak after the first step: {measured_peak(device) / 2**30:.2f} GiB")
+                console.print(
+                    f"memory, measured: {(measured_peak(device) - held) / 2**30:.2f} GiB at the peak of the first step"
+                )
 
             # --- log: the device is read only here
             pending.append(torch.cat([losses, grad_norm.view(1), optimizer.found_inf.view(1)]))
