@@ -39,6 +39,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 import vp
 from data.clips import PROMPT, Clip, ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
+from data.memory import held_bytes, peak_bytes
 from data.models import gathered, load_pretrained, save_model
 from data.runs import describe_environment
 from data.tiny import build_tiny
@@ -441,24 +442,14 @@ def cost_jobs(settings: CostSettings) -> dict:
     return jobs | {"rollouts, two generate()": generate_twice, "rollouts, shared prefix": shared_rollouts}
 
 
-def peak_bytes(settings: CostSettings, name: str) -> int:
+def peak_of_job(settings: CostSettings, name: str) -> int:
     """Peak memory of one run above what was held before; in a process of its own on the CPU."""
-    job = cost_jobs(settings)[name]
-    if torch.cuda.is_available():
+    job, device = cost_jobs(settings)[name], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
         job()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        job()
-        return torch.cuda.max_memory_allocated() - held
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-    held = resident_bytes("VmRSS")
+    held = held_bytes(device)
     job()
-    return resident_bytes("VmHWM") - held
-
-
-def resident_bytes(name: str) -> int:
-    """VmRSS, memory of this process now, or VmHWM, its peak."""
-    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    return peak_bytes(device) - held
 
 
 def run_cost(settings: CostSettings, console: Console) -> dict:
@@ -475,7 +466,7 @@ def run_cost(settings: CostSettings, console: Console) -> dict:
     for plain, shared in ((names[0], names[1]), (names[2], names[3])):
         torch.testing.assert_close(results[plain], results[shared], rtol=1e-3, atol=1e-3)
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            peaks = pool.starmap(peak_bytes, [(settings, plain), (settings, shared)], chunksize=1)
+            peaks = pool.starmap(peak_of_job, [(settings, plain), (settings, shared)], chunksize=1)
         medians = [statistics.median(seconds[n]) for n in (plain, shared)]
         record[shared] = {"plain seconds": medians[0], "shared seconds": medians[1], "plain bytes": peaks[0],
                           "shared bytes": peaks[1]}  # fmt: skip

@@ -35,7 +35,7 @@ from transformers import get_linear_schedule_with_warmup
 import vp
 from data import checkpoints, models
 from data.clips import ClipError, ClipLoader, Preparation, load_clips
-from data.memory import Load, check_memory, longest, measured_peak, out_of_memory_explained, skeleton
+from data.memory import Load, check_memory, held_bytes, longest, out_of_memory_explained, peak_bytes, skeleton
 from data.runs import (
     RunLog,
     above_zero,
@@ -231,7 +231,7 @@ def main(settings: Settings) -> dict | None:
     adapters = dict(quantize=s.quantize, lora_rank=s.lora_rank, freeze_vision=not s.train_vision)
     shape = skeleton(s.model)
     console.print(check_memory(shape, load, vars(s) | adapters, device, s.memory_gb, world_size))
-    held = measured_peak(device)  # by what is there before the model
+    held = held_bytes(device)  # before there is a model
     hf, processor = models.load_trainable(s.model, *adapters.values(), s.gradient_checkpointing, device, resumed)
     lm = vp.VideoLM(hf).to(device)
     lm.heads.requires_grad_(False)
@@ -321,6 +321,7 @@ def main(settings: Settings) -> dict | None:
     pending, shown, pages = [], [], []
     bad_steps, bad_in_a_row = torch.tensor(state.get("bad_steps", 0.0), device=device), torch.zeros((), device=device)
     began = time.perf_counter()
+    held_bytes(device)  # loading is over: what counts from here on is the peak of a step
     live_table = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
     with loader, out_of_memory_explained(shape, load, vars(s) | adapters, device, rescue, world_size), live_table as live:
         for step in range(state["step"] + 1, s.steps + 1):
@@ -436,7 +437,7 @@ def main(settings: Settings) -> dict | None:
             at = loader.state()
             if step == state["step"] + 1:
                 console.print(
-                    f"memory, measured: {(measured_peak(device) - held) / 2**30:.2f} GiB at the peak of the first step"
+                    f"memory, measured: {(peak_bytes(device) - held) / 2**30:.2f} GiB at the peak of the first step"
                 )
             clock["end"] = time.perf_counter()
 

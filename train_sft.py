@@ -37,7 +37,7 @@ from transformers import get_cosine_schedule_with_warmup
 import vp
 from data import checkpoints, models
 from data.clips import ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
-from data.memory import Load, check_memory, longest, measured_peak, out_of_memory_explained, skeleton
+from data.memory import Load, check_memory, held_bytes, longest, out_of_memory_explained, peak_bytes, skeleton
 from data.runs import (
     RunLog,
     above_zero,
@@ -223,7 +223,7 @@ def main(settings: Settings) -> dict | None:
     load = Load(s.micro_batch_size, *longest(clips, steady), twin_layers)
     console.print(check_memory(shape, load, vars(s), device, s.memory_gb, world_size))
     adapters = s.quantize, s.lora_rank, s.freeze_vision
-    held = measured_peak(device)  # by what is there before the model
+    held = held_bytes(device)  # before there is a model
     hf, processor = models.load_trainable(s.model, *adapters, s.gradient_checkpointing, device, resumed)
     lm = vp.VideoLM(hf, s.contrastive_layer, s.temperature)
     lm.heads.requires_grad_(contrastive)
@@ -304,6 +304,7 @@ def main(settings: Settings) -> dict | None:
     results, pending, metrics, tokens_seen = None, [], {}, 0
     bad_steps, bad_in_a_row = torch.tensor(state.get("bad_steps", 0.0), device=device), torch.zeros((), device=device)
     began = mark = time.perf_counter()
+    held_bytes(device)  # loading is over: what counts from here on is the peak of a step
     live_table = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
     with loader, out_of_memory_explained(shape, load, vars(s), device, rescue, world_size), live_table as live:
         for step in range(state["step"] + 1, s.steps + 1):
@@ -343,7 +344,7 @@ def main(settings: Settings) -> dict | None:
             at = loader.state()
             if step == state["step"] + 1:
                 console.print(
-                    f"memory, measured: {(measured_peak(device) - held) / 2**30:.2f} GiB at the peak of the first step"
+                    f"memory, measured: {(peak_bytes(device) - held) / 2**30:.2f} GiB at the peak of the first step"
                 )
 
             # --- log: the device is read only here

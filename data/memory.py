@@ -5,10 +5,10 @@ layer, the rollouts' cache. What it leaves out (allocator's fragments, the CUDA 
 """
 
 import re
-import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import torch
@@ -127,11 +127,23 @@ def available(device: torch.device) -> float:
     return psutil.virtual_memory().available + psutil.Process().memory_info().rss
 
 
-def measured_peak(device: torch.device) -> int:
-    """The most bytes this process has held so far: tensors on a GPU, all memory on a CPU."""
+def resident_bytes(name: str) -> int:
+    """VmRSS, memory of this process now, or VmHWM, its peak; Linux only."""
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def held_bytes(device: torch.device) -> int:
+    """What this process holds on a device now: tensors on a GPU, all memory on a CPU. From here on a new peak counts."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    return resident_bytes("VmRSS")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most it has held since `held_bytes` was last called."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM")
 
 
 def lighter(settings: Mapping, load: Load) -> dict[str, tuple[dict, Load]]:

@@ -67,8 +67,12 @@ def random_processor(name: str) -> object:
     tokenizer, patch = train_tokenizer(), 14 if name.startswith("qwen2.5") else 16
     image = Qwen2VLImageProcessor(patch_size=patch)
     if name.startswith("qwen2.5"):
-        return Qwen2_5_VLProcessor(image, tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
-    return Qwen3VLProcessor(image, tokenizer, Qwen3VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
+        return Qwen2_5_VLProcessor(
+            image, tokenizer, Qwen2VLVideoProcessor(cap_pixels_per_frame=False), chat_template=CHAT_TEMPLATE
+        )
+    return Qwen3VLProcessor(
+        image, tokenizer, Qwen3VLVideoProcessor(cap_pixels_per_frame=False), chat_template=CHAT_TEMPLATE
+    )
 
 
 def random_config(name: str) -> PreTrainedConfig:
