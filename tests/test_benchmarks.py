@@ -92,7 +92,8 @@ def test_our_yes_or_no(response, word):
         ("vru_accident", "B", "B"), ("vru_accident", "I think A\nit is (C).", "C"), ("vru_accident", "B\n", ""),
         ("vru_accident", "A person runs, so B", "A"), ("vru_accident", "b", ""), ("vru_accident", "Answer: Because", "B"),
         ("vru_accident", "E", ""), ("motionbench", "The answer is (B).", "B"), ("motionbench", "I think B", "I"),
-        ("motionbench", " B) no", "B"), ("motionbench", "b", "b"), ("motionbench", "", ""), ("motionbench", "(", ""),
+        ("motionbench", " B) no", "B"), ("motionbench", "B) x (C)", "B"), ("motionbench", "b", "b"),
+        ("motionbench", "", ""), ("motionbench", "(", ""),
         ("video_mme", "The answer is B", "B"), ("video_mme", "Best answer: C", "B"),
         ("video_mme", "The best option is D", "D"),
         ("video_mme", "Both", "B"), ("video_mme", "b", ""), ("video_mme", "A man, so C", "A"), ("video_mme", "none", ""),
@@ -1044,6 +1045,8 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
 def test_score_from_the_command_line(tmp_path):
     """Table, JSON, Markdown, answer file; problems by name; a comparison; errors without a traceback."""
     facts = make_motionbench(tmp_path, random.Random(3))
+    with (tmp_path / "MotionBench" / "video_info.meta.jsonl").open("a") as broken:
+        broken.write('{"video_path": "cut')
     public = [f for f in facts if not f["hidden"]]
     said = [{"id": f["id"], "response": "ABCDEF"[f["right"]]} for f in facts[1:]]
     for name, records in (("a", said), ("b", [r | {"response": "[x] A"} for r in said])):
@@ -1053,14 +1056,14 @@ def test_score_from_the_command_line(tmp_path):
     results = json.loads((tmp_path / "out" / "a.official.json").read_text())
     value = results["tables"]["overall"]["overall"]["accuracy"]["value"]
     assert value == (len(public) - (not facts[0]["hidden"])) / len(public)
-    shown = ["missing predictions", "[bold]gone", "Qwen3-VL-8B", "(second-hand)", "accuracy by the ours rule",
+    shown = ["missing predictions", "[bold]gone", '"cut', "Qwen3-VL-8B", "(second-hand)", "accuracy by the ours rule",
              "hidden answers", "not the whole benchmark, which has 8052", "missing videos: 12",
              f"{100 * value:.2f} ("]  # fmt: skip
     for part in shown:
         assert part in done.stdout, (part, done.stdout)
     assert results["problems"] and results["commit"] and "text encoder" in results
     page = (tmp_path / "out" / "a.official.md").read_text()
-    assert f"| overall | {len(public)} | {100 * value:.2f} (" in page and "- problems: 1" in page
+    assert f"| overall | {len(public)} | {100 * value:.2f} (" in page and "- problems: 2" in page
     answers = json.loads((tmp_path / "out" / "a.official.submission.json").read_text())
     assert answers == {r["id"]: r["response"] for r in said}
 
