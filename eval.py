@@ -7,6 +7,8 @@
     python eval.py report --stage lora
     python eval.py cost                                               # what sharing prefixes saves in stage 2
     python eval.py merge runs/sft --out merged                        # fold a checkpoint's adapter into its model
+    python eval.py score --benchmark mvbench --root MVBench --predictions runs/sft/mvbench.jsonl     # a public benchmark
+    python eval.py score --compare a.official.json b.official.json    # two models on the same questions
 
 A model that does not look at the event scores the same on the full video and on its twin: the difference is the
 perception gap. Keyword recall is the share of a clip's keywords that stand, word for word, in the greedy description;
@@ -35,16 +37,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
-from rouge_score.rouge_scorer import RougeScorer
 
 import vp
+from data import benchmarks
 from data.clips import PROMPT, Clip, ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
 from data.memory import held_bytes, peak_bytes
 from data.models import gathered, load_pretrained, save_model
 from data.runs import describe_environment
+from data.score_report import read_results, show_comparison, show_scores
+from data.scoring import score_description
 from data.tiny import build_tiny
-
-ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
 
 
 @dataclass
@@ -143,6 +145,28 @@ class CostSettings:
 
 
 LORA = ["--lora-rank", "16", "--steps", "300", "--learning-rate", "2e-3", "--eval-every", "-1"]
+
+
+@dataclass
+class ScoreSettings:
+    """Score predictions on a public benchmark, or compare two results. Needs no model and no videos."""
+
+    benchmark: Literal[benchmarks.NAMES] | None = None
+    """Which benchmark; clips: one's own annotation file."""
+    root: Path | None = None
+    """Folder of the benchmark as it was downloaded; clips: the JSONL file, or a folder with clips.jsonl."""
+    predictions: Path | None = None
+    """Lines {"id", "response"} (.jsonl), {id: response} (.json), or VRU-Accident's own files or their folder."""
+    protocol: Literal["official", "ours"] = "official"
+    """Answer rule of the benchmark's authors, or one strict rule for all."""
+    subtitles: bool = False
+    """Video-MME: the predictions were made with subtitles."""
+    text_encoder: str | None = None
+    """dream-1k: a sentence-transformers model, directory or name on the hub."""
+    compare: tuple[Path, Path] | None = None
+    """Two results of this command, to be compared by a paired test."""
+
+
 VARIANTS = {
     1: {"caption loss alone": ["--contrastive-weight", "0"], "+ contrastive, twin (default)": []},
     2: {"relative (default)": [], "similarity": ["--reward", "similarity"]},
@@ -166,44 +190,6 @@ def load_model(model: str) -> tuple[vp.VideoLM, object]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     hf, processor = load_pretrained(model, dtype)
     return vp.VideoLM(hf.to(device).eval()), processor
-
-
-def names(keyword: str, text: str) -> bool:
-    """Whether a keyword stands in a text, word for word, whatever the case and punctuation.
-
-    >>> names("jumps up", "The red circle jumps up."), names("jumps up", "It jumps upward.")
-    (True, False)
-    """
-    words = [" " + " ".join(re.findall(r"\w+", s.lower())) + " " for s in (keyword, text)]
-    return words[0] in words[1]
-
-
-def similarity(reference: str, text: str) -> float:
-    """ROUGE-L F1 of a description against a reference."""
-    return ROUGE.score(reference, text)["rougeL"].fmeasure
-
-
-def last_sentence(text: str) -> tuple[str, str]:
-    """What stands before the last sentence, and the last sentence.
-
-    >>> last_sentence("A red circle rests. The red circle jumps up.")
-    ('A red circle rests.', 'The red circle jumps up.')
-    """
-    parts = re.split(r"(?<=\.)\s+", text.strip())
-    return " ".join(parts[:-1]), parts[-1]
-
-
-def score(clip: Clip, text: str, actions: set[str]) -> dict[str, float]:
-    """Every score of one description, each in [0, 1]; those whose truth the clip does not have are left out."""
-    scores = {"caption similarity": similarity(clip.caption, text)}
-    if clip.keywords:
-        scores["keyword recall"] = sum(names(k, text) for k in clip.keywords) / len(clip.keywords)
-    if clip.truth:
-        before, event = last_sentence(text)
-        scores["action right"] = float({a for a in actions if names(a, text)} == {clip.truth["action"]})
-        scores["actor right"] = float(names(clip.truth["actor"], event))
-        scores["static similarity"] = similarity(clip.truth["static"], before)
-    return scores
 
 
 @torch.no_grad()  # not inference_mode: FSDP2 keeps buffers that it gathers here, and trains with them
@@ -251,9 +237,14 @@ def evaluate(
                     "video": str(clips[index].video),
                     "description": y.strip(),
                 }
-                row["scores"] = score(clips[index], y, actions)
+                row["scores"] = score_description(clips[index], y, actions)
+                row = {"clip": clips[index].where, "video": str(clips[index].video), "description": y.strip()}
+                row["scores"] = score_description(clips[index], y, actions)
                 if example.source is not None:
-                    row |= {"twin description": y_twin.strip(), "twin scores": score(clips[index], y_twin, actions)}
+                    row |= {
+                        "twin description": y_twin.strip(),
+                        "twin scores": score_description(clips[index], y_twin, actions),
+                    }
                 rows.append(row)
     lm.train(training)
     skipped = list(loader.skipped.values())
@@ -353,6 +344,41 @@ def run_describe(settings: DescribeSettings, console: Console) -> str:
     console.print(f"frames at {' '.join(f'{t:.2f}' for t in frames.timestamps)} s", highlight=False)
     console.print(text, highlight=False)
     return text
+
+
+def run_score(settings: ScoreSettings, console: Console) -> dict:
+    """The command `python eval.py score`: prints, and writes JSON and Markdown beside the predictions."""
+    s = settings
+    if s.compare is not None:
+        compared = benchmarks.compare(*map(read_results, s.compare))
+        show_comparison(compared, s.compare, console)
+        return compared
+    for name in ("benchmark", "root", "predictions"):
+        if getattr(s, name) is None:
+            raise ValueError(
+                f"--{name} is missing; give --benchmark, --root and --predictions, or --compare and two results"
+            )
+    benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles)
+    predictions, problems = benchmarks.read_predictions(s.predictions, benchmark)
+    path = s.predictions.resolve() if s.predictions.is_dir() else s.predictions
+    out = path.with_name(f"{path.name if path.is_dir() else path.stem}.{s.protocol}.json")
+    if s.benchmark == "motionbench":
+        answers = out.with_suffix(".submission.json")
+        answers.write_text(json.dumps(benchmarks.submission(benchmark, predictions), indent=1) + "\n")
+        console.print(f"{answers}: for the leaderboard", highlight=False, markup=False, soft_wrap=True)
+    encoder = None
+    if s.text_encoder is not None:
+        from data.texts import TextEncoder  # late: only one benchmark needs it
+
+        encoder = TextEncoder(s.text_encoder)
+    results = benchmarks.score(benchmark, predictions, encoder)
+    results |= {"problems": benchmark.problems + problems, "text encoder": s.text_encoder} | describe_environment()
+    title = f"{s.benchmark}, {s.protocol}: {s.predictions.name}"
+    report = show_scores(results, title, console)
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    out.with_suffix(".md").write_text(report, "utf-8")
+    console.print(f"{out}, {out.with_suffix('.md')}", highlight=False, markup=False, soft_wrap=True)
+    return results
 
 
 def step_seconds(model: str, data: Path, pairs: int = 30, batch_size: int = 16) -> tuple[float, float]:
@@ -562,6 +588,8 @@ if __name__ == "__main__":
             run_report(tyro.cli(ReportSettings, args=sys.argv[2:], prog="eval.py report"), console)
         elif sys.argv[1:2] == ["merge"]:
             run_merge(tyro.cli(MergeSettings, args=sys.argv[2:], prog="eval.py merge"), console)
+        elif sys.argv[1:2] == ["score"]:
+            run_score(tyro.cli(ScoreSettings, args=sys.argv[2:], prog="eval.py score"), console)
         elif sys.argv[1:2] == ["cost"]:
             run_cost(tyro.cli(CostSettings, args=sys.argv[2:], prog="eval.py cost"), console)
         else:
