@@ -31,14 +31,12 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from rouge_score.rouge_scorer import RougeScorer
 
 import vp
 from data.clips import PROMPT, Clip, ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
 from data.runs import describe_environment, load_pretrained
+from data.scoring import score_description
 from data.tiny import build_tiny
-
-ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
 
 
 @dataclass
@@ -146,44 +144,6 @@ def load_model(model: str) -> tuple[vp.VideoLM, object]:
     return vp.VideoLM(hf.to(device).eval()), processor
 
 
-def names(keyword: str, text: str) -> bool:
-    """Whether a keyword stands in a text, word for word, whatever the case and punctuation.
-
-    >>> names("jumps up", "The red circle jumps up."), names("jumps up", "It jumps upward.")
-    (True, False)
-    """
-    words = [" " + " ".join(re.findall(r"\w+", s.lower())) + " " for s in (keyword, text)]
-    return words[0] in words[1]
-
-
-def similarity(reference: str, text: str) -> float:
-    """ROUGE-L F1 of a description against a reference."""
-    return ROUGE.score(reference, text)["rougeL"].fmeasure
-
-
-def last_sentence(text: str) -> tuple[str, str]:
-    """What stands before the last sentence, and the last sentence.
-
-    >>> last_sentence("A red circle rests. The red circle jumps up.")
-    ('A red circle rests.', 'The red circle jumps up.')
-    """
-    parts = re.split(r"(?<=\.)\s+", text.strip())
-    return " ".join(parts[:-1]), parts[-1]
-
-
-def score(clip: Clip, text: str, actions: set[str]) -> dict[str, float]:
-    """Every score of one description, each in [0, 1]; those whose truth the clip does not have are left out."""
-    scores = {"caption similarity": similarity(clip.caption, text)}
-    if clip.keywords:
-        scores["keyword recall"] = sum(names(k, text) for k in clip.keywords) / len(clip.keywords)
-    if clip.truth:
-        before, event = last_sentence(text)
-        scores["action right"] = float({a for a in actions if names(a, text)} == {clip.truth["action"]})
-        scores["actor right"] = float(names(clip.truth["actor"], event))
-        scores["static similarity"] = similarity(clip.truth["static"], before)
-    return scores
-
-
 @torch.inference_mode()
 def evaluate(
     lm: vp.VideoLM,
@@ -220,9 +180,12 @@ def evaluate(
             full, twin = (preparation.processor.batch_decode(t, skip_special_tokens=True) for t in said)
             for (index, example), y, y_twin in zip(group, full, twin):
                 row = {"clip": clips[index].where, "video": str(clips[index].video), "description": y.strip()}
-                row["scores"] = score(clips[index], y, actions)
+                row["scores"] = score_description(clips[index], y, actions)
                 if example.source is not None:
-                    row |= {"twin description": y_twin.strip(), "twin scores": score(clips[index], y_twin, actions)}
+                    row |= {
+                        "twin description": y_twin.strip(),
+                        "twin scores": score_description(clips[index], y_twin, actions),
+                    }
                 rows.append(row)
     lm.train(training)
     results = {

@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import eval as evaluation
 import vp
 from data.clips import Clip, Preparation, load_clips
+from data.scoring import score_description
 from data.world import ACTIONS
 
 ALL = set(ACTIONS)
@@ -32,24 +33,24 @@ CLIP = Clip(Path("a.mp4"), f"{STATIC} The red circle vanishes.", "c:1", keywords
 )
 def test_scores_by_hand(text, action, actor, recall):
     """Action right needs the right action and no other; the actor must do it; words must match whole."""
-    got = evaluation.score(CLIP, text, ALL)
+    got = score_description(CLIP, text, ALL)
     assert (got["action right"], got["actor right"], got["keyword recall"]) == (action, actor, recall)
 
 
 def test_static_part_leaves_the_event_out():
     """Its similarity is that of everything before the last sentence."""
-    assert evaluation.score(CLIP, f"{STATIC} The blue square turns black.", set())["static similarity"] == 1
-    assert evaluation.score(CLIP, "The red circle vanishes.", set())["static similarity"] == 0
+    assert score_description(CLIP, f"{STATIC} The blue square turns black.", set())["static similarity"] == 1
+    assert score_description(CLIP, "The red circle vanishes.", set())["static similarity"] == 0
     # 5 of 11 reference words, in order, and nothing else: precision 1, recall 5/11
-    half = evaluation.score(CLIP, "A red circle and a. It vanishes.", set())["static similarity"]
+    half = score_description(CLIP, "A red circle and a. It vanishes.", set())["static similarity"]
     assert half == pytest.approx(2 * (5 / 11) / (1 + 5 / 11))
 
 
 def test_clips_without_truth_have_no_truth_scores():
     """Real clips get keyword recall and caption similarity only."""
     clip = Clip(Path("a.mp4"), "A man jumps off.", "c:1", keywords=["jumps off", "falls"])
-    assert evaluation.score(clip, "He jumps off.", set()).keys() == {"caption similarity", "keyword recall"}
-    assert evaluation.score(clip, "He jumps off.", set())["keyword recall"] == 0.5
+    assert score_description(clip, "He jumps off.", set()).keys() == {"caption similarity", "keyword recall"}
+    assert score_description(clip, "He jumps off.", set())["keyword recall"] == 0.5
 
 
 def test_evaluation_counts_what_it_says(world, qwen2_5, monkeypatch):

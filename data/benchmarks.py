@@ -1,0 +1,490 @@
+"""Public benchmarks: ask as their authors asked, score by their rules and by ours, compare two models.
+
+    benchmark = load_benchmark("vru-accident", root)           # questions, and what could not be read, by name
+    text, begin = prompt(benchmark, benchmark.questions[0])    # the user's turn, and how the assistant's begins
+    predictions, problems = read_predictions(path, benchmark)
+    results = score(benchmark, predictions)
+    compare(results, other_results)
+
+Running and scoring are separate: a predictions file is scored without a model and without videos. Formats are read in
+data/formats.py, rules stand in data/scoring.py; prompts and frame counts are those of the authors' repositories, and what
+these leave open is said where it is decided.
+
+`protocol` "official": prompt, frames and answer rule of the authors. "ours": 16 frames at the middles of equal parts, one
+prompt and one strict rule for all. Every question whose answer is public counts, answered or not: no missing prediction, no
+unreadable answer leaves the denominator. A question whose answer is hidden counts nowhere. Where options are equal, ours
+takes each of them as right; MVBench's and TVBench's code takes the last, the other authors the letter in their file.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from data import scoring
+from data.clips import ClipError
+from data.formats import CRASH, FORMATS, MOTIONBENCH, MVBENCH, TEMPCOMPASS, TVBENCH, Question, video_name
+from data.importers import read_json, read_lines
+from data.scoring import LETTERS
+
+NAMES = tuple(FORMATS)
+DESCRIBED = ("vru-accident-captions", "dream-1k", "clips")
+
+
+@dataclass
+class Benchmark:
+    """A benchmark's questions, and how it is run."""
+
+    name: str
+    protocol: str
+    questions: list[Question]
+    problems: list[str]
+    """Records that cannot be used, each named: file, record, field, what was found, what to do."""
+    num_frames: int
+    max_new_tokens: int
+    place: float
+    """Frame i of n is the one at (i + place) * duration / n."""
+    subtitles: bool = False
+
+
+@dataclass(frozen=True)
+class About:
+    """What is fixed about a benchmark: how its authors run it, how many questions it has, and of which categories."""
+
+    num_frames: int
+    max_new_tokens: int
+    place: float
+    questions: int | None = None
+    categories: tuple[str, ...] | None = None
+
+
+# Not from the authors, who leave it open: the frames of motionbench, video-mme (they say: what a model can take) and
+# tempcompass (one a second for Qwen2-VL), the new tokens of motionbench and video-mme (lmms-eval's). The authors of
+# tempcompass and dream-1k take first and last frame, too: middles are the nearest to that which there is.
+ABOUT = {
+    "vru-accident": About(8, 10, 0.0, 6000, ("weather and light", "location", "road type", "accident type",
+                                             "accident reason", "prevention method")),
+    "vru-accident-captions": About(8, 200, 0.0, 1000, ("CAP_DATA", "DADA_2000", "DoTA", "MANUAL_DATA")),
+    "motionbench": About(16, 64, 0.5, 8052, MOTIONBENCH),
+    "mvbench": About(16, 100, 0.5, 4000, tuple(category for category, *_ in MVBENCH.values())),
+    "tvbench": About(16, 100, 0.5, 2525, tuple(category for category, *_ in TVBENCH.values())),
+    "video-mme": About(64, 16, 0.5, 2700, ("short", "medium", "long")),
+    "tempcompass": About(16, 128, 0.5, 5536, TEMPCOMPASS),
+    "dream-1k": About(8, 512, 0.5, 1000),
+    "clips": About(16, 64, 0.5),
+}  # fmt: skip
+OURS = (16, 16, 0.5)  # frames, tokens of an answer (a description keeps its authors' number), place
+
+# What published figures divide by, where it is not simply all questions.
+DENOMINATORS = {
+    "vru-accident": "questions in the prediction files",
+    "tempcompass": "questions in the prediction files; there, GPT judges what no rule can read",
+    "motionbench": "answered questions whose answer is public (the leaderboard's dev average)",
+    "video-mme": "questions whose response holds a letter",
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure to stand beside. second_hand: not from the one who measured it."""
+
+    model: str
+    figure: str
+    second_hand: bool = False
+
+
+PUBLISHED = {
+    "vru-accident": (Published("Qwen2.5-VL-3B", "accuracy 48.82 (weather and light 63.8, location 72.1, road type 39.4, "
+                               "accident type 47.3, accident reason 25.6, prevention method 44.7)"),
+                     Published("Qwen2-VL-7B", "accuracy 52.05 (weather and light 70.3, location 59.6, road type 34.1, "
+                               "accident type 60.1, accident reason 41.4, prevention method 46.8)")),
+    "vru-accident-captions": (
+        Published("Qwen2.5-VL-3B", "ROUGE-1 41.6, ROUGE-2 11.1, ROUGE-L 21.8, METEOR 26.1, SPICE 14.9, COMET 68.2"),
+        Published("Qwen2-VL-7B", "ROUGE-1 45.6, ROUGE-2 13.4, ROUGE-L 24.8, METEOR 28.5, SPICE 17.0, COMET 72.1")),
+    "motionbench": (Published("Qwen2-VL-7B", "accuracy 52 (dev)"), Published("Qwen2.5-VL-7B", "accuracy 53.0 (dev)", True),
+                    Published("Qwen3-VL-8B", "accuracy 56.9 to 62.5 (dev)", True)),
+    "mvbench": (Published("Qwen2.5-VL-7B", "accuracy 69.6"), Published("Qwen3-VL-8B", "accuracy 68.7", True)),
+    "video-mme": (Published("Qwen2.5-VL-7B", "accuracy 65.1, with subtitles 71.6"),
+                  Published("Qwen3-VL-8B", "accuracy 71.4, with subtitles 75.2", True)),
+    "tempcompass": (Published("Qwen2.5-VL-7B", "accuracy 71.7"), Published("Qwen3-VL-8B", "accuracy 74.3", True)),
+}  # fmt: skip
+
+NOT_OFFERED = {
+    "vru-accident-captions": ("SPICE: needs Java and a download", "COMET: needs a model that is a download"),
+    "tempcompass": ("captioning: needs a judge; its questions are not asked",),
+    "dream-1k": ("DREAM-1K's recall, precision and F1: need a judge. Event recall (embedding) is another measure",),
+}
+METEOR = "METEOR: needs NLTK's WordNet and sentence splitter, which are downloads (nltk.download: wordnet, punkt_tab)"
+
+WATCH = (
+    "Carefully watch the video and pay attention to the cause and sequence of events, the detail and movement of objects, "
+    "and the action and pose of persons. Based on your observations, select the best option that accurately addresses the "
+    "question."
+)
+SELECT = (
+    "Select the best answer to the following multiple-choice question based on the video. Respond with only the letter (A, "
+    "B, C, or D) of the correct option."
+)
+
+
+def load_benchmark(name: str, root: Path, protocol: str = "official", subtitles: bool = False) -> Benchmark:
+    """Read a benchmark's files below root (clips: the JSONL file, or a folder with clips.jsonl).
+
+    What cannot be used is in `problems`; of questions with the same id only the first is kept, and the others are problems.
+    Raises ClipError where the files hold no question at all, ValueError for an unknown name or protocol.
+    """
+    if name not in NAMES:
+        raise ValueError(f"--benchmark {name}: unknown; give one of {', '.join(NAMES)}")
+    if protocol not in ("official", "ours"):
+        raise ValueError(f"--protocol {protocol}: unknown; give official or ours")
+    if subtitles and name != "video-mme":
+        raise ValueError(f"--subtitles: {name} has none; only video-mme has")
+    root, problems, questions = Path(root), [], {}
+    if not root.exists():
+        raise ClipError(f"--root {root}: no such folder; download {name} to there")
+
+    def refuse(where: str, name: str, found: object, mend: str) -> None:
+        shown = found if isinstance(found, str) else repr(found)
+        shown = shown[:80] + "..." * (len(shown) > 80)
+        problems.append(f"{where}: " + f"field '{name}': " * bool(name) + f"found {shown}; {mend}")
+
+    for question in FORMATS[name](root, refuse, subtitles):
+        if question.id in questions:
+            refuse(question.id, "", "a second question of this id", "take one of them out; the first is kept")
+        else:
+            questions[question.id] = question
+    if not questions:
+        shown = "\n  ".join(problems[:10]) or "its files are empty"
+        raise ClipError(f"{root}: no question of {name} in it:\n  {shown}")
+    about = ABOUT[name]
+    how = (about.num_frames, about.max_new_tokens, about.place)
+    if protocol == "ours":
+        how = (OURS[0], about.max_new_tokens if name in DESCRIBED else OURS[1], OURS[2])
+    return Benchmark(name, protocol, list(questions.values()), problems, *how, subtitles)
+
+
+# --- Asking -------------------------------------------------------------------------------------------------------------
+
+
+def lettered(options: tuple[str, ...]) -> str:
+    """Options as lines "(A) text"."""
+    return "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options))
+
+
+def prompt(benchmark: Benchmark, question: Question, duration: float | None = None) -> tuple[str, str]:
+    """The user's text, and how the assistant's turn begins ("" or "Best option:(").
+
+    vru-accident: for Qwen, its authors put the text before the video. mvbench, tvbench: their authors give WATCH as system
+    text and before the question; here it stands before the question. motionbench: its authors publish no prompt; this is
+    lmms-eval's. video-mme: subtitles are those at the sampled moments where `duration`, the video's seconds, is given, as
+    its authors ask, else all of them.
+    """
+    q, record = question, question.record
+    stem, begin = record.get("stem", q.text), ""
+    if benchmark.protocol == "ours":
+        text = f"{stem}\n{lettered(q.options)}" if q.options else q.text
+        if record.get("kind") == "yes_no":
+            text += "\nAnswer yes or no."
+        elif benchmark.name not in DESCRIBED:
+            text += "\nAnswer with the letter of the correct option only."
+    elif benchmark.name == "vru-accident":
+        text = f"{q.text} {record['options']}"
+    elif benchmark.name == "vru-accident-captions":  # as in their code, white space included
+        text = "\n" + "".join(f"        {sentence} \n\n" for sentence in CRASH) + "        "
+    elif benchmark.name == "motionbench":
+        text = f"{q.text}\nAnswer with only the option letter (A, B, C, D, E, or F)."
+    elif benchmark.name in ("mvbench", "tvbench"):
+        text = f"{WATCH}\nQuestion: {q.text}\nOptions:\n{lettered(q.options)}\nOnly give the best option."
+        begin = "Best option:("
+    elif benchmark.name == "video-mme":
+        text = "\n".join([SELECT, q.text, *record["options"], "The best answer is:"])
+    elif benchmark.name == "tempcompass":
+        text = f"{q.text}\nPlease " + (
+            "answer yes or no:" if record["kind"] == "yes_no" else "directly give the best option:"
+        )
+    else:
+        text = q.text
+    if spoken := record.get("subtitles"):
+        if duration is not None:
+            moments = [(i + benchmark.place) * duration / benchmark.num_frames for i in range(benchmark.num_frames)]
+            spoken = [line for line in spoken if any(line[0] <= moment < line[1] for moment in moments)]
+        text = "\n".join(["This video's subtitles are listed below:", *(line[2] for line in spoken), text])
+    return text, begin
+
+
+# --- Predictions --------------------------------------------------------------------------------------------------------
+
+
+def read_predictions(path: Path, benchmark: Benchmark) -> tuple[dict[str, str], list[str]]:
+    """Responses by question id, and what could not be used, by name.
+
+    path: .jsonl with {"id", "response"} a line; .json with {id: response}; or, for VRU-Accident, the authors' own files,
+    {video: {category: {"pred", "GT"}}} or {video: {"pred"}}, one of them or their folder. A response of null is one that
+    says nothing. Of several responses to a question the first counts. Under the official protocol a `pred` that is more
+    than a letter is no answer, as for the authors' script. Raises ClipError where there is no readable file.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*_response.json")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise ClipError(f"{path}: no such file, or a folder without *_response.json; give a predictions file")
+    answers = {q.id: q.answer for q in benchmark.questions}
+    predictions, problems, whole = {}, [], Counter()
+
+    def take(where: str, id: object, response: object) -> None:
+        if not isinstance(id, str) or not isinstance(response, (str, type(None))):
+            problems.append(f"{where}: found {str([id, response])[:80]}; give the texts id and response")
+        elif id not in answers:
+            problems.append(f"{where}: id '{id[:80]}' is no question of {benchmark.name}; left out")
+        elif id in predictions:
+            same = "the same" if predictions[id] == (response or "") else "another"
+            problems.append(f"{where}: id '{id}' a second time, {same} response; the first counts")
+        else:
+            predictions[id] = response or ""
+
+    def take_theirs(where: str, key: str, entry: object) -> None:
+        """A record of the authors': {"pred", "GT"}; their script compares the whole of pred."""
+        if not isinstance(entry, dict) or not isinstance(entry.get("pred"), (str, type(None))):
+            problems.append(f'{where}: found {str(entry)[:80]}; give "pred", a text or null')
+            return
+        pred, truth = entry["pred"] or "", entry.get("GT")
+        if truth is not None and answers.get(key) not in (None, str(truth).strip().upper()):
+            problems.append(f"{where}: its GT is {truth}, but the annotation's {answers[key]}, which counts")
+        if (
+            benchmark.protocol == "official"
+            and benchmark.name == "vru-accident"
+            and pred.strip().upper() not in tuple("ABCD")
+        ):
+            whole[pred.strip() != ""] += 1
+            pred = ""
+        take(where, key, pred if benchmark.name in DESCRIBED else pred.strip())
+
+    for file in files:
+        if file.suffix == ".jsonl":
+            for where, line in read_lines(file):
+                try:
+                    entry = json.loads(line)
+                    take(where, entry["id"], entry["response"])
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    problems.append(f'{where}: found {line[:80]!r}; write {{"id": ..., "response": ...}} ({error!r:.80})')
+            continue
+        for key, entry in read_json(file, dict, "predictions: {id: response}, or JSON lines in a file called .jsonl"):
+            where = f"{file.name}: {key}"
+            if not isinstance(entry, dict):
+                take(where, key, entry)
+            elif benchmark.name == "vru-accident-captions":
+                take_theirs(where, video_name(key), entry)
+            elif benchmark.name == "vru-accident":
+                for category, answer in entry.pairs:  # doubled ones, too
+                    take_theirs(f"{where}: {category}", f"{video_name(key)}/{category}", answer)
+            else:
+                take(where, key, entry)
+    if whole[True]:
+        problems.append(
+            f"{path.name}: {whole[True]} answers are more than a letter: no answers, as for the authors' script"
+        )
+    return predictions, problems
+
+
+# --- Scoring ------------------------------------------------------------------------------------------------------------
+
+
+def read_answer(name: str, question: Question, response: str, protocol: str) -> str:
+    """The letters, or "yes" or "no", that a rule takes a response for; "" for none."""
+    q = question
+    kind, labels = q.record.get("kind"), q.record.get("labels", ())
+    if protocol == "ours":
+        if kind == "yes_no":
+            return scoring.read_yes_no(response)
+        return scoring.read_letter(response, q.options, labels if kind == "caption_matching" else ())
+    if name == "vru-accident":
+        return scoring.official_vru_accident(response)
+    if name == "motionbench":
+        return scoring.official_motionbench(response)
+    if name == "video-mme":
+        return scoring.official_video_mme(response)
+    if name == "tempcompass":
+        return scoring.official_tempcompass(response, kind, q.options, labels)
+    return scoring.official_mvbench(response, len(q.options))
+
+
+def right_answers(name: str, question: Question, protocol: str) -> tuple[str, ...]:
+    """The letters that count as right: see the top of this file for equal options."""
+    if not question.options:
+        return (question.answer,)
+    right = question.options[LETTERS.index(question.answer)]
+    if protocol == "ours":
+        right = scoring.folded(right)
+        return tuple(letter for letter, o in zip(LETTERS, question.options) if scoring.folded(o) == right)
+    if name in ("mvbench", "tvbench"):
+        return ([letter for letter, o in zip(LETTERS, question.options) if o == right][-1],)
+    return (question.answer,)
+
+
+def is_right(name: str, question: Question, read: str, protocol: str) -> bool:
+    """Whether what was read holds a right answer."""
+    right = right_answers(name, question, protocol)
+    return read in right if read in ("yes", "no") else any(letter in read for letter in right)
+
+
+def choice_rows(benchmark: Benchmark, rows: list[dict], questions: list[Question], counts: Counter) -> None:
+    """Score multiple choice, and yes or no, by both rules."""
+    name, protocol = benchmark.name, benchmark.protocol
+    other = "ours" if protocol == "official" else "official"
+    for row, q in zip(rows, questions):
+        response = row["response"]
+        read = "" if response is None else read_answer(name, q, response, protocol)
+        row |= {"read": read, "scores": {"accuracy": float(is_right(name, q, read, protocol))}}
+        beside = "" if response is None else read_answer(name, q, response, other)
+        row["other rule"] = float(is_right(name, q, beside, other))
+        several = len(read) > 1 and read not in ("yes", "no")
+        row["matched"] = read in ("yes", "no") or read in tuple(LETTERS[: len(q.options) or None])
+        counts["responses without an answer"] += response is not None and not row["matched"] and not several
+        counts["responses taken for several answers"] += several
+        equal = len(set(map(scoring.folded, q.options))) < len(q.options)
+        counts["questions with equal options"] += equal
+        counts["right by an equal option"] += bool(row["scores"]["accuracy"]) and q.answer not in read and equal
+
+
+def description_rows(benchmark: Benchmark, rows: list[dict], questions: list[Question], encoder) -> dict[str, str]:
+    """Score descriptions, a missing one as an empty one; returns the packages that did it."""
+    texts = [row["response"] or "" for row in rows]
+    if benchmark.name == "dream-1k":
+        if encoder is None:
+            raise ValueError(
+                "--text-encoder: dream-1k is scored by event recall (embedding); give a sentence-transformers model"
+            )
+        recalls = scoring.event_recall(encoder, [q.record["events"] for q in questions], texts)
+        for row, recall in zip(rows, recalls):
+            row["scores"] = {"event recall (embedding)": recall}
+        return {"sentence-transformers": version("sentence-transformers")}
+    packages = {"rouge-score": version("rouge-score")}
+    if benchmark.name == "clips":
+        actions = {q.record["clip"].truth["action"] for q in questions if q.record["clip"].truth}
+        for row, q, text in zip(rows, questions, texts):
+            row["scores"] = scoring.score_description(q.record["clip"], text, actions)
+        return packages
+    meteor = scoring.meteor_scorer()
+    for row, q, text in zip(rows, questions, texts):
+        row["scores"] = scoring.rouge_scores(q.answer, text)
+        if meteor is not None:
+            row["scores"]["METEOR"] = meteor(q.answer, text)
+    return packages | ({"nltk": version("nltk")} if meteor is not None else {})
+
+
+def tabulate(rows: list[dict]) -> dict:
+    """Table -> group -> score -> value, low, high (95 percent, bootstrap over videos) and number of questions."""
+    videos = {video: i for i, video in enumerate(dict.fromkeys(row["video"] for row in rows))}
+    columns: dict[tuple, np.ndarray] = {}
+    for row in rows:
+        for table, group in {"overall": "overall", "category": row["category"], **row["groups"]}.items():
+            for name, value in row["scores"].items():
+                column = columns.setdefault((table, group, name), np.zeros((2, len(videos))))
+                column[:, videos[row["video"]]] += value, 1
+    sums, counts = np.stack(list(columns.values()), -1)  # (V, C)
+    low_high = scoring.intervals(sums, counts)
+    out: dict = {}
+    for (table, group, name), total, number, low, high in zip(columns, sums.sum(0), counts.sum(0), *low_high):
+        ends = {"low": None, "high": None} if np.isnan(low) else {"low": float(low), "high": float(high)}
+        cell = {"value": float(total / number), **ends, "questions": int(number)}
+        out.setdefault(table, {}).setdefault(group, {})[name] = cell
+    return out
+
+
+def score(benchmark: Benchmark, predictions: Mapping[str, str], encoder=None) -> dict:
+    """Scores overall, by category and by further groups, with intervals, counts and what to stand beside.
+
+    predictions: id -> response; ids that are no question are ignored (`read_predictions` names them). encoder: a
+    `data.texts.TextEncoder`, which dream-1k needs. A question without a prediction is wrong, a description without one is
+    empty; both are counted. `rows` has every question that counts, for `compare`.
+    """
+    about, name = ABOUT[benchmark.name], benchmark.name
+    questions = [q for q in benchmark.questions if q.answer is not None]
+    if not questions:
+        raise ClipError(
+            f"{name}: the answers of all {len(benchmark.questions)} questions are hidden; nothing can be scored"
+        )
+    rows = [{"id": q.id, "video": str(q.video), "category": q.category, "groups": q.record.get("groups", {}),
+             "response": predictions.get(q.id), "answer": q.answer} for q in questions]  # fmt: skip
+    counts = Counter({"questions": len(benchmark.questions), "hidden answers": len(benchmark.questions) - len(questions)})
+    missing = sum(row["response"] is None for row in rows)
+    counts["scored"], counts["missing predictions"] = len(rows), missing
+    counts["empty responses"] = sum(row["response"] is not None and not row["response"].strip() for row in rows)
+    known = about.categories
+    counts["questions of an unknown category"] = sum(known is not None and row["category"] not in known for row in rows)
+    counts["missing videos"] = sum(not video.exists() for video in {q.video for q in benchmark.questions})
+    results = {"benchmark": name, "protocol": benchmark.protocol, "subtitles": benchmark.subtitles, "counts": counts}
+    results["complete"] = about.questions is None or about.questions == len(benchmark.questions)
+    results["published questions"] = about.questions
+    packages, not_offered = {}, list(NOT_OFFERED.get(name, ()))
+    if name in DESCRIBED:
+        packages = description_rows(benchmark, rows, questions, encoder)
+        if name == "vru-accident-captions" and "nltk" not in packages:
+            not_offered.append(METEOR)
+    else:
+        choice_rows(benchmark, rows, questions, counts)
+        right = sum(row["scores"]["accuracy"] for row in rows)
+        results["match rate"] = sum(row["matched"] for row in rows) / len(rows)
+        other = {"protocol": "ours" if benchmark.protocol == "official" else "official"}
+        results["other rule"] = other | {"accuracy": sum(row["other rule"] for row in rows) / len(rows)}
+        if benchmark.protocol == "official" and name in DENOMINATORS:
+            number = sum(bool(row["read"]) if name == "video-mme" else row["response"] is not None for row in rows)
+            value = right / number if number else None
+            results["as published"] = {"accuracy": value, "questions": number, "of": DENOMINATORS[name]}
+    results |= {"packages": packages, "not offered": not_offered, "tables": tabulate(rows)}
+    results["published"] = [vars(p) for p in PUBLISHED.get(name, ())]
+    return results | {"rows": rows}
+
+
+def compare(a: dict, b: dict) -> dict:
+    """Two models' results on the same questions: difference b - a of each score, its interval, p, and who won where.
+
+    The test exchanges the two models at random on whole videos, see `scoring.permutation_test`. Raises ValueError, naming
+    what differs, unless benchmark, protocol, subtitles and questions are the same.
+    """
+    for key in ("benchmark", "protocol", "subtitles"):
+        if a.get(key) != b.get(key):
+            raise ValueError(f"--compare: {key} differs: {a.get(key)} and {b.get(key)}; compare results of the same kind")
+    rows_a, rows_b = ({row["id"]: row for row in results["rows"]} for results in (a, b))
+    if only := sorted(rows_a.keys() ^ rows_b.keys()):
+        raise ValueError(f"--compare: {len(only)} questions are in one file only, the first is {only[0]}; score both anew")
+    if other := [id for id, row in rows_a.items() if row["answer"] != rows_b[id]["answer"]]:
+        raise ValueError(f"--compare: {len(other)} answers differ, the first is that of {other[0]}; score both anew")
+    videos = {video: i for i, video in enumerate(dict.fromkeys(row["video"] for row in rows_a.values()))}
+    out = {"benchmark": a["benchmark"], "protocol": a["protocol"], "questions": len(rows_a), "videos": len(videos)}
+    out |= {"test": "two-sided permutation test over videos", "scores": {}}
+    for name in dict.fromkeys(n for row in rows_a.values() for n in row["scores"]):
+        pairs = [
+            (videos[row["video"]], row["scores"].get(name), rows_b[id]["scores"].get(name)) for id, row in rows_a.items()
+        ]
+        if any((x is None) != (y is None) for _, x, y in pairs):
+            raise ValueError(f"--compare: score {name} is in one file only; score both anew")
+        sums = np.zeros((3, len(videos)))
+        for video, x, y in (pair for pair in pairs if pair[1] is not None):
+            sums[:, video] += x, y, 1
+        difference = sums[1] - sums[0]
+        low, high = scoring.intervals(difference[:, None], sums[2][:, None])[:, 0]
+        values = [(x, y) for _, x, y in pairs if x is not None]
+        out["scores"][name] = {
+            "a": float(sums[0].sum() / len(values)),
+            "b": float(sums[1].sum() / len(values)),
+            "difference": float(difference.sum() / len(values)),
+            "low": None if np.isnan(low) else float(low),
+            "high": None if np.isnan(high) else float(high),
+            "p": scoring.permutation_test(difference),
+            "won": sum(y > x for x, y in values),
+            "lost": sum(y < x for x, y in values),
+            "tied": sum(y == x for x, y in values),
+        }
+    return out
+
+
+def submission(benchmark: Benchmark, predictions: Mapping[str, str]) -> dict[str, str]:
+    """MotionBench's answer file {uid: letter}, for the questions whose answer is hidden, and the others: its leaderboard
+    takes both from one file. Questions without a prediction or without a readable answer are left out."""
+    read = {q.id: read_answer(benchmark.name, q, predictions[q.id], benchmark.protocol)
+            for q in benchmark.questions if q.id in predictions}  # fmt: skip
+    return {id: letter for id, letter in read.items() if letter in tuple(LETTERS)}

@@ -1,0 +1,276 @@
+"""Scores: the letter in a response, by each benchmark's rule and by ours; scores of descriptions; intervals and tests.
+
+A rule for multiple choice returns the letters that it takes a response for: one, none (""), or, where it is careless,
+several. A response is right when the right letter is among them. The official rules, faults included, give published
+figures again; each says where it was read. `read_letter` is ours.
+"""
+
+import itertools
+import re
+import string
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rouge_score.rouge_scorer import RougeScorer
+
+from data.clips import Clip
+
+LETTERS = string.ascii_uppercase
+ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+ROUGE_L = RougeScorer(["rougeL"], use_stemmer=True)
+
+
+# --- Our rules ----------------------------------------------------------------------------------------------------------
+
+# After "A", these words tell the letter from the article.
+NO_NOUN = "is|was|because|since|as|and|or|but|with|in|if|for|based|given|seems|fits|matches|than|over|to|not|rather"
+ARTICLE = rf"(?!(?<=A) +(?!(?:{NO_NOUN})\b)[A-Za-z]\w)"
+LETTER = rf"(?<![\w'’.-])[A-Z](?![\w'’-]){ARTICLE}"
+WRONG = r"(?! +(?:is|are|was) +(?:wrong|incorrect|false|not)\b)"
+ANSWER = r"(?i:\banswer|\b(?:best|correct|right) (?:option|choice))(?i: (?:is|should be|would be|must be))?[\s:=]*"
+
+
+def plain(response: str) -> str:
+    """A response without its thoughts and without Markdown's marks."""
+    return re.sub(r"[*_`#]+", "", response.split("</think>")[-1]).strip()
+
+
+def folded(text: str) -> str:
+    """A text for comparison: case, blanks and a full stop at the end do not count."""
+    return " ".join(text.casefold().split()).rstrip(".")
+
+
+def read_letter(response: str, options: Sequence[str] = (), labels: Sequence[str] = ()) -> str:
+    """The letter that a response gives, or "" where it gives none: ours, the same strict rule for all benchmarks.
+
+    options: their texts (none known: A to F may be given); labels: what the question calls them, where not by letters, like
+    "Option 1". The first of these that holds: the response is a letter; it is the text or label of an option (of equal
+    options, the first); it announces its answer ("The answer is (B)", the last time it does); it begins with a letter and
+    a mark; a capital letter stands in it by itself. "A" before a noun is no letter, nor do "A and B", "not A", "A is wrong"
+    count.
+
+    >>> [read_letter(r, "wxyz") for r in ("(b) foo", "A person runs, so B", "Both A and B; final answer: D", "A or B")]
+    ['B', 'B', 'D', '']
+    """
+    letters = LETTERS[: len(options) or 6]
+    text = plain(response)
+    if alone := re.fullmatch(r"\W*([A-Za-z])\W*", text):
+        return alone[1].upper() if alone[1].upper() in letters else ""
+    for names in (labels, options):
+        for letter, name in zip(letters, names):
+            if folded(name) == folded(text):
+                return letter
+    text = re.sub(rf"{LETTER}[)\]]?(?:\s*(?:,|/|&|and|or)\s*[(\[]?[A-Z](?![\w'’-])[)\]]?)+", " ", text)
+    announced = re.findall(rf"{ANSWER}[(\[\"']*({LETTER}|[a-z](?=[)\]]|\W*$))", text)
+    listed = set(re.findall(r"(?:^|\s)\(?([A-Z])[).:]\s", text))
+    if announced:
+        found = announced[-1:]
+    elif len(letters) > 2 and listed >= set(letters):  # it only repeats the options
+        found = []
+    else:
+        found = re.findall(r"^\W*([A-Z](?=\s*[)\].:])|[a-z](?=\s*[)\].:](?:\s|$)))", text)
+        found += re.findall(rf"(?<!\bnot )(?<!n't ){LETTER}{WRONG}", text)
+    return next((letter.upper() for letter in found if letter.upper() in letters), "")
+
+
+def read_yes_no(response: str) -> str:
+    """ "yes", "no" or "": what a response begins with, else what it announces, else the only one of the two words in it.
+
+    >>> [read_yes_no(r) for r in ("Yes, it is.", "**No**", "The answer is yes", "Not sure", "yes and no")]
+    ['yes', 'no', 'yes', '', '']
+    """
+    text = plain(response).lower()
+    words = re.findall(r"^\W*(yes|no)(?=\s*[,.;:!\n]|\W*$)", text) or re.findall(rf"{ANSWER}\W*(yes|no)\b", text)[-1:]
+    words = set(words or re.findall(r"\b(yes|no)\b", text))
+    return words.pop() if len(words) == 1 else ""
+
+
+# --- Official rules -----------------------------------------------------------------------------------------------------
+
+
+def official_vru_accident(response: str) -> str:
+    """First of A to D that stands by itself in the last line, else after "Answer:".
+
+    Kimyounggun99/VRU-Accident, utils/utils.py: what it does for Qwen models.
+    """
+    line = response.split("\n")[-1]
+    found = re.search(r"\b[A-D]\b", line)
+    return found[0] if found else "".join(re.findall(r"Answer:\s*\(?([A-D])\)?", line)[:1])
+
+
+def official_motionbench(response: str) -> str:
+    """First character of the first word, after a bracket where there is one; not always a letter.
+
+    THUDM/MotionBench, motionbench/utils/answer_util.py.
+    """
+    text = response.strip().split(")")[0].strip()
+    if "(" in text:
+        text = text.split("(")[1].strip()
+    return text.split(" ")[0][:1]
+
+
+def official_mvbench(response: str, count: int) -> str:
+    """Of `count` letters those for which the first word of "(" + response is part of "(a)", or "(a)" part of it.
+
+    OpenGVLab/Ask-Anything, video_chat2/mvbench.ipynb, and daniel-cores/tvbench, vqa_dataset.py. The response goes on from
+    "Best option:(". An empty one is part of every letter, and so always right.
+    """
+    word = ("(" + response.strip().split("\n")[0]).lower().split(" ")[0]
+    labels = [f"({letter.lower()})" for letter in LETTERS[:count]]
+    return "".join(LETTERS[i] for i, label in enumerate(labels) if word.replace(".", "") in label or label in word)
+
+
+def official_video_mme(response: str) -> str:
+    """First of the characters A to D, be it in a word, when some beginnings are taken away.
+
+    thanku-all/parse_answer, eval_your_results.py, read in two copies. Two of its beginnings are joined by a missing comma.
+    """
+    text = response.strip()
+    for beginning in ("The best answer is", "The correct answer is", "The answer is", "The answer",
+                      "The best option isThe correct option is", "Best answer:Best option:"):  # fmt: skip
+        text = text.replace(beginning, "")
+    return "".join(re.findall("[ABCD]", text)[:1])
+
+
+def official_tempcompass(response: str, kind: str, options: Sequence[str] = (), labels: Sequence[str] = ()) -> str:
+    """The letter, or "yes" or "no", by the hand-made rules; "" where its authors would ask GPT.
+
+    llyx97/TempCompass, eval_multi-choice.py, eval_yes_no.py, eval_caption_matching.py, with --disable_llm.
+    """
+    text = response.replace("</s>", "")
+    if kind == "yes_no":
+        return next((word for word in ("yes", "no") if text.lower().startswith(word)), "")
+    if kind == "multi-choice":
+        return text[0] if text in tuple("ABCD") or re.match(r"[A-D][.)]", text) else ""
+    texts = (text, text.split(") ")[1] if ") " in text else text)
+    same = (f"{label}: {option}" == text or option in texts or label in (text, text.replace(".", ""))
+            for label, option in zip(labels, options))  # fmt: skip
+    return "".join(letter for letter, is_same in zip(LETTERS, same) if is_same)
+
+
+# --- Descriptions -------------------------------------------------------------------------------------------------------
+
+
+def names(keyword: str, text: str) -> bool:
+    """Whether a keyword stands in a text, word for word, whatever the case and punctuation.
+
+    >>> names("jumps up", "The red circle jumps up."), names("jumps up", "It jumps upward.")
+    (True, False)
+    """
+    words = [" " + " ".join(re.findall(r"\w+", s.lower())) + " " for s in (keyword, text)]
+    return words[0] in words[1]
+
+
+def similarity(reference: str, text: str) -> float:
+    """ROUGE-L F1 of a description against a reference."""
+    return ROUGE_L.score(reference, text)["rougeL"].fmeasure
+
+
+def last_sentence(text: str) -> tuple[str, str]:
+    """What stands before the last sentence, and the last sentence.
+
+    >>> last_sentence("A red circle rests. The red circle jumps up.")
+    ('A red circle rests.', 'The red circle jumps up.')
+    """
+    parts = re.split(r"(?<=\.)\s+", text.strip())
+    return " ".join(parts[:-1]), parts[-1]
+
+
+def score_description(clip: Clip, text: str, actions: set[str]) -> dict[str, float]:
+    """Every score of one description, each in [0, 1]; those whose truth the clip does not have are left out."""
+    scores = {"caption similarity": similarity(clip.caption, text)}
+    if clip.keywords:
+        scores["keyword recall"] = sum(names(k, text) for k in clip.keywords) / len(clip.keywords)
+    if clip.truth:
+        before, event = last_sentence(text)
+        scores["action right"] = float({a for a in actions if names(a, text)} == {clip.truth["action"]})
+        scores["actor right"] = float(names(clip.truth["actor"], event))
+        scores["static similarity"] = similarity(clip.truth["static"], before)
+    return scores
+
+
+def rouge_scores(reference: str, text: str) -> dict[str, float]:
+    """ROUGE-1, -2 and -L F1 with stemming, as VRU-Accident's authors take them (utils/evaluation.py)."""
+    scores = ROUGE.score(reference, text)
+    return {f"ROUGE-{name[5:]}": score.fmeasure for name, score in scores.items()}
+
+
+def meteor_scorer() -> Callable[[str, str], float] | None:
+    """METEOR of a description against a reference, tokens as VRU-Accident's authors make them (utils/evaluation.py).
+
+    None where NLTK's data are not at hand: its WordNet and its sentence splitter are downloads.
+    """
+    import nltk
+    from nltk.translate.meteor_score import meteor_score
+
+    def tokens(text: str) -> list[str]:
+        return [word for word in nltk.word_tokenize(text) if word not in string.punctuation]
+
+    try:
+        nltk.corpus.wordnet.ensure_loaded()
+        tokens("A word.")
+    except LookupError:
+        return None
+    return lambda reference, text: float(meteor_score([tokens(reference)], tokens(text)))
+
+
+def event_recall(encoder, events: Sequence[Sequence[str]], texts: Sequence[str]) -> list[float]:
+    """How well each text's sentences cover its events, in [0, 1]: no judge, and not comparable with what a judge says.
+
+    encoder: a `data.texts.TextEncoder`. An event counts as far as the sentence that covers it best: the mean over the
+    event's tokens of their largest cosine to a token of the sentence (below 0: 0). The mean over events is taken.
+    """
+    sentences = [[s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s] for text in texts]
+    flat = [s for group in (*events, *sentences) for s in group]
+    embedded = dict(zip(flat, encoder(flat)))
+
+    def covered(event: str, sentence: str) -> float:
+        e, s = (F.normalize(embedded[text].embeddings.float(), dim=-1) for text in (event, sentence))
+        return float((e @ s.T).clamp(min=0).amax(1).mean()) if len(e) and len(s) else 0.0
+
+    means = (
+        np.mean([max((covered(e, s) for s in group), default=0.0) for e in es]) for es, group in zip(events, sentences)
+    )
+    with torch.inference_mode():
+        return [min(1.0, float(m)) for m in means]
+
+
+# --- Intervals and tests ------------------------------------------------------------------------------------------------
+
+
+def intervals(sums: np.ndarray, counts: np.ndarray, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """95 percent intervals of means, by a bootstrap over videos: (2, C), low and high.
+
+    sums, counts (V, C): for each video and score the sum of its questions' scores, and their number. Whole videos are
+    drawn, since the questions of a video are not independent. NaN where fewer than two videos have the score.
+    """
+    rng, V = np.random.default_rng(seed), len(sums)
+    both, means = np.concatenate([sums, counts], 1).astype(float), []
+    for begin in range(0, resamples, 256):
+        draws = rng.multinomial(V, np.full(V, 1 / V), min(256, resamples - begin)).astype(float)  # (R, V)
+        drawn_sums, drawn_counts = np.split(draws @ both, 2, 1)
+        means.append(np.divide(drawn_sums, drawn_counts, np.full_like(drawn_sums, np.nan), where=drawn_counts > 0))
+    out = np.full((2, sums.shape[1]), np.nan)
+    enough = (counts > 0).sum(0) > 1
+    out[:, enough] = np.nanquantile(np.concatenate(means)[:, enough], [0.025, 0.975], axis=0)
+    return out
+
+
+def permutation_test(differences: Sequence[float], draws: int = 10_000, seed: int = 0) -> float:
+    """Two-sided p of summed differences, one a video, under random exchange of the two models on whole videos.
+
+    Exact for up to 15 videos that differ, else from seeded draws. McNemar's test would take the questions of a video as
+    independent, and knows only right and wrong; this knows neither limit.
+    """
+    d = np.asarray([x for x in differences if abs(x) > 1e-12], float)
+    seen = abs(d.sum()) - 1e-9  # sums of the same numbers in another order differ in the last digits
+    if len(d) <= 15:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(d)))).reshape(2 ** len(d), len(d))
+        return float((np.abs(signs @ d) >= seen).mean())
+    rng, as_large = np.random.default_rng(seed), 0
+    for _ in range(draws // 500):
+        signs = rng.integers(0, 2, (500, len(d)), np.int8) * 2.0 - 1
+        as_large += int((np.abs(signs @ d) >= seen).sum())
+    return (1 + as_large) / (1 + draws // 500 * 500)
