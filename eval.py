@@ -5,6 +5,8 @@
     python eval.py report                                             # the README's tables: trains what they need
     python eval.py report --stage 2
     python eval.py cost                                               # what sharing prefixes saves in stage 2
+    python eval.py score --benchmark mvbench --root MVBench --predictions runs/sft/mvbench.jsonl     # a public benchmark
+    python eval.py score --compare a.official.json b.official.json    # two models on the same questions
 
 A model that does not look at the event scores the same on the full video and on its twin: the difference is the
 perception gap. Keyword recall is the share of a clip's keywords that stand, word for word, in the greedy description;
@@ -33,8 +35,10 @@ from rich.console import Console
 from rich.table import Table
 
 import vp
+from data import benchmarks
 from data.clips import PROMPT, Clip, ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
 from data.runs import describe_environment, load_pretrained
+from data.score_report import read_results, show_comparison, show_scores
 from data.scoring import score_description
 from data.tiny import build_tiny
 
@@ -119,6 +123,26 @@ class CostSettings:
     """Runs of each, in turn; medians are shown."""
     out: Path = Path("runs/cost")
     """Folder of cost.json and cost.md."""
+
+
+@dataclass
+class ScoreSettings:
+    """Score predictions on a public benchmark, or compare two results. Needs no model and no videos."""
+
+    benchmark: Literal[benchmarks.NAMES] | None = None
+    """Which benchmark; clips: one's own annotation file."""
+    root: Path | None = None
+    """Folder of the benchmark as it was downloaded; clips: the JSONL file, or a folder with clips.jsonl."""
+    predictions: Path | None = None
+    """Lines {"id", "response"} (.jsonl), {id: response} (.json), or VRU-Accident's own files or their folder."""
+    protocol: Literal["official", "ours"] = "official"
+    """Answer rule of the benchmark's authors, or one strict rule for all."""
+    subtitles: bool = False
+    """Video-MME: the predictions were made with subtitles."""
+    text_encoder: str | None = None
+    """dream-1k: a sentence-transformers model, directory or name on the hub."""
+    compare: tuple[Path, Path] | None = None
+    """Two results of this command, to be compared by a paired test."""
 
 
 VARIANTS = {
@@ -270,6 +294,41 @@ def run_describe(settings: DescribeSettings, console: Console) -> str:
     console.print(f"frames at {' '.join(f'{t:.2f}' for t in frames.timestamps)} s", highlight=False)
     console.print(text, highlight=False)
     return text
+
+
+def run_score(settings: ScoreSettings, console: Console) -> dict:
+    """The command `python eval.py score`: prints, and writes JSON and Markdown beside the predictions."""
+    s = settings
+    if s.compare is not None:
+        compared = benchmarks.compare(*map(read_results, s.compare))
+        show_comparison(compared, s.compare, console)
+        return compared
+    for name in ("benchmark", "root", "predictions"):
+        if getattr(s, name) is None:
+            raise ValueError(
+                f"--{name} is missing; give --benchmark, --root and --predictions, or --compare and two results"
+            )
+    benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles)
+    predictions, problems = benchmarks.read_predictions(s.predictions, benchmark)
+    path = s.predictions.resolve() if s.predictions.is_dir() else s.predictions
+    out = path.with_name(f"{path.name if path.is_dir() else path.stem}.{s.protocol}.json")
+    if s.benchmark == "motionbench":
+        answers = out.with_suffix(".submission.json")
+        answers.write_text(json.dumps(benchmarks.submission(benchmark, predictions), indent=1) + "\n")
+        console.print(f"{answers}: for the leaderboard", highlight=False, markup=False, soft_wrap=True)
+    encoder = None
+    if s.text_encoder is not None:
+        from data.texts import TextEncoder  # late: only one benchmark needs it
+
+        encoder = TextEncoder(s.text_encoder)
+    results = benchmarks.score(benchmark, predictions, encoder)
+    results |= {"problems": benchmark.problems + problems, "text encoder": s.text_encoder} | describe_environment()
+    title = f"{s.benchmark}, {s.protocol}: {s.predictions.name}"
+    report = show_scores(results, title, console)
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    out.with_suffix(".md").write_text(report, "utf-8")
+    console.print(f"{out}, {out.with_suffix('.md')}", highlight=False, markup=False, soft_wrap=True)
+    return results
 
 
 def step_seconds(model: str, data: Path, pairs: int = 30, batch_size: int = 16) -> tuple[float, float]:
@@ -486,6 +545,8 @@ if __name__ == "__main__":
             run_describe(tyro.cli(DescribeSettings, args=sys.argv[2:], prog="eval.py describe"), console)
         elif sys.argv[1:2] == ["report"]:
             run_report(tyro.cli(ReportSettings, args=sys.argv[2:], prog="eval.py report"), console)
+        elif sys.argv[1:2] == ["score"]:
+            run_score(tyro.cli(ScoreSettings, args=sys.argv[2:], prog="eval.py score"), console)
         elif sys.argv[1:2] == ["cost"]:
             run_cost(tyro.cli(CostSettings, args=sys.argv[2:], prog="eval.py cost"), console)
         else:

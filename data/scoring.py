@@ -47,7 +47,7 @@ def read_letter(response: str, options: Sequence[str] = (), labels: Sequence[str
 
     options: their texts (none known: A to F may be given); labels: what the question calls them, where not by letters, like
     "Option 1". The first of these that holds: the response is a letter; it is the text or label of an option (of equal
-    options, the first); it announces its answer ("The answer is (B)", the last time it does); it begins with a letter and
+    options, the first); it holds one of the labels; it announces its answer ("The answer is (B)", the last time it does); it begins with a letter and
     a mark; a capital letter stands in it by itself. "A" before a noun is no letter, nor do "A and B", "not A", "A is wrong"
     count.
 
@@ -62,6 +62,9 @@ def read_letter(response: str, options: Sequence[str] = (), labels: Sequence[str
         for letter, name in zip(letters, names):
             if folded(name) == folded(text):
                 return letter
+    named = [letter for letter, label in zip(letters, labels) if re.search(rf"(?i)\b{re.escape(label)}\b", text)]
+    if len(named) == 1:
+        return named[0]
     text = re.sub(rf"{LETTER}[)\]]?(?:\s*(?:,|/|&|and|or)\s*[(\[]?[A-Z](?![\w'’-])[)\]]?)+", " ", text)
     announced = re.findall(rf"{ANSWER}[(\[\"']*({LETTER}|[a-z](?=[)\]]|\W*$))", text)
     listed = set(re.findall(r"(?:^|\s)\(?([A-Z])[).:]\s", text))
