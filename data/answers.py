@@ -28,7 +28,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 from torch import Tensor, nn
 
 import vp
@@ -37,6 +39,7 @@ from data.clips import Clip, ClipError, ClipLoader, Frames, Preparation, chat, p
 from data.formats import Question
 from data.importers import read_lines
 from data.runs import describe_environment
+from data.score_report import percent
 from data.sheets import printable
 
 SHARING = ("qwen2_5_vl", "qwen3_vl")  # the families that VideoLM is tested with and whose prefixes can be shared
@@ -487,7 +490,25 @@ def perception_gap(benchmark: Benchmark, full: Mapping[str, str], twin: Mapping[
     """
     benchmark = replace(benchmark, questions=[q for q in benchmark.questions if q.id in twin])
     results, gaps = [score(benchmark, said) for said in (twin, full)], {}
-    for category in ("overall", *dict.fromkeys(row["category"] for row in results[0]["rows"])):
+    categories = list(dict.fromkeys(row["category"] for row in results[0]["rows"]))
+    for category in ("overall", *(categories if len(categories) > 1 else ())):
         of = [r | {"rows": [x for x in r["rows"] if category in ("overall", x["category"])]} for r in results]
         gaps[category] = compare(*of)
     return gaps
+
+
+def show_gap(gaps: Mapping[str, dict], console: Console) -> None:
+    """Print `perception_gap` as a table, in percent."""
+    table = Table("", "score", "questions", "full", "twin", "perception gap", "p", title="perception gap")
+    for category, compared in gaps.items():
+        for name, s in compared["scores"].items():
+            gap = percent({"value": s["difference"], "low": s["low"], "high": s["high"]})
+            cells = [
+                str(s["won"] + s["lost"] + s["tied"]),
+                f"{100 * s['b']:.2f}",
+                f"{100 * s['a']:.2f}",
+                gap,
+                f"{s['p']:.4f}",
+            ]
+            table.add_row(escape(category), escape(name), *cells)
+    console.print(table)

@@ -16,9 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data.answers import Part, covered
+from rich.console import Console
+from rich.table import Table
+
+from data.answers import Lines, Part, covered
 from data.benchmarks import tabulate
 from data.clips import ClipError
+from data.score_report import percent
 from data.scoring import names
 
 
@@ -164,3 +168,40 @@ def score_differences(parts: Sequence[Part], lines: Mapping[str, dict]) -> list[
         rows.append({"id": q.id, "video": str(q.video), "category": "clips", "groups": {}, "twin": part.pair,
                      "response": said, "scores": scores})  # fmt: skip
     return rows
+
+
+# --- Reports ------------------------------------------------------------------------------------------------------------
+
+
+def report_needle(parts: Sequence[Part], lines: Lines, twin_lines: Lines | None, out: Path, console: Console) -> dict:
+    """Print the curve as a table, and draw out/needle.png; with twins, theirs too."""
+    curves = {"full": needle_curve(parts, lines.records)}
+    if twin_lines:
+        curves["twin"] = needle_curve([p for p in parts if p.questions[0].id in twin_lines.records], twin_lines.records)
+    table = Table("footage", "event's share", "questions", *(f"keyword recall, {name}" for name in curves), title="needle")
+    for points in zip(*curves.values()):
+        cells = [
+            points[0]["footage"],
+            f"{points[0]['event share']:.4f}",
+            str(points[0]["questions"]),
+            *map(percent, points),
+        ]
+        table.add_row(*cells)
+    console.print(table)
+    draw_curve(curves, out / "needle.png")
+    console.print(f"{out / 'needle.png'}", highlight=False, soft_wrap=True)
+    return {"curves": curves}
+
+
+def report_differences(parts: Sequence[Part], lines: Lines, twin_lines: Lines | None, out: Path, console: Console) -> dict:
+    """Print the scores of full video against twin."""
+    rows = score_differences(parts, lines.records)
+    scores = tabulate(rows)["overall"]["overall"]
+    table = Table("score", "percent", title=f"full video against twin: {len(rows)} clips")
+    for name, cell in scores.items():
+        table.add_row(name, percent(cell))
+    console.print(table)
+    console.print(
+        "chance of video right: 50 among readable answers; IoU: 0 where the answer cannot be read", highlight=False
+    )
+    return {"scores": scores, "rows": rows}
