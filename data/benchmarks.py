@@ -253,14 +253,10 @@ def read_predictions(path: Path, benchmark: Benchmark) -> tuple[dict[str, str], 
         pred, truth = entry["pred"] or "", entry.get("GT")
         if truth is not None and answers.get(key) not in (None, str(truth).strip().upper()):
             problems.append(f"{where}: its GT is {truth}, but the annotation's {answers[key]}, which counts")
-        if (
-            benchmark.protocol == "official"
-            and benchmark.name == "vru-accident"
-            and pred.strip().upper() not in tuple("ABCD")
-        ):
-            whole[pred.strip() != ""] += 1
-            pred = ""
-        take(where, key, pred if benchmark.name in DESCRIBED else pred.strip())
+        if benchmark.protocol == "official" and benchmark.name == "vru-accident":
+            whole[len(pred.strip()) > 1] += 1
+            pred = pred.strip().upper() if pred.strip().upper() in tuple("ABCD") else ""
+        take(where, key, pred)
 
     for file in files:
         if file.suffix == ".jsonl":

@@ -239,7 +239,7 @@ def mvbench(root: Path, refuse: Refuse, subtitles: bool, tasks: dict = MVBENCH) 
             if bounded and not (is_seconds(start) and is_seconds(end) and start < end):
                 refuse(where, "start", [start, end], "give start and end in seconds, the end after the start")
                 continue
-            if video := below(videos, f"{folder}/{entry['video']}", where, refuse):
+            if video := below(videos / folder, entry["video"], where, refuse):
                 letter = None if answer is None else LETTERS[options.index(str(answer))]
                 yield Question(f"{task}/{i}", video, category, entry["question"], options, letter, start, end,
                                frames_per_second)  # fmt: skip

@@ -47,9 +47,9 @@ def read_letter(response: str, options: Sequence[str] = (), labels: Sequence[str
 
     options: their texts (none known: A to F may be given); labels: what the question calls them, where not by letters, like
     "Option 1". The first of these that holds: the response is a letter; it is the text or label of an option (of equal
-    options, the first); it holds one of the labels; it announces its answer ("The answer is (B)", the last time it does); it begins with a letter and
-    a mark; a capital letter stands in it by itself. "A" before a noun is no letter, nor do "A and B", "not A", "A is wrong"
-    count.
+    options, the first); it holds one of the labels; it announces its answer ("The answer is (B)", the last time it does);
+    it begins with a letter and a mark; a capital letter stands in it by itself. "A" before a noun is no letter, and what
+    is said in "A and B", "not A", "A is wrong" does not count.
 
     >>> [read_letter(r, "wxyz") for r in ("(b) foo", "A person runs, so B", "Both A and B; final answer: D", "A or B")]
     ['B', 'B', 'D', '']
@@ -58,10 +58,9 @@ def read_letter(response: str, options: Sequence[str] = (), labels: Sequence[str
     text = plain(response)
     if alone := re.fullmatch(r"\W*([A-Za-z])\W*", text):
         return alone[1].upper() if alone[1].upper() in letters else ""
-    for names in (labels, options):
-        for letter, name in zip(letters, names):
-            if folded(name) == folded(text):
-                return letter
+    for letter, known in (*zip(letters, labels), *zip(letters, options)):
+        if folded(known) == folded(text):
+            return letter
     named = [letter for letter, label in zip(letters, labels) if re.search(rf"(?i)\b{re.escape(label)}\b", text)]
     if len(named) == 1:
         return named[0]
