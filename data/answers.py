@@ -133,7 +133,7 @@ def drop_special(parts: Sequence[Part], processor) -> tuple[list[Part], list[str
 
     The processor would put a video, or the end of the prompt, where such a mark stands.
     """
-    marks = [m for m in processor.tokenizer.get_added_vocab() if len(m) > 2]
+    marks = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
     kept, problems = [], []
     for part in parts:
         questions = []
@@ -280,26 +280,28 @@ def generate(hf: nn.Module, processor, videos: Sequence[Frames], texts: Sequence
     return processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def answer_plain(
+    hf: nn.Module, processor, asked: Asked, max_new_tokens: int, at_once: int = 8
+) -> tuple[list[str], list[str]]:
+    """The answers to a part's questions on the full video and on the twin ([] without one), a prompt each."""
+    both = []
+    for videos in (asked.videos, asked.twin_videos):
+        texts = asked.texts if videos else []
+        chunks = (texts[i : i + at_once] for i in range(0, len(texts), at_once))
+        both.append([t for some in chunks for t in generate(hf, processor, videos, some, max_new_tokens)])
+    return both[0], both[1]
+
+
 def answer_batch(
-    lm: vp.VideoLM | None, hf: nn.Module, processor, batch: Sequence[Asked], max_new_tokens: int, twin: bool, at_once: int
+    lm: vp.VideoLM, processor, batch: Sequence[Asked], max_new_tokens: int, twin: bool
 ) -> list[tuple[list[str], list[str]]]:
-    """The answers to each part's questions, on the full video and on the twin ([] without one)."""
-    if lm is None or batch[0].example is None:
-        answers = []
-        for asked in batch:
-            both = []
-            for videos in (asked.videos, asked.twin_videos):
-                texts = asked.texts if videos else []
-                chunks = (texts[i : i + at_once] for i in range(0, len(texts), at_once))
-                both.append([t for some in chunks for t in generate(hf, processor, videos, some, max_new_tokens)])
-            answers.append(tuple(both))
-        return answers
+    """The same for several parts, all questions about each on one prefill."""
     tails = [asked.tails for asked in batch]
     rollouts = lm.answer([asked.example for asked in batch], tails, max_new_tokens, twin)
     most, answers = max(map(len, tails)), []
-    for asked, tokens in zip(batch, rollouts.tokens):
-        texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        n = len(asked.tails)
+    for asked, tokens, lengths in zip(batch, rollouts.tokens, rollouts.lengths):
+        said = [row[:n] for row, n in zip(tokens, lengths)]
+        texts, n = processor.tokenizer.batch_decode(said, skip_special_tokens=True), len(asked.tails)
         answers.append((texts[:n], texts[most : most + n] if twin and asked.has_twin else []))
     return answers
 
@@ -459,11 +461,25 @@ def answer(
         task = progress.add_task(benchmark.name, total=total, completed=total - to_do)
         for _, group in itertools.groupby(loader.examples(epochs=1), key=lambda pair: left[pair[0]][0]):
             indices, batch = zip(*group)
-            answers = answer_batch(lm, hf, processor, batch, benchmark.max_new_tokens, twin, MOST)
+            if batch[0].example is not None:
+                answers = answer_batch(lm, processor, batch, benchmark.max_new_tokens, twin)
+            else:
+                answers = []
+                for i, asked in zip(indices, batch):
+                    try:
+                        answers.append(answer_plain(hf, processor, asked, benchmark.max_new_tokens))
+                    except ValueError as error:
+                        answers.append(([], []))
+                        reason = f"the model or its processor refuses it ({error!r:.160})"
+                        loader.skip(i, f"{left[i][1].where}: {left[i][1].video}: {reason}")
             for i, asked, (texts, twin_texts) in zip(indices, batch, answers):
-                part = left[i][1]
+                part = left[i][1] if texts else replace(left[i][1], questions=[])
                 for q, text, twin_text in itertools.zip_longest(part.questions, texts, twin_texts):
-                    record = {"id": q.id, "video": os.path.relpath(q.video, root), "category": q.category}
+                    record = {
+                        "id": q.id,
+                        "video": os.path.relpath(q.video.resolve(), root.resolve()),
+                        "category": q.category,
+                    }
                     share = {} if asked.share is None else {"event share": round(asked.share, 6)}
                     if twin and asked.has_twin:
                         twin_lines.add(record | {"response": twin_text} | share)

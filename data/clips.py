@@ -221,6 +221,8 @@ def read_frames(
     try:
         if folder:
             pictures = list_frames(path)
+            if not pictures:
+                raise ClipError(f"{clip.where}: {path}: no picture called by a number, like 00001.jpg, is in it")
             begin, stop, native_fps = 0.0, len(pictures) / clip.frames_per_second, clip.frames_per_second
         else:
             decoder = VideoDecoder(path)
@@ -413,6 +415,8 @@ class ClipLoader:
     def order(self) -> Iterator[tuple[int, int]]:
         """(epoch, clip index) without end, every clip once an epoch."""
         for epoch in itertools.count():
+            if len(self.skipped) == len(self.clips):  # nothing is left, or there was nothing
+                return
             indices = np.arange(len(self.clips))
             if self.shuffle:
                 np.random.default_rng([self.seed, epoch]).shuffle(indices)
