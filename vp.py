@@ -314,7 +314,7 @@ class Packed:
 
     A branch is a run of tokens that sees itself and its ancestors, and no other branch; its positions go on from where
     its parent's end. Two kinds are made: a prefix that forks into the full video and its twin at the first replaced slot,
-    and a prefix with the rollouts that grew out of it.
+    and may fork again into questions, and a prefix with the rollouts that grew out of it.
 
     input_ids, token_types, branch (B, T); position_ids (3, B, T); ancestors (n, n) bool: whether branch i sees branch j.
     visual_index (V,): which of the encoded visual tokens stands at each visual place. rows (M,): rows of the flattened

@@ -312,7 +312,8 @@ def test_any_kill_is_made_good(undisturbed, tmp_path):
         before = sum(json.loads(x)["id"] in twins for x in lines[FILES[0]][:left])
         for f, n in ((FILES[0], left), (FILES[1], min(before + seed % 2, len(lines[FILES[1]])))):
             torn = (lines[f] + [b""])[n]
-            (out / f).write_bytes(b"".join(lines[f][:n]) + torn[: rng.randrange(len(torn) or 1)])
+            cut = len(torn) - 1 if seed < 2 else rng.randrange(len(torn) or 1)  # all but the line's end, or anywhere
+            (out / f).write_bytes(b"".join(lines[f][:n]) + torn[: max(0, cut)])
         _, shown = run(tmp_path, out=out, **settings)
         assert {f: (out / f).read_bytes() for f in FILES} == want
         assert (
@@ -652,6 +653,26 @@ def test_linear_attention_runs_without_sharing(world, tmp_path):
     _, shown = run(tmp_path, benchmark="clips", root=world / "test.jsonl", model=str(folder), out=tmp_path / "out", limit=2,
                    max_new_tokens=2, num_frames=4)  # fmt: skip
     assert "qwen3_5: prefixes are not shared" in shown and len(said(tmp_path / "out/predictions.jsonl")) == 2
+
+
+def test_what_another_model_refuses_is_skipped(world, tmp_path, sharp2_5, monkeypatch):
+    """A video that a model's own code refuses is named, and the run goes on."""
+    real = answers.generate
+
+    def generate(hf, processor, videos, texts, max_new_tokens):
+        if torch.equal(videos[0].pixels, refused):
+            raise ValueError("odd pictures")
+        return real(hf, processor, videos, texts, max_new_tokens)
+
+    clips, _ = load_clips(world / "test.jsonl")
+    refused = read_frames(clips[1], 4).pixels
+    monkeypatch.setattr(answers, "shares_prefix", lambda hf: False)
+    monkeypatch.setattr(answers, "generate", generate)
+    results, shown = run(tmp_path, benchmark="clips", root=world / "test.jsonl", model=str(sharp2_5), num_frames=4, limit=3,
+                         out=tmp_path / "out", max_new_tokens=2)  # fmt: skip
+    assert list(said(tmp_path / "out/predictions.jsonl")) == [f"test/000/00000{i}.mp4" for i in (0, 2)]
+    assert "odd pictures" in shown and "000001.mp4" in (tmp_path / "out/problems.txt").read_text()
+    assert results["counts"]["missing predictions"] == 1
 
 
 # --- Probes ---------------------------------------------------------------------------------------------------------------
