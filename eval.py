@@ -7,6 +7,10 @@
     python eval.py report --stage lora
     python eval.py cost                                               # what sharing prefixes saves in stage 2
     python eval.py merge runs/sft --out merged                        # fold a checkpoint's adapter into its model
+    python eval.py cost --what questions                              # and in answering questions
+    python eval.py run --benchmark mvbench --root MVBench --model runs/sft                           # answers, scores
+    python eval.py run --benchmark mvbench --root MVBench --model runs/sft --twin --key-spans curated/clips.jsonl
+    python eval.py run --benchmark clips --root clips.jsonl --model runs/sft --needle                # or --diff
     python eval.py score --benchmark mvbench --root MVBench --predictions runs/sft/mvbench.jsonl     # a public benchmark
     python eval.py score --compare a.official.json b.official.json    # two models on the same questions
 
@@ -25,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -39,8 +43,8 @@ from rich.console import Console
 from rich.table import Table
 
 import vp
-from data import benchmarks
-from data.clips import PROMPT, Clip, ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
+from data import answers, benchmarks, probes
+from data.clips import PROMPT, Clip, ClipError, ClipLoader, Preparation, chat, load_clips, make_example, read_frames
 from data.memory import held_bytes, peak_bytes
 from data.models import gathered, load_pretrained, save_model
 from data.runs import describe_environment
@@ -128,16 +132,18 @@ class ReportSettings:
 
 @dataclass
 class CostSettings:
-    """Time and memory of stage 2 with shared prefixes against the plain way, on random pixels; results must be equal."""
+    """Time and memory with shared prefixes against the plain way, on random pixels; results must be equal."""
 
+    what: Literal["stage-2", "questions"] = "stage-2"
+    """Rollouts and updates of stage 2, or questions about one video."""
     model: str | None = None
     """Qwen2.5-VL checkpoint (default: the tiny one, made on the spot)."""
     visual_tokens: int = 1024
     """Visual tokens of the clip, a multiple of 16."""
     new_tokens: int = 64
-    """Tokens of a description."""
+    """Tokens of a description, or of an answer."""
     rollouts: int = 8
-    """G, descriptions of the full video, and of the twin."""
+    """G, descriptions of the full video, and of the twin; or the number of questions."""
     repeats: int = 5
     """Runs of each, in turn; medians are shown."""
     out: Path = Path("runs/cost")
@@ -167,6 +173,48 @@ class ScoreSettings:
     """Two results of this command, to be compared by a paired test."""
 
 
+@dataclass
+class RunSettings:
+    """Ask a model a benchmark's questions, and score the answers. After a kill the same command goes on."""
+
+    benchmark: Literal[benchmarks.NAMES]
+    """Which benchmark; clips: one's own annotation file."""
+    root: Path
+    """Folder of the benchmark as it was downloaded; clips: the JSONL file, or a folder with clips.jsonl."""
+    model: str = "runs/sft"
+    """A run's folder, a Hugging Face directory, or a name on the hub: any video-language model."""
+    out: Path | None = None
+    """Folder of the predictions and results (default: BENCHMARK in the run's folder, or in runs/answers)."""
+    protocol: Literal["official", "ours"] = "official"
+    """Prompt, frames and answer rule of the benchmark's authors, or the same for all."""
+    subtitles: bool = False
+    """Video-MME: show the subtitles."""
+    twin: bool = False
+    """Ask the same about the twins, too: the perception gap by category."""
+    key_spans: Path | None = None
+    """Lines with video (below the root) and key_spans, as data.curate writes them (default: those of the benchmark)."""
+    needle: bool = False
+    """clips: hide each clip in longer and longer footage of other clips; keyword recall as a curve."""
+    lengths: tuple[int, ...] = (1, 2, 4, 8)
+    """--needle: lengths of the footage, in clips."""
+    diff: bool = False
+    """clips: show full video and twin in one prompt: which has the event, and when?"""
+    seed: int = 0
+    """--needle, --diff: of the footage and of the order."""
+    num_frames: int | None = None
+    """Frames of a video (default: the protocol's)."""
+    max_new_tokens: int | None = None
+    """Longest answer (default: the protocol's)."""
+    limit: int = -1
+    """Ask about the first so many videos only (-1: all)."""
+    batch_size: int = 4
+    """Videos at a time; all questions about a video are asked at once."""
+    workers: int = 1
+    """Processes that decode ahead (0: none, and no time limit)."""
+    time_limit: float = 60.0
+    """Seconds after which a decoder counts as hung."""
+
+
 VARIANTS = {
     1: {"caption loss alone": ["--contrastive-weight", "0"], "+ contrastive, twin (default)": []},
     2: {"relative (default)": [], "similarity": ["--reward", "similarity"]},
@@ -184,12 +232,18 @@ ABLATIONS = {
 }
 
 
-def load_model(model: str) -> tuple[vp.VideoLM, object]:
-    """A VideoLM on the best device at hand, and its processor."""
+def load_plain(model: str) -> tuple[torch.nn.Module, object]:
+    """A Hugging Face model on the best device at hand, and its processor."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     hf, processor = load_pretrained(model, dtype)
-    return vp.VideoLM(hf.to(device).eval()), processor
+    return hf.to(device).eval(), processor
+
+
+def load_model(model: str) -> tuple[vp.VideoLM, object]:
+    """A VideoLM on the best device at hand, and its processor."""
+    hf, processor = load_plain(model)
+    return vp.VideoLM(hf), processor
 
 
 @torch.no_grad()  # not inference_mode: FSDP2 keeps buffers that it gathers here, and trains with them
@@ -381,6 +435,56 @@ def run_score(settings: ScoreSettings, console: Console) -> dict:
     return results
 
 
+def run_benchmark(settings: RunSettings, console: Console) -> dict:
+    """The command `python eval.py run`: predictions as they come, then results.json and what it shows."""
+    s, folder = settings, settings.root if settings.root.is_dir() else settings.root.parent
+    if s.needle and s.diff:
+        raise ValueError("--needle --diff: two probes; give one at a time")
+    if s.diff and s.twin:
+        raise ValueError("--diff --twin: the twin is part of the question; leave --twin out")
+    benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles)
+    benchmark.num_frames = s.num_frames or benchmark.num_frames
+    benchmark.max_new_tokens = s.max_new_tokens or benchmark.max_new_tokens
+    spans, wrong_spans = answers.read_key_spans(s.key_spans, folder) if s.key_spans else (None, [])
+    parts, probe = answers.group_questions(benchmark, spans), "needle" * s.needle + "diff" * s.diff
+    if s.twin and not any(part.spans for part in parts):
+        raise ValueError("--twin: no question has key spans; give --key-spans FILE, as data.curate writes it")
+    hf, processor = load_plain(s.model)
+    parts, marked = answers.drop_special(parts, processor)
+    if probe:
+        parts, left_out = probes.hide(parts, s.lengths, s.seed) if s.needle else probes.pair(parts, s.seed)
+        marked += left_out
+    more = {"twin": s.twin, "probe": probe} | ({"lengths": s.lengths, "seed": s.seed} if probe else {})
+    made_with = answers.describe_run(benchmark, parts, hf, more)
+    parts = parts[: s.limit] if s.limit >= 0 else parts
+    run = Path(s.model) if (Path(s.model) / "checkpoint").exists() else Path("runs/answers")
+    out = s.out or run / f"{s.benchmark}{'-' * bool(probe)}{probe}"
+    lines, twin_lines, num_problems = answers.answer(
+        hf, processor, benchmark, parts, folder, out, made_with, console, s.twin, s.batch_size, s.workers, s.time_limit,
+        [*benchmark.problems, *wrong_spans, *marked],
+    )  # fmt: skip
+    about = {"made with": made_with, "problems": (out / "problems.txt").read_text().splitlines()} | describe_environment()
+    if probe:
+        report = probes.report_needle if s.needle else probes.report_differences
+        results = report(parts, lines, twin_lines, out, console)
+    elif s.benchmark == "dream-1k":
+        console.print("score them with `eval.py score --text-encoder`, by an encoder of your choice", highlight=False)
+        results = {}
+    else:
+        if s.limit >= 0:
+            benchmark.questions = [q for part in parts for q in part.questions]
+        results = benchmarks.score(benchmark, lines.responses())
+        shown = show_scores(results | {"problems": []}, f"{s.benchmark}, {s.protocol}: {s.model}", console)
+        (out / "results.md").write_text(shown)
+        if twin_lines:
+            gaps = answers.perception_gap(benchmark, lines.responses(), twin_lines.responses())
+            answers.show_gap(gaps, console)
+            results["perception gap"] = gaps
+    (out / "results.json").write_text(json.dumps(results | about, indent=1) + "\n")
+    console.print(f"{out}: predictions.jsonl, results.json; problems.txt: {num_problems}", highlight=False, soft_wrap=True)
+    return results
+
+
 def step_seconds(model: str, data: Path, pairs: int = 30, batch_size: int = 16) -> tuple[float, float]:
     """Median seconds of a training step with and without the contrastive loss, the two in turn on the same batches."""
     lm, processor = load_model(model)
@@ -405,8 +509,7 @@ def long_example(lm: vp.VideoLM, processor, visual_tokens: int) -> vp.Example:
     """A clip of random pixels with a prompt, a third of its slots key."""
     generator = torch.Generator().manual_seed(0)
     vision, num_slots = lm.config.vision_config, visual_tokens // 16
-    conversation = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": PROMPT}]}]
-    text = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    text = chat(processor, PROMPT)
     ids = processor.tokenizer(text.replace("<|video_pad|>", "<|video_pad|>" * visual_tokens)).input_ids
     ids = torch.tensor(ids)
     key = torch.zeros(num_slots, dtype=torch.bool)
@@ -468,9 +571,44 @@ def cost_jobs(settings: CostSettings) -> dict:
     return jobs | {"rollouts, two generate()": generate_twice, "rollouts, shared prefix": shared_rollouts}
 
 
+def question_jobs(settings: CostSettings) -> dict:
+    """The same for questions about one video: a generate() each against one prefill for all."""
+    lm, processor = load_model(settings.model)
+    example, device = long_example(lm, processor, settings.visual_tokens), lm.base.lm_head.weight.device
+    lm.hf.generation_config.eos_token_id = lm.config.text_config.vocab_size  # none: every answer is as long as it may be
+    shared = int((example.input_ids == lm.config.vision_end_token_id).nonzero()[-1]) + 1
+    tails = []
+    for i in range(settings.rollouts):  # questions of unequal length
+        text = chat(processor, f"Question {i}: " + "what happens then, " * (i % 3 + 1) + "and why?")
+        ids = torch.tensor(processor.tokenizer(text).input_ids)
+        tails.append(ids[int((ids == lm.config.vision_end_token_id).nonzero()[-1]) + 1 :])
+    prefix = {"input_ids": example.input_ids[:shared], "token_types": example.token_types[:shared]}
+    prefix = replace(example, **prefix, prompt_length=shared, source=None)
+
+    def one_each() -> torch.Tensor:
+        said = []
+        for tail in tails:
+            ids = torch.cat([prefix.input_ids, tail])
+            inputs = {"input_ids": ids[None], "mm_token_type_ids": 2 * (ids == lm.config.video_token_id).long()[None]}
+            inputs |= {"pixel_values_videos": example.pixels, "video_grid_thw": example.grid[None]}
+            inputs |= {"second_per_grid_ts": torch.tensor([0.5]), "attention_mask": torch.ones_like(ids)[None]}
+            inputs = {k: v.to(device) for k, v in inputs.items()}
+            banned = lm.banned.tolist()
+            out = lm.hf.generate(**inputs, max_new_tokens=settings.new_tokens, do_sample=False, suppress_tokens=banned)
+            said.append(out[0, len(ids) :])
+        return torch.stack(said)
+
+    name = f"{settings.rollouts} questions"
+    return {
+        f"{name}, one prefill each": one_each,
+        f"{name}, one prefill": lambda: lm.answer([prefix], [tails], settings.new_tokens).tokens[0],
+    }
+
+
 def peak_of_job(settings: CostSettings, name: str) -> int:
     """Peak memory of one run above what was held before; in a process of its own on the CPU."""
-    job, device = cost_jobs(settings)[name], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    job = (cost_jobs if settings.what == "stage-2" else question_jobs)(settings)[name]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         job()
     held = held_bytes(device)
@@ -481,7 +619,8 @@ def peak_of_job(settings: CostSettings, name: str) -> int:
 def run_cost(settings: CostSettings, console: Console) -> dict:
     """The command `python eval.py cost`."""
     settings.model = settings.model or str(build_tiny(settings.out / "tiny"))
-    jobs, seconds, results = cost_jobs(settings), {}, {}
+    stage_2 = settings.what == "stage-2"
+    jobs, seconds, results = (cost_jobs if stage_2 else question_jobs)(settings), {}, {}
     for repeat in range(settings.repeats + 1):
         for name, job in jobs.items():
             began = time.perf_counter()
@@ -489,7 +628,7 @@ def run_cost(settings: CostSettings, console: Console) -> dict:
             if repeat:  # the first warms up
                 seconds.setdefault(name, []).append(time.perf_counter() - began)
     names, rows, record = list(jobs), [], {"settings": vars(settings) | {"out": str(settings.out)}}
-    for plain, shared in ((names[0], names[1]), (names[2], names[3])):
+    for plain, shared in zip(names[::2], names[1::2]):
         torch.testing.assert_close(results[plain], results[shared], rtol=1e-3, atol=1e-3)
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             peaks = pool.starmap(peak_of_job, [(settings, plain), (settings, shared)], chunksize=1)
@@ -502,12 +641,14 @@ def run_cost(settings: CostSettings, console: Console) -> dict:
             )
     about = describe_environment()
     report = "\n".join([
-        "| stage 2 | time (median) | times faster | peak memory | of the plain way |", "|---|---|---|---|---|", *rows,
-        f"\n{settings.visual_tokens} visual tokens, {settings.new_tokens} new tokens, G = G' = {settings.rollouts}, one "
-        f"clip; equal results; one run. Commit {about['commit']}, torch {about['torch']}, {about['device']}.",
+        f"| {settings.what} | time (median) | times faster | peak memory | of the plain way |", "|---" * 5 + "|", *rows,
+        f"\n{settings.visual_tokens} visual tokens, {settings.new_tokens} new tokens, "
+        + f"G = G' = {settings.rollouts}, " * stage_2
+        + f"one clip; equal results; one run. Commit {about['commit']}, torch {about['torch']}, {about['device']}.",
     ]) + "\n"  # fmt: skip
-    (settings.out / "cost.md").write_text(report)
-    (settings.out / "cost.json").write_text(json.dumps(record | about, indent=1, default=str) + "\n")
+    name = "cost" if stage_2 else "cost-questions"
+    (settings.out / f"{name}.md").write_text(report)
+    (settings.out / f"{name}.json").write_text(json.dumps(record | about, indent=1, default=str) + "\n")
     console.print(report, highlight=False, soft_wrap=True)
     return record
 
@@ -590,6 +731,8 @@ if __name__ == "__main__":
             run_merge(tyro.cli(MergeSettings, args=sys.argv[2:], prog="eval.py merge"), console)
         elif sys.argv[1:2] == ["score"]:
             run_score(tyro.cli(ScoreSettings, args=sys.argv[2:], prog="eval.py score"), console)
+        elif sys.argv[1:2] == ["run"]:
+            run_benchmark(tyro.cli(RunSettings, args=sys.argv[2:], prog="eval.py run"), console)
         elif sys.argv[1:2] == ["cost"]:
             run_cost(tyro.cli(CostSettings, args=sys.argv[2:], prog="eval.py cost"), console)
         else:

@@ -315,7 +315,7 @@ class Packed:
 
     A branch is a run of tokens that sees itself and its ancestors, and no other branch; its positions go on from where
     its parent's end. Two kinds are made: a prefix that forks into the full video and its twin at the first replaced slot,
-    and a prefix with the rollouts that grew out of it.
+    and may fork again into questions, and a prefix with the rollouts that grew out of it.
 
     input_ids, token_types, branch (B, T); position_ids (3, B, T); ancestors (n, n) bool: whether branch i sees branch j.
     visual_index (V,): which of the encoded visual tokens stands at each visual place. rows (M,): rows of the flattened
@@ -606,14 +606,18 @@ class VideoLM(nn.Module):
         ids = self.base.generation_config.eos_token_id
         return torch.tensor([ids] if isinstance(ids, int) else ids, device=self.base.lm_head.weight.device)
 
-    def pack_prefixes(self, examples: Sequence[Example]) -> Packed:
+    def pack_prefixes(self, examples: Sequence[Example], questions: Sequence[Sequence[Tensor]] | None = None) -> Packed:
         """Prompts that fork at the first replaced slot: branch 0 is shared, 1 goes on as the full video, 2 as the twin.
 
-        rows (2B,): the last token of the full video's and of the twin's prompt, clip by clip. Where a clip has no twin
-        both are the full video's.
+        questions: for each clip the tokens, at least one, of each text that may follow its prompt; each becomes a branch
+        of the full video, and one of the twin. rows (2B,): the last token of the full video's and of the twin's prompt,
+        clip by clip; with questions (2QB,): that of each question about the full video, then about the twin, Q the most
+        that any clip has (the last question stands in for what a clip lacks). Where a clip has no twin, the full video's
+        rows stand in for the twin's.
         """
         clips, rows, offset = [], [], 0
-        for e in examples:
+        most = max(map(len, questions)) if questions else 0
+        for b, e in enumerate(examples):
             n, visual = e.prompt_length, torch.nonzero(e.token_types == 2).squeeze(1)
             source, per_slot = e.source, len(visual) // int(e.grid[0])
             index = offset + torch.arange(len(visual))
@@ -625,9 +629,24 @@ class VideoLM(nn.Module):
             offset += len(visual)
             at = torch.cat([torch.arange(n), torch.arange(fork, n)])  # places in the prompt
             branch = torch.cat([torch.zeros(fork), torch.full((n - fork,), 1), torch.full((n - fork,), 2)]).long()
-            clips.append((e.input_ids[at], e.token_types[at], self.prompt_positions(e)[:, at], branch, [index, tail]))
-            rows.append(torch.tensor([n - 1, len(at) - 1]))
-        ancestors = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+            prompt = self.prompt_positions(e)
+            ids, types, positions, ends = [e.input_ids[at]], [e.token_types[at]], [prompt[:, at]], [n - 1, len(at) - 1]
+            if questions:
+                asked = [*questions[b], *(questions[b] if source is not None else ())]
+                lengths = torch.tensor([len(q) for q in asked])
+                number = torch.arange(len(questions[b])) + 3  # branches 3, 4, ... ask the full video, 3 + Q, ... the twin
+                number = torch.cat([number, number + most])[: len(asked)]
+                branch = torch.cat([branch, number.repeat_interleave(lengths)])
+                ids, types = ids + asked, [*types, torch.zeros(int(lengths.sum()), dtype=e.token_types.dtype)]
+                # the prompt ends in text, whose position is the largest
+                positions += [(prompt[:, -1:] + 1 + torch.arange(len(q))) for q in asked]
+                last = (len(at) + lengths.cumsum(0) - 1).split(len(questions[b]))
+                ends = torch.stack([last[0], last[-1]])  # (2, questions of the clip)
+                ends = ends[:, torch.arange(most).clamp(max=ends.shape[1] - 1)].flatten().tolist()
+            clips.append((torch.cat(ids), torch.cat(types), torch.cat(positions, 1), branch, [index, tail]))
+            rows.append(torch.tensor(ends))
+        ancestors = torch.eye(3 + 2 * most, dtype=torch.bool)
+        ancestors[:, 0] = ancestors[3 : 3 + most, 1] = ancestors[3 + most :, 2] = True
         return self._pack(clips, ancestors, rows)
 
     def pack_rollouts(self, examples: Sequence[Example], rollouts: Sequence[Sequence[Tensor]]) -> Packed:
@@ -728,22 +747,23 @@ class VideoLM(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, prefixes: Packed, video, num_full: int, num_twin: int, max_new_tokens: int,
+        self, prefixes: Packed, video, kind: Tensor, max_new_tokens: int,
         uniform: Tensor | None = None, temperature: float = 1.0,
     ) -> Rollouts:  # fmt: skip
-        """Describe full videos num_full times and their twins num_twin times, from one prefill of the forked prefixes.
+        """Go on from the wanted rows of forked prefixes, R rollouts a clip, all from one prefill.
 
-        uniform: (B, num_full + num_twin, max_new_tokens) numbers in [0, 1) that decide the tokens; None: greedy. A step
-        feeds one token of every rollout as one sequence a clip, behind the prefix and all earlier tokens in the cache;
-        the mask lets each see its own. So the cache is neither copied nor repeated.
+        kind: (R,) which of its clip's wanted rows each rollout grows from: of full video and twin, or of its questions.
+        uniform: (B, R, max_new_tokens) numbers in [0, 1) that decide the tokens; None: greedy. A step feeds one token of
+        every rollout as one sequence a clip, behind the prefix and all earlier tokens in the cache; the mask lets each
+        see its own. So the cache is neither copied nor repeated.
         """
-        num, (B, T) = num_full + num_twin, prefixes.input_ids.shape
+        num, (B, T) = len(kind), prefixes.input_ids.shape
         device, banned, end_ids = prefixes.input_ids.device, self.banned, self.end_ids
         began = wait_and_time(device)
-        kind = torch.tensor([0] * num_full + [1] * num_twin, device=device)  # row of each rollout's last prompt token
+        kind = kind.to(device)
         cache = DynamicCache(config=self.config.text_config)
-        h = self.run_packed(prefixes, video, cache).view(B, 2, -1)[:, kind]  # (B, R, D)
-        rows = prefixes.rows.view(B, 2)[:, kind]
+        h = self.run_packed(prefixes, video, cache).unflatten(0, (B, -1))[:, kind]  # (B, R, D)
+        rows = prefixes.rows.view(B, -1)[:, kind]
         position = prefixes.position_ids.flatten(1)[:, rows] + 1  # (3, B, R)
         branch = prefixes.branch.flatten()[rows]  # (B, R): twin rollouts of a clip without a twin grow from the full one
         sees_prefix = prefixes.ancestors[branch[:, :, None], prefixes.branch[:, None, :]]  # (B, R, T)
@@ -824,11 +844,27 @@ class VideoLM(nn.Module):
         seconds = {"vision": wait_and_time(device) - began}
         uniform = None if uniform is None else uniform.to(device)
         if self.shares_prefix:
-            prefixes, sample = self.pack_prefixes(examples).to(device), self.sample
+            prefixes, kind = self.pack_prefixes(examples).to(device), torch.tensor([0] * num_full + [1] * num_twin)
+            rollouts = self.sample(prefixes, video, kind, max_new_tokens, uniform, temperature)
         else:
-            prefixes, sample = self.collate(examples, for_generation=True).to(device), self.sample_plain
-        rollouts = sample(prefixes, video, num_full, num_twin, max_new_tokens, uniform, temperature)
+            batch = self.collate(examples, for_generation=True).to(device)
+            rollouts = self.sample_plain(batch, video, num_full, num_twin, max_new_tokens, uniform, temperature)
         return replace(rollouts, seconds=seconds | rollouts.seconds), video
+
+    @torch.no_grad()
+    def answer(
+        self, examples: Sequence[Example], questions: Sequence[Sequence[Tensor]], max_new_tokens: int, twin: bool = False
+    ) -> Rollouts:
+        """Greedy answers to all questions about each clip, from one vision pass and one prefill.
+
+        questions: for each clip, the tokens that follow its prompt, one or more a question. Rollouts: Q of the full video,
+        then, if asked, Q of the twin; see `pack_prefixes`.
+        """
+        if not twin:
+            examples = [replace(e, source=None) for e in examples]
+        prefixes = self.pack_prefixes(examples, questions).to(self.base.lm_head.weight.device)
+        kind = torch.arange((1 + twin) * max(map(len, questions)))
+        return self.sample(prefixes, self.encode_examples(examples), kind, max_new_tokens)
 
 
 def wait_and_time(device: torch.device) -> float:

@@ -20,9 +20,10 @@ import math
 import multiprocessing
 import pickle
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ class Clip:
     keywords: list[str] = field(default_factory=list)
     key_spans: list[list[list[float]]] | None = None
     truth: dict | None = None
+    frames_per_second: float | None = None  # where `video` is a folder of frames, 00001.jpg and on
 
 
 @dataclass
@@ -170,14 +172,20 @@ def load_clips(annotations: Path, root: Path | None = None) -> tuple[list[Clip],
 # --- Frames --------------------------------------------------------------------------------------------------------------
 
 
-def sample_times(duration: float, count: int, rng: np.random.Generator | None = None) -> list[float]:
-    """One moment in each of `count` equal parts of [0, duration): the middles, or, with rng, anywhere in each.
+def sample_times(duration: float, count: int, rng: np.random.Generator | None = None, place: float = 0.5) -> list[float]:
+    """One moment in each of `count` equal parts of [0, duration): at `place` in each, or, with rng, anywhere.
 
-    >>> sample_times(2.0, 4)
-    [0.25, 0.75, 1.25, 1.75]
+    >>> sample_times(2.0, 4), sample_times(2.0, 4, place=0.0)
+    ([0.25, 0.75, 1.25, 1.75], [0.0, 0.5, 1.0, 1.5])
     """
-    place = np.full(count, 0.5) if rng is None else rng.uniform(0.02, 0.98, count)
-    return ((np.arange(count) + place) * (duration / count)).tolist()
+    places = np.full(count, place) if rng is None else rng.uniform(0.02, 0.98, count)
+    return ((np.arange(count) + places) * (duration / count)).tolist()
+
+
+def list_frames(folder: Path) -> list[Path]:
+    """The frames of a folder, in the order of their numbers: 00001.jpg, 00002.jpg and on."""
+    numbered = [p for p in folder.iterdir() if p.stem.isdecimal() and p.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    return sorted(numbered, key=lambda p: int(p.stem))
 
 
 def read_frames(
@@ -187,28 +195,39 @@ def read_frames(
     rng: np.random.Generator | None = None,
     frames_per_slot: int = 2,
     side: int | None = None,
+    place: float = 0.5,
+    min_frames: int | None = None,
 ) -> Frames:
-    """Decode the sampled frames of a clip, and no others.
+    """Decode the sampled frames of a clip, a video file or a folder of frames, and no others.
 
-    At most max_frames, uniform over the part; with fps, that many a second. With rng, each moment is jittered inside its
-    share. With side, pictures are made that small, on their longer side, while they are decoded. An odd count is filled
-    up to whole slots by showing the last frame again. Raises ClipError with the reason
-    where the file cannot give at least two slots of frames, or where a key span lies behind its end.
+    At most max_frames, uniform over the part, at `place` in their shares (0.5: the middles); with fps, that many a
+    second. With rng, each moment is jittered inside its share. With side, pictures of a file are made that small, on
+    their longer side, while they are decoded. An odd count is filled up to whole slots by showing the last frame again.
+    Raises ClipError with the reason where there are not min_frames (default: two slots) frames, or where a key span lies
+    behind the end.
     """
     from torchcodec.decoders import VideoDecoder  # late: what runs on synthetic input alone needs no FFmpeg
     from torchcodec.transforms import Resize
+    from torchvision.io import ImageReadMode, decode_image
 
     path = clip.video
     if not path.exists():
         raise ClipError(f"{clip.where}: {path}: no such file")
-    if not path.is_file():
+    folder = path.is_dir() and clip.frames_per_second
+    if not path.is_file() and not folder:
         raise ClipError(f"{clip.where}: {path}: not a regular file")
-    if path.stat().st_size == 0:
+    if path.is_file() and path.stat().st_size == 0:
         raise ClipError(f"{clip.where}: {path}: the file is empty")
     try:
-        decoder = VideoDecoder(path)
-        about = decoder.metadata
-        begin, stop, native_fps = about.begin_stream_seconds, about.end_stream_seconds, about.average_fps
+        if folder:
+            pictures = list_frames(path)
+            if not pictures:
+                raise ClipError(f"{clip.where}: {path}: no picture called by a number, like 00001.jpg, is in it")
+            begin, stop, native_fps = 0.0, len(pictures) / clip.frames_per_second, clip.frames_per_second
+        else:
+            decoder = VideoDecoder(path)
+            about = decoder.metadata
+            begin, stop, native_fps = about.begin_stream_seconds, about.end_stream_seconds, about.average_fps
         if not native_fps or begin is None or stop is None:
             raise ClipError(f"{clip.where}: {path}: the file does not tell its duration; re-encode it")
         duration = min(stop - begin, clip.end if clip.end is not None else math.inf) - clip.start
@@ -217,24 +236,32 @@ def read_frames(
         for span in itertools.chain.from_iterable(clip.key_spans or []):
             if span[0] >= duration:
                 raise ClipError(f"{clip.where}: field 'key_spans': found {span}, but the clip lasts {duration:.2f} s")
-        available = max(1, round(duration * native_fps))
-        if available < 2 * frames_per_slot:
-            raise ClipError(f"{clip.where}: {path}: too short: {available} frame(s); need {2 * frames_per_slot}")
+        available, least = max(1, round(duration * native_fps)), min_frames or 2 * frames_per_slot
+        if available < least:
+            raise ClipError(f"{clip.where}: {path}: too short: {available} frame(s); need {least}")
         count = min(max_frames, available)
         if fps is not None:
             count = min(count, max(2 * frames_per_slot, round(duration * fps)))
-        times = [begin + clip.start + t for t in sample_times(duration, count, rng)]
-        if side is not None and max(about.height, about.width) > side:
-            scale = side / max(about.height, about.width)
-            size = (max(8, round(about.height * scale)), max(8, round(about.width * scale)))
-            decoder = VideoDecoder(path, transforms=[Resize(size)])
-        decoded = decoder.get_frames_played_at(times)
+        times = [begin + clip.start + t for t in sample_times(duration, count, rng, place)]
+        if place == 0 and rng is None:  # where a frame begins: a little later, or rounding would show the frame before
+            times = [t + 0.02 / native_fps for t in times]
+        if folder:
+            at = [min(int(t * native_fps), len(pictures) - 1) for t in times]
+            pixels = torch.stack([decode_image(str(pictures[k]), ImageReadMode.RGB) for k in at])
+            begins = torch.tensor(at, dtype=torch.float64) / native_fps
+        else:
+            if side is not None and max(about.height, about.width) > side:
+                scale = side / max(about.height, about.width)
+                size = (max(8, round(about.height * scale)), max(8, round(about.width * scale)))
+                decoder = VideoDecoder(path, transforms=[Resize(size)])
+            decoded = decoder.get_frames_played_at(times)
+            pixels, begins = decoded.data, decoded.pts_seconds
     except (RuntimeError, ValueError, IndexError, OSError) as error:
         if isinstance(error, ClipError):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ClipError(f"{clip.where}: {path}: cannot be decoded ({reason[:160]})") from None
-    pixels, timestamps = decoded.data, (decoded.pts_seconds - begin - clip.start).clamp(min=0).tolist()
+    timestamps = (begins - begin - clip.start).clamp(min=0).tolist()
     if pad := -len(pixels) % frames_per_slot:
         pixels = torch.cat([pixels, pixels[-1:].expand(pad, -1, -1, -1)])
         timestamps += timestamps[-1:] * pad
@@ -255,8 +282,8 @@ class Preparation:
 
     @property
     def frames_per_slot(self) -> int:
-        """The vision encoder's temporal patch size."""
-        return self.processor.video_processor.temporal_patch_size
+        """The vision encoder's temporal patch size; a frame, where a model has none."""
+        return getattr(self.processor.video_processor, "temporal_patch_size", 1)
 
 
 def key_slots(clip: Clip, frames: Frames, frames_per_slot: int = 2) -> list[Tensor]:
@@ -268,20 +295,33 @@ def key_slots(clip: Clip, frames: Frames, frames_per_slot: int = 2) -> list[Tens
     return [vp.find_key_slots(frames.pixels, frames_per_slot)] * len(clip.keywords)
 
 
+def chat(processor, prompt: str, num_videos: int = 1) -> str:
+    """The text of a conversation up to where the assistant begins, with a place for each video."""
+    content = [{"type": "video"}] * num_videos + [{"type": "text", "text": prompt}]
+    conversation = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+
+
+def process(processor, texts: list[str], videos: Sequence[Frames], **more):
+    """What the processor makes of texts and the videos that they show; frames are already sampled."""
+    metadata = [
+        {
+            "total_num_frames": max(1, round(frames.duration * frames.fps)),
+            "fps": frames.fps,
+            "duration": frames.duration,
+            "frames_indices": [t * frames.fps for t in frames.timestamps],
+        }
+        for frames in videos
+    ]
+    pixels = [frames.pixels for frames in videos]
+    shown = dict(videos=pixels, video_metadata=metadata, do_sample_frames=False)
+    return processor(text=texts, **shown, return_tensors="pt", **more)
+
+
 def make_example(clip: Clip, frames: Frames, preparation: Preparation) -> vp.Example:
     """Tokens, patches, key slots and the twin's sources of one clip. The twin has no pixels: it is a gather."""
     processor, tokenizer = preparation.processor, preparation.processor.tokenizer
-    conversation = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": clip.prompt}]}]
-    text = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-    metadata = {
-        "total_num_frames": max(1, round(frames.duration * frames.fps)),
-        "fps": frames.fps,
-        "duration": frames.duration,
-        "frames_indices": [t * frames.fps for t in frames.timestamps],
-    }
-    inputs = processor(
-        text=[text], videos=[frames.pixels], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
-    )
+    inputs = process(processor, [chat(processor, clip.prompt)], [frames])
     prompt_ids, token_types = inputs["input_ids"][0], inputs["mm_token_type_ids"][0]
     answer = torch.tensor(tokenizer(clip.caption + "<|im_end|>\n", add_special_tokens=False).input_ids)
     slots = key_slots(clip, frames, preparation.frames_per_slot)
@@ -311,26 +351,27 @@ def prepare(clip: Clip, preparation: Preparation, seed: Sequence[int] = ()) -> v
 # --- The loader ----------------------------------------------------------------------------------------------------------
 
 
-_preparation: Preparation | None = None  # of a worker process: sent once, not with every clip
+_make: Callable | None = None  # of a worker process: sent once, not with every clip
 
 
-def _start_worker(preparation: Preparation) -> None:
-    global _preparation
+def _start_worker(make: Callable) -> None:
+    global _make
     torch.set_num_threads(1)
-    _preparation = preparation
+    _make = make
 
 
 def _work(clip: Clip, seed: Sequence[int]) -> bytes:
     # Plain bytes, not shared memory: nothing that a killed worker still owns is left in the parent.
-    return pickle.dumps(prepare(clip, _preparation, seed), pickle.HIGHEST_PROTOCOL)
+    return pickle.dumps(_make(clip, seed=seed), pickle.HIGHEST_PROTOCOL)
 
 
 class ClipLoader:
     """An endless, seeded stream of examples that survives every clip, and goes on where it stopped.
 
-    Worker processes read ahead (0: none, in this process). A clip that raises, that kills its worker, or that takes
-    longer than time_limit seconds (the worker is killed) is skipped for good: `skipped` maps its index to the reason.
-    When more than max_bad_share of the clips are lost, the stream raises ClipError with the list.
+    Worker processes read ahead (0: none, in this process), and make of each clip what `make` does (clip, preparation, seed;
+    default: an example). A clip that raises, that kills its worker, or that takes longer than time_limit seconds (the
+    worker is killed) is skipped for good: `skipped` maps its index to the reason. When more than max_bad_share of the
+    clips are lost, the stream raises ClipError with the list.
 
     Training processes share the clips without repeats: of the one order that all know, process `rank` of `world_size`
     takes every world_size-th block of `block` clips. `position` is how far that order has been used up.
@@ -348,10 +389,12 @@ class ClipLoader:
         rank: int = 0,
         world_size: int = 1,
         block: int = 1,
+        make: Callable = prepare,
     ):
         self.rank, self.world_size, self.block = rank, world_size, block
         self.position = 0
-        self.clips, self.preparation, self.seed, self.shuffle = clips, preparation, seed, shuffle
+        self.clips, self.seed, self.shuffle = clips, seed, shuffle
+        self.make = partial(make, preparation=preparation)
         self.time_limit, self.max_bad_share, self.workers = time_limit, max_bad_share, workers
         self.skipped: dict[int, str] = {}
         self.pool = None
@@ -361,7 +404,7 @@ class ClipLoader:
         if self.workers and self.pool is None:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["data.clips"])
-            self.pool = ProcessPool(self.workers, initializer=_start_worker, initargs=(self.preparation,), context=context)
+            self.pool = ProcessPool(self.workers, initializer=_start_worker, initargs=(self.make,), context=context)
 
     def state(self) -> dict:
         """What `restore` needs to go on behind the last example."""
@@ -389,6 +432,8 @@ class ClipLoader:
     def order(self) -> Iterator[tuple[int, int]]:
         """(epoch, clip index) without end, every clip once an epoch."""
         for epoch in itertools.count():
+            if len(self.skipped) == len(self.clips):  # nothing is left, or there was nothing
+                return
             indices = np.arange(len(self.clips))
             if self.shuffle:
                 np.random.default_rng([self.seed, epoch]).shuffle(indices)
@@ -430,7 +475,7 @@ class ClipLoader:
         """A function that gives the example, being made by a worker or, without workers, when it is called."""
         seed = (self.seed, epoch, index)
         if self.pool is None:
-            return lambda: prepare(self.clips[index], self.preparation, seed)
+            return lambda: self.make(self.clips[index], seed=seed)
         future = self.pool.schedule(_work, args=(self.clips[index], seed), timeout=self.time_limit)
         return lambda: pickle.loads(future.result())
 

@@ -209,7 +209,7 @@ class Models:
         if "self" in s.finders or s.keywords == "model":
             from safetensors.torch import load_file
 
-            from data.runs import find_checkpoint
+            from data.checkpoints import find_checkpoint
             from eval import load_model
 
             self.lm, processor = load_model(s.model)

@@ -286,3 +286,14 @@ def test_too_many_lost_clips_stop_the_run(world, qwen2_5):
     loader = ClipLoader(clips[:10], preparation, workers=0, max_bad_share=0.1, shuffle=False)
     with pytest.raises(ClipError, match=r"2 of 10 clips(?s:.*gone1.*gone2)"):
         list(loader.examples(epochs=1))
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_stream_without_a_good_clip_ends(world, qwen2_5, count):
+    """No clip, or none that can be read: the stream ends (it went round and round once)."""
+    clips, _ = load_clips(world / "train.jsonl")
+    for i, clip in enumerate(clips[:count]):
+        clip.video = world / f"gone{i}.mp4"
+    preparation = Preparation(AutoProcessor.from_pretrained(qwen2_5))
+    loader = ClipLoader(clips[:count], preparation, workers=0, max_bad_share=1.0, shuffle=False)
+    assert list(loader.examples(epochs=1)) == [] and len(loader.skipped) == count

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 import vp
 from data.clips import Preparation, make_example, prepare, read_frames
-from data.runs import merged_state_dict
+from data.models import merged_state_dict
 
 
 def plain_inputs(example: vp.Example, ids=None) -> dict:

@@ -1,0 +1,530 @@
+"""Run a model on a benchmark: a part of a video is read once and prefilled once, however many questions it has.
+
+    parts = group_questions(benchmark)                                  # a part of a video with all its questions
+    answer(model, processor, benchmark, parts, out, settings)           # out/predictions.jsonl, line by line
+    perception_gap(benchmark, predictions, twin_predictions)
+
+All questions about a part grow as branches out of one prefill (`vp.VideoLM.answer`): what their prompts begin with, video
+and all, is run once, and so is the vision encoder, for full video and twin together. Models that VideoLM does not know run
+through AutoModelForImageTextToText, a prompt each.
+
+Predictions are appended as they come. Videos are taken in fixed batches, so that a run that was killed and taken up again
+gives every answer from the same batch as a run that was not. `settings.json` says what the predictions were made with; a
+run with other settings does not continue them.
+"""
+
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import vp
+from data.benchmarks import Benchmark, compare, prompt, score
+from data.clips import Clip, ClipError, ClipLoader, Frames, Preparation, chat, parse_line, process, read_frames
+from data.formats import Question
+from data.importers import read_lines
+from data.runs import describe_environment
+from data.score_report import percent
+from data.sheets import printable
+
+SHARING = ("qwen2_5_vl", "qwen3_vl")  # the families that VideoLM is tested with and whose prefixes can be shared
+MOST = 32  # questions on one prefill: each adds a row to every step of decoding
+
+
+@dataclass
+class Part(Clip):
+    """A part of a video and what is asked about it; caption, prompt and keywords of a Clip are not used.
+
+    spans: key spans in seconds from the part's start. Of probes: footage, clips shown around it, `before` of them before
+    it; pair: full video and twin are shown as two videos, the twin as number `pair`, 1 or 2.
+    """
+
+    questions: list[Question] = field(default_factory=list)
+    spans: list[list[float]] = field(default_factory=list)
+    footage: list[Clip] = field(default_factory=list)
+    before: int = 0
+    pair: int | None = None
+
+
+@dataclass
+class Asked:
+    """A part, made ready by a worker: for a model that shares prefixes an example and the tokens that follow its prompt,
+    question by question; for others what is shown and the texts. share: the event's share of what is shown, or None."""
+
+    has_twin: bool
+    share: float | None
+    example: vp.Example | None = None
+    tails: list[Tensor] = field(default_factory=list)
+    videos: list[Frames] = field(default_factory=list)
+    twin_videos: list[Frames] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+
+# --- What is asked ------------------------------------------------------------------------------------------------------
+
+
+def group_questions(benchmark: Benchmark, spans: Mapping[Path, list] | None = None) -> list[Part]:
+    """The parts of videos that a benchmark asks about, in its order, each with at most MOST questions.
+
+    spans: key spans by video, see `read_key_spans`, before those of the benchmark. Questions whose key spans differ are in
+    different parts, since they have different twins.
+    """
+    groups: dict[tuple, list[Question]] = defaultdict(list)
+    for q in benchmark.questions:
+        start, key_spans = q.start or 0.0, q.key_spans or []
+        if spans is not None and (found := spans.get(q.video.resolve())):
+            key_spans = [[max(0.0, a - start), b - start] for a, b in found if b > start and (q.end is None or a < q.end)]
+        groups[q.video, start, q.end, q.frames_per_second, json.dumps(key_spans)].append(q)
+    parts = []
+    for (video, start, end, rate, key_spans), questions in groups.items():
+        for i in range(0, len(questions), MOST):
+            some = questions[i : i + MOST]
+            where = f"{benchmark.name}: {some[0].id}" + f" and {len(some) - 1} more questions" * (len(some) > 1)
+            parts.append(
+                Part(video, "", where, start=start, end=end, frames_per_second=rate, questions=some,
+                     spans=json.loads(key_spans))
+            )  # fmt: skip
+    return parts
+
+
+def read_key_spans(path: Path, root: Path) -> tuple[dict[Path, list], list[str]]:
+    """Key spans by video, in seconds from the beginning of the file, and the lines that cannot be used, by name.
+
+    path: JSONL as data/curate.py writes it, of which video, key_spans and start are used; videos are paths below root.
+    """
+    if not path.is_file():
+        raise ClipError(f"--key-spans {path}: no such file; give lines with video and key_spans")
+    spans, problems = defaultdict(list), []
+    for where, line in read_lines(path):
+        try:
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("key_spans"), list):
+                record.setdefault("keywords", ["event"] * len(record["key_spans"]))
+                record.setdefault("caption", "not given")
+                line = json.dumps(record)
+            clip = parse_line(line, where, root)
+            if not clip.key_spans:
+                raise ClipError(f"{where}: field 'key_spans' is missing; give the seconds of the event, like [[1.2, 1.9]]")
+            spans[clip.video] += [[clip.start + a, clip.start + b] for a, b in itertools.chain(*clip.key_spans)]
+        except (json.JSONDecodeError, RecursionError) as error:
+            problems.append(f"{where}: not JSON ({error}); write one JSON object a line")
+        except ClipError as error:
+            problems.append(str(error))
+    return spans, problems
+
+
+def drop_special(parts: Sequence[Part], processor) -> tuple[list[Part], list[str]]:
+    """The parts without the questions that hold one of the model's own marks, like <image>, and those by name.
+
+    The processor would put a video, or the end of the prompt, where such a mark stands.
+    """
+    marks = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
+    kept, problems = [], []
+    for part in parts:
+        questions = []
+        for q in part.questions:
+            found = next((m for m in marks for text in (q.text, *q.options) if m in text), None)
+            if found is None:
+                questions.append(q)
+            else:
+                problems.append(f"{q.id}: the question holds {found}, a mark of this model; it is not asked")
+        if questions:
+            kept.append(replace(part, questions=questions))
+    return kept, problems
+
+
+# --- What is shown ------------------------------------------------------------------------------------------------------
+
+
+def covered(spans: Sequence[Sequence[float]], start: float = 0.0, end: float = float("inf")) -> float:
+    """Seconds of [start, end] that spans cover together.
+
+    >>> covered([[1, 3], [2, 4], [9, 10]], 0, 9.5)
+    3.5
+    """
+    seconds, at = 0.0, start
+    for a, b in sorted(spans):
+        a, b = max(a, at), min(b, end)
+        seconds += max(0.0, b - a)
+        at = max(at, b)
+    return seconds
+
+
+def join(clips: Sequence[Frames], size: Sequence[int]) -> Frames:
+    """Clips one after another, as one video; pictures of another size are brought to `size` (height, width)."""
+    pixels, timestamps, duration = [], [], 0.0
+    for frames in clips:
+        shown = frames.pixels
+        if tuple(shown.shape[-2:]) != tuple(size):
+            shown = F.interpolate(shown.float(), size=tuple(size), mode="bilinear", antialias=True).round().byte()
+        pixels.append(shown)
+        timestamps += [duration + t for t in frames.timestamps]
+        duration += frames.duration
+    return Frames(torch.cat(pixels), timestamps, clips[0].fps, duration)
+
+
+def read_part(part: Part, benchmark: Benchmark, frames_per_slot: int) -> tuple[Frames, Tensor | None, float | None]:
+    """What a part shows, the slots that its twin shows (None: no twin), and the share of it that is key."""
+    read = partial(
+        read_frames, max_frames=benchmark.num_frames, frames_per_slot=frames_per_slot, place=benchmark.place, min_frames=1
+    )
+    frames, offset, seconds = read(part), 0.0, covered(part.spans)
+    if part.footage:
+        clips = [read(clip) for clip in part.footage]
+        offset = sum(clip.duration for clip in clips[: part.before])
+        clips = [*clips[: part.before], frames, *clips[part.before :]]
+        seconds = seconds or frames.duration  # without key spans, the clip is the event
+        frames = join(clips, frames.pixels.shape[-2:])
+    spans = [[a + offset, b + offset] for a, b in part.spans]
+    slots = vp.span_slots(spans, frames.timestamps, frames_per_slot)
+    return frames, vp.twin_sources(slots), seconds / frames.duration if seconds else None
+
+
+def make_twin(frames: Frames, source: Tensor, frames_per_slot: int) -> Frames:
+    """The twin's frames, for models whose vision encoder looks beyond a slot."""
+    at = (source[:, None] * frames_per_slot + torch.arange(frames_per_slot)).flatten()
+    return replace(frames, pixels=frames.pixels[at])
+
+
+def common_prefix(prompts: Sequence[Tensor]) -> int:
+    """How many tokens all prompts begin with, at least one of each left over.
+
+    >>> common_prefix([torch.tensor(x) for x in ([1, 2, 3, 4], [1, 2, 5], [1, 2, 3])]), common_prefix([torch.arange(3)])
+    (2, 2)
+    """
+    shortest = min(map(len, prompts))
+    rows = torch.stack([p[:shortest] for p in prompts])
+    return min(int((rows == rows[0]).all(0).long().cumprod(0).sum()), shortest - 1)
+
+
+def make_asked(
+    part: Part, preparation: Preparation, seed: object, benchmark: Benchmark, share_prefix: bool, twin: bool
+) -> Asked:
+    """Read a part and make its prompts: what a worker does. Raises ClipError where the part cannot be used."""
+    processor, step = preparation.processor, preparation.frames_per_slot
+    frames, source, share = read_part(part, benchmark, step)
+    num_videos = 1 if part.pair is None else 2
+    asked = [prompt(benchmark, q, frames.duration) if part.pair is None else (q.text, "") for q in part.questions]
+    texts = [chat(processor, text, num_videos) + begin for text, begin in asked]
+    try:
+        if share_prefix and part.pair is None:
+            example, tails = share_prompt(processor, texts, frames)
+            example = replace(example, name=part.where, source=source if twin else None)
+            return Asked(source is not None, share, example, tails)
+    except (ValueError, RuntimeError) as error:  # a picture of 3 x 900, say
+        raise ClipError(f"{part.where}: {part.video}: the model's processor refuses it ({error!r:.160})") from None
+    twins = [] if source is None else [make_twin(frames, source, step)]
+    if part.pair is None:
+        return Asked(bool(twins), share, videos=[frames], twin_videos=twins if twin else [], texts=texts)
+    if not twins:
+        raise ClipError(f"{part.where}: {part.video}: no twin: its key spans {part.spans} hold no frame, or all")
+    return Asked(True, share, videos=[*twins, frames] if part.pair == 1 else [frames, *twins], texts=texts)
+
+
+def share_prompt(processor, texts: Sequence[str], frames: Frames) -> tuple[vp.Example, list[Tensor]]:
+    """An example of what all prompts begin with, and the tokens that follow in each: the processor sees the video once.
+
+    The tokens of prompt and tail together are those of the whole prompt: a special token ends the video, and nothing is
+    merged across it. That is checked on the first prompt; if it did not hold, the processor would make each anew.
+    """
+    inputs, end = process(processor, texts[:1], [frames]), processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    first, types = inputs["input_ids"][0], inputs["mm_token_type_ids"][0]
+
+    def split(ids: Tensor) -> tuple[Tensor, Tensor]:
+        at = int((ids == end).nonzero()[-1]) + 1
+        return ids[:at], ids[at:]
+
+    prompts = [torch.cat([split(first)[0], split(torch.tensor(processor.tokenizer(t).input_ids))[1]]) for t in texts]
+    if not torch.equal(prompts[0], first):
+        prompts = [process(processor, [t], [frames])["input_ids"][0] for t in texts]
+    n = common_prefix(prompts)
+    example = vp.Example(
+        name="", input_ids=first[:n], token_types=types[:n], prompt_length=n, pixels=inputs["pixel_values_videos"],
+        grid=inputs["video_grid_thw"][0],
+        seconds_per_slot=float(inputs["second_per_grid_ts"][0]) if "second_per_grid_ts" in inputs else 1.0,
+        source=None, keywords=[], keyword_ids=[], keyword_slots=[],
+    )  # fmt: skip
+    return example, [p[n:] for p in prompts]
+
+
+# --- Answers ------------------------------------------------------------------------------------------------------------
+
+
+def shares_prefix(hf: nn.Module) -> bool:
+    """Whether all questions of a video can grow out of one prefill of this model."""
+    return hf.config.model_type in SHARING and hasattr(hf.model, "visual")
+
+
+@torch.inference_mode()
+def generate(hf: nn.Module, processor, videos: Sequence[Frames], texts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """Greedy answers of any Hugging Face video-language model to texts that show the same videos, a prompt each."""
+    # to the left: what is generated follows the prompt
+    inputs = process(processor, list(texts), list(videos) * len(texts), padding=True, padding_side="left")
+    inputs = inputs.to(hf.device, hf.dtype)
+    out = hf.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def answer_plain(
+    hf: nn.Module, processor, asked: Asked, max_new_tokens: int, at_once: int = 8
+) -> tuple[list[str], list[str]]:
+    """The answers to a part's questions on the full video and on the twin ([] without one), a prompt each."""
+    both = []
+    for videos in (asked.videos, asked.twin_videos):
+        texts = asked.texts if videos else []
+        chunks = (texts[i : i + at_once] for i in range(0, len(texts), at_once))
+        both.append([t for some in chunks for t in generate(hf, processor, videos, some, max_new_tokens)])
+    return both[0], both[1]
+
+
+def answer_batch(
+    lm: vp.VideoLM, processor, batch: Sequence[Asked], max_new_tokens: int, twin: bool
+) -> list[tuple[list[str], list[str]]]:
+    """The same for several parts, all questions about each on one prefill."""
+    tails = [asked.tails for asked in batch]
+    rollouts = lm.answer([asked.example for asked in batch], tails, max_new_tokens, twin)
+    most, answers = max(map(len, tails)), []
+    for asked, tokens, lengths in zip(batch, rollouts.tokens, rollouts.lengths):
+        said = [row[:n] for row, n in zip(tokens, lengths)]
+        texts, n = processor.tokenizer.batch_decode(said, skip_special_tokens=True), len(asked.tails)
+        answers.append((texts[:n], texts[most : most + n] if twin and asked.has_twin else []))
+    return answers
+
+
+# --- Files that a kill cannot spoil -------------------------------------------------------------------------------------
+
+
+def fingerprint(hf: nn.Module) -> str:
+    """A short name of a model's weights, from some numbers of each: another training run has another."""
+    digest = hashlib.sha256()
+    for name, weight in hf.state_dict().items():
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, len(flat) // 16)][:16].float().cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def describe_run(benchmark: Benchmark, parts: Sequence[Part], hf: nn.Module, more: dict) -> dict:
+    """What predictions depend on: they are not continued where any of it differs."""
+    asked = [[q.id, prompt(benchmark, q), p.start, p.end, p.frames_per_second, p.spans] for p in parts for q in p.questions]
+    return {
+        "benchmark": benchmark.name,
+        "protocol": benchmark.protocol,
+        "subtitles": benchmark.subtitles,
+        "frames": benchmark.num_frames,
+        "place of frames": benchmark.place,
+        "longest answer": benchmark.max_new_tokens,
+        "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+        "model": hf.config.model_type,
+        "weights": fingerprint(hf),
+        "numbers": str(hf.dtype),
+        **more,
+    }
+
+
+def open_run(out: Path, settings: dict) -> None:
+    """Write settings.json to a folder, or check that it has the same. Raises ValueError where predictions are another's."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, partial_path = out / "settings.json", out / ".settings.json"
+    settings = json.loads(json.dumps(settings))
+    try:
+        found = json.loads(path.read_text())["settings"] if path.exists() else None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: cannot be read; give another --out, or delete the folder") from None
+    if found is None and (out / "predictions.jsonl").exists():
+        raise ValueError(f"{out}: holds predictions but no settings.json; give another --out, or delete the folder")
+    if found is not None and found != settings:
+        names = [n for n in settings | found if settings.get(n) != found.get(n)]
+        listed = "; ".join(f"{n}: {found.get(n)} there, {settings.get(n)} now" for n in names)
+        raise ValueError(
+            f"{out}: holds predictions made with other settings ({listed}). Continue with those, or give another --out"
+        )
+    if found is None:
+        partial_path.write_text(json.dumps({"settings": settings} | describe_environment(), indent=2) + "\n")
+        os.replace(partial_path, path)
+
+
+class Lines:
+    """A predictions file: its lines by id, and more of them appended, each whole before the next.
+
+    What a kill has torn is taken out, and stands in `problems`.
+    """
+
+    def __init__(self, path: Path):
+        self.records: dict[str, dict] = {}
+        self.problems: list[str] = []
+        data = path.read_bytes() if path.exists() else b""
+        for number, line in enumerate(data.splitlines(keepends=True), 1):
+            try:
+                record = json.loads(line)
+                if not line.endswith(b"\n") or not isinstance(record["response"], str) or record["id"] in self.records:
+                    raise ValueError
+                self.records[record["id"]] = record
+            except (ValueError, KeyError, TypeError, RecursionError):
+                self.problems.append(f"{path}:{number}: torn or doubled; taken out, its question is asked again")
+        if self.problems:
+            partial_path = path.with_name(f".{path.name}")
+            partial_path.write_text("".join(json.dumps(record) + "\n" for record in self.records.values()))
+            os.replace(partial_path, path)
+        self.file = path.open("a")
+
+    def add(self, record: dict) -> None:
+        """Append a line, unless its id is there already."""
+        if record["id"] not in self.records:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+            self.records[record["id"]] = record
+
+    def responses(self) -> dict[str, str]:
+        """What was said, by id."""
+        return {id: record["response"] for id, record in self.records.items()}
+
+
+class Notes:
+    """Problems: printed, counted, and written to a file as they come."""
+
+    def __init__(self, path: Path, console: Console):
+        self.console, self.file, self.count = console, path.open("w"), 0
+
+    def add(self, problems: Sequence[str]) -> None:
+        """Note some problems."""
+        for problem in problems:
+            self.count += 1
+            self.file.write(printable(problem) + "\n")
+            self.console.print(printable(problem), style="yellow", highlight=False, markup=False, soft_wrap=True)
+        self.file.flush()
+
+
+def answer(
+    hf: nn.Module, processor, benchmark: Benchmark, parts: Sequence[Part], root: Path, out: Path, settings: dict,
+    console: Console, twin: bool = False, batch_size: int = 4, workers: int = 1, time_limit: float = 60.0,
+    problems: Sequence[str] = (),
+) -> tuple[Lines, Lines | None, int]:  # fmt: skip
+    """Ask all that has no answer in out/predictions.jsonl yet, and append the answers as they come.
+
+    settings: see `open_run`. With twin, answers about twins go to out/twin-predictions.jsonl. Videos that cannot be used
+    are skipped; they stand in out/problems.txt, with `problems`. Returns both files, and the number of problems.
+    """
+    open_run(out, settings)
+    lm = vp.VideoLM(hf).eval() if shares_prefix(hf) else None
+    if lm is None:
+        console.print(
+            f"{hf.config.model_type}: prefixes are not shared: each question is a prompt of its own", highlight=False
+        )
+    with ExitStack() as stack:
+        lock = stack.enter_context((out / "settings.json").open())
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however this process ends
+        except OSError:
+            raise ValueError(f"{out}: another run writes to it; wait for it, or give another --out") from None
+        notes = Notes(out / "problems.txt", console)
+        lines = Lines(out / "predictions.jsonl")
+        twin_lines = Lines(out / "twin-predictions.jsonl") if twin else None
+        files = [f for f in (lines, twin_lines) if f]
+        for file in (notes, *files):
+            stack.callback(file.file.close)
+        notes.add([*problems, *(problem for file in files for problem in file.problems)])
+
+        def is_done(part: Part) -> bool:
+            records = [lines.records.get(q.id) for q in part.questions]
+            return all(r and (not twin or not r["twin"] or r["id"] in twin_lines.records) for r in records)
+
+        # Batches are cut from all parts, not from those that are left: an answer comes from the same batch on any run.
+        batches = [parts[i : i + batch_size] for i in range(0, len(parts), batch_size)]
+        left = [(b, part) for b, batch in enumerate(batches) if not all(map(is_done, batch)) for part in batch]
+        slim = replace(benchmark, questions=[], problems=[])  # what a worker needs of it
+        loader = ClipLoader(
+            [part for _, part in left], Preparation(processor, benchmark.num_frames), workers=workers,
+            time_limit=time_limit, max_bad_share=1.0, shuffle=False,
+            make=partial(make_asked, benchmark=slim, share_prefix=lm is not None, twin=twin),
+        )  # fmt: skip
+        stack.enter_context(loader)
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+        progress = stack.enter_context(Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console))
+        total = sum(len(part.questions) for part in parts)
+        to_do = sum(len(part.questions) for _, part in left)
+        task = progress.add_task(benchmark.name, total=total, completed=total - to_do)
+        for _, group in itertools.groupby(loader.examples(epochs=1), key=lambda pair: left[pair[0]][0]):
+            indices, batch = zip(*group)
+            if batch[0].example is not None:
+                answers = answer_batch(lm, processor, batch, benchmark.max_new_tokens, twin)
+            else:
+                answers = []
+                for i, asked in zip(indices, batch):
+                    try:
+                        answers.append(answer_plain(hf, processor, asked, benchmark.max_new_tokens))
+                    except ValueError as error:
+                        answers.append(([], []))
+                        reason = f"the model or its processor refuses it ({error!r:.160})"
+                        loader.skip(i, f"{left[i][1].where}: {left[i][1].video}: {reason}")
+            for i, asked, (texts, twin_texts) in zip(indices, batch, answers):
+                part = left[i][1] if texts else replace(left[i][1], questions=[])
+                for q, text, twin_text in itertools.zip_longest(part.questions, texts, twin_texts):
+                    record = {
+                        "id": q.id,
+                        "video": os.path.relpath(q.video.resolve(), root.resolve()),
+                        "category": q.category,
+                    }
+                    share = {} if asked.share is None else {"event share": round(asked.share, 6)}
+                    if twin and asked.has_twin:
+                        twin_lines.add(record | {"response": twin_text} | share)
+                    lines.add(record | {"response": text} | share | ({"twin": asked.has_twin} if twin else {}))
+                if twin and part.spans and not asked.has_twin:
+                    notes.add([f"{part.where}: {part.video}: no twin: its key spans {part.spans} hold no slot, or all"])
+            done = sum(len(part.questions) for j, (_, part) in enumerate(left) if j <= indices[-1])
+            progress.update(task, completed=total - to_do + done)
+        for i, reason in loader.skipped.items():
+            notes.add([f"{reason} (skipped; questions without an answer: {len(left[i][1].questions)})"])
+        if twin and (without := sum(len(p.questions) for p in parts if not p.spans)):
+            notes.add([f"{without} questions have no key spans, and so no twin; give --key-spans"])
+        progress.update(task, completed=total)
+    return lines, twin_lines, notes.count
+
+
+# --- What is made of the answers ----------------------------------------------------------------------------------------
+
+
+def perception_gap(benchmark: Benchmark, full: Mapping[str, str], twin: Mapping[str, str]) -> dict[str, dict]:
+    """Full against twin, overall and by category, on the questions that have a twin: see `data.benchmarks.compare`.
+
+    Of each score, `b` is that on the full videos, `a` that on the twins, and `difference` the perception gap.
+    """
+    benchmark = replace(benchmark, questions=[q for q in benchmark.questions if q.id in twin])
+    results, gaps = [score(benchmark, said) for said in (twin, full)], {}
+    categories = list(dict.fromkeys(row["category"] for row in results[0]["rows"]))
+    for category in ("overall", *(categories if len(categories) > 1 else ())):
+        of = [r | {"rows": [x for x in r["rows"] if category in ("overall", x["category"])]} for r in results]
+        gaps[category] = compare(*of)
+    return gaps
+
+
+def show_gap(gaps: Mapping[str, dict], console: Console) -> None:
+    """Print `perception_gap` as a table, in percent."""
+    table = Table("", "score", "questions", "full", "twin", "perception gap", "p", title="perception gap")
+    for category, compared in gaps.items():
+        for name, s in compared["scores"].items():
+            gap = percent({"value": s["difference"], "low": s["low"], "high": s["high"]})
+            cells = [
+                str(s["won"] + s["lost"] + s["tied"]),
+                f"{100 * s['b']:.2f}",
+                f"{100 * s['a']:.2f}",
+                gap,
+                f"{s['p']:.4f}",
+            ]
+            table.add_row(escape(category), escape(name), *cells)
+    console.print(table)
