@@ -175,7 +175,7 @@ def inspect(clip: Clip, s: Settings, models: "Models | None" = None) -> dict:
     spans, curves, confidence, notes = [], [], [], []
     key = torch.zeros(len(frames.pixels) // frames_per_slot, dtype=torch.bool)
     given = clip.key_spans
-    level = 0.3 if s.finders == ("self",) else 0.6  # the model's own evidence is steep: it is taken further down
+    level = finders.peak_level(s.finders)
     for j, of_keyword in enumerate(zip(*evidence)):
         found = finders.combine(of_keyword) if len(of_keyword) > 1 else of_keyword[0]
         curve = found.curve.repeat_interleave(max(1, len(frames.pixels) // len(found.curve)))  # slots to frames
@@ -431,7 +431,7 @@ def plain_hash(hashes: Sequence[str]) -> bool:
     return any(int(h, 16).bit_count() in (0, 64) for h in hashes)
 
 
-def test_set(s: Settings) -> tuple[set[str], Seen]:
+def excluded_clips(s: Settings) -> tuple[set[str], Seen]:
     """File hashes and perceptual hashes of what --exclude names."""
     files, seen = set(), Seen(s.duplicate_bits)
     for path in s.exclude:
@@ -468,7 +468,7 @@ def quota(counts: Counter, target: int) -> int:
 
 def judge(parts: Sequence[Path], s: Settings, console: Console) -> dict[int, tuple[str, str]]:
     """Line numbers of clips that are good by themselves but not beside others, with reason and detail."""
-    files, excluded = test_set(s)
+    files, excluded = excluded_clips(s)
     captions: dict[str, int] = {}
     seen, lost, groups = Seen(s.duplicate_bits), {}, defaultdict(list)
     for record in records_of(parts):
