@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pebble import ProcessExpired, ProcessPool
 from torch import Tensor
 
@@ -191,12 +192,11 @@ def read_frames(
     """Decode the sampled frames of a clip, and no others.
 
     At most max_frames, uniform over the part; with fps, that many a second. With rng, each moment is jittered inside its
-    share. With side, pictures are made that small, on their longer side, while they are decoded. An odd count is filled
-    up to whole slots by showing the last frame again. Raises ClipError with the reason
-    where the file cannot give at least two slots of frames, or where a key span lies behind its end.
+    share. With side, pictures are made that small, on their longer side. An odd count is filled up to whole slots by
+    showing the last frame again. Raises ClipError with the reason where the file cannot give at least two slots of frames,
+    or where a key span lies behind its end.
     """
     from torchcodec.decoders import VideoDecoder  # late: what runs on synthetic input alone needs no FFmpeg
-    from torchcodec.transforms import Resize
 
     path = clip.video
     if not path.exists():
@@ -206,7 +206,8 @@ def read_frames(
     if path.stat().st_size == 0:
         raise ClipError(f"{clip.where}: {path}: the file is empty")
     try:
-        decoder = VideoDecoder(path)
+        # (F, H, W, C) is what the decoder makes, and what torch makes smaller fastest.
+        decoder = VideoDecoder(path, dimension_order="NCHW" if side is None else "NHWC")
         about = decoder.metadata
         begin, stop, native_fps = about.begin_stream_seconds, about.end_stream_seconds, about.average_fps
         if not native_fps or begin is None or stop is None:
@@ -224,21 +225,37 @@ def read_frames(
         if fps is not None:
             count = min(count, max(2 * frames_per_slot, round(duration * fps)))
         times = [begin + clip.start + t for t in sample_times(duration, count, rng)]
-        if side is not None and max(about.height, about.width) > side:
-            scale = side / max(about.height, about.width)
-            size = (max(8, round(about.height * scale)), max(8, round(about.width * scale)))
-            decoder = VideoDecoder(path, transforms=[Resize(size)])
-        decoded = decoder.get_frames_played_at(times)
+        if side is None:
+            decoded = decoder.get_frames_played_at(times)
+            pixels, seconds = decoded.data, decoded.pts_seconds
+        else:
+            pixels, seconds = decode_small(decoder, times, side)
     except (RuntimeError, ValueError, IndexError, OSError) as error:
         if isinstance(error, ClipError):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ClipError(f"{clip.where}: {path}: cannot be decoded ({reason[:160]})") from None
-    pixels, timestamps = decoded.data, (decoded.pts_seconds - begin - clip.start).clamp(min=0).tolist()
+    timestamps = (seconds - begin - clip.start).clamp(min=0).tolist()
     if pad := -len(pixels) % frames_per_slot:
         pixels = torch.cat([pixels, pixels[-1:].expand(pad, -1, -1, -1)])
         timestamps += timestamps[-1:] * pad
     return Frames(pixels, timestamps, native_fps, duration)
+
+
+def decode_small(decoder, times: Sequence[float], side: int) -> tuple[Tensor, Tensor]:
+    """Frames (F, C, h, w) uint8, at most `side` on their longer side, and the seconds (F,) at which they begin to show.
+
+    Decoded a few at a time: only small pictures are kept, and large ones do not leave the processor's cache.
+    """
+    pixels, seconds = [], []
+    for i in range(0, len(times), 4):
+        frames = decoder.get_frames_played_at(times[i : i + 4])
+        large = frames.data.permute(0, 3, 1, 2)
+        scale = min(1.0, side / max(large.shape[-2:]))
+        size = [max(8, round(n * scale)) for n in large.shape[-2:]]
+        pixels.append(F.interpolate(large, size=size, mode="bilinear", antialias=True) if scale < 1 else large)
+        seconds.append(frames.pts_seconds)
+    return torch.cat(pixels).contiguous(), torch.cat(seconds)
 
 
 # --- Examples ------------------------------------------------------------------------------------------------------------
