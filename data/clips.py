@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pebble import ProcessExpired, ProcessPool
 from torch import Tensor
 
@@ -207,7 +208,6 @@ def read_frames(
     behind the end.
     """
     from torchcodec.decoders import VideoDecoder  # late: what runs on synthetic input alone needs no FFmpeg
-    from torchcodec.transforms import Resize
     from torchvision.io import ImageReadMode, decode_image
 
     path = clip.video
@@ -225,7 +225,8 @@ def read_frames(
                 raise ClipError(f"{clip.where}: {path}: no picture called by a number, like 00001.jpg, is in it")
             begin, stop, native_fps = 0.0, len(pictures) / clip.frames_per_second, clip.frames_per_second
         else:
-            decoder = VideoDecoder(path)
+            # (F, H, W, C) is what the decoder makes, and what torch makes smaller fastest.
+            decoder = VideoDecoder(path, dimension_order="NCHW" if side is None else "NHWC")
             about = decoder.metadata
             begin, stop, native_fps = about.begin_stream_seconds, about.end_stream_seconds, about.average_fps
         if not native_fps or begin is None or stop is None:
@@ -249,13 +250,11 @@ def read_frames(
             at = [min(int(t * native_fps), len(pictures) - 1) for t in times]
             pixels = torch.stack([decode_image(str(pictures[k]), ImageReadMode.RGB) for k in at])
             begins = torch.tensor(at, dtype=torch.float64) / native_fps
-        else:
-            if side is not None and max(about.height, about.width) > side:
-                scale = side / max(about.height, about.width)
-                size = (max(8, round(about.height * scale)), max(8, round(about.width * scale)))
-                decoder = VideoDecoder(path, transforms=[Resize(size)])
+        elif side is None:
             decoded = decoder.get_frames_played_at(times)
             pixels, begins = decoded.data, decoded.pts_seconds
+        else:
+            pixels, begins = decode_small(decoder, times, side)
     except (RuntimeError, ValueError, IndexError, OSError) as error:
         if isinstance(error, ClipError):
             raise
@@ -266,6 +265,22 @@ def read_frames(
         pixels = torch.cat([pixels, pixels[-1:].expand(pad, -1, -1, -1)])
         timestamps += timestamps[-1:] * pad
     return Frames(pixels, timestamps, native_fps, duration)
+
+
+def decode_small(decoder, times: Sequence[float], side: int) -> tuple[Tensor, Tensor]:
+    """Frames (F, C, h, w) uint8, at most `side` on their longer side, and the seconds (F,) at which they begin to show.
+
+    Decoded a few at a time: only small pictures are kept, and large ones do not leave the processor's cache.
+    """
+    pixels, seconds = [], []
+    for i in range(0, len(times), 4):
+        frames = decoder.get_frames_played_at(times[i : i + 4])
+        large = frames.data.permute(0, 3, 1, 2)
+        scale = min(1.0, side / max(large.shape[-2:]))
+        size = [max(8, round(n * scale)) for n in large.shape[-2:]]
+        pixels.append(F.interpolate(large, size=size, mode="bilinear", antialias=True) if scale < 1 else large)
+        seconds.append(frames.pts_seconds)
+    return torch.cat(pixels).contiguous(), torch.cat(seconds)
 
 
 # --- Examples ------------------------------------------------------------------------------------------------------------

@@ -59,6 +59,8 @@ REASONS = {
     "not drawn": "its action or duration is full (--target)",
 }
 
+SIDE = 64  # what motion and pictures are judged on: the longer side, in pixels
+
 
 @dataclass
 class Settings:
@@ -119,7 +121,7 @@ class Settings:
 
 def difference_hash(picture: Tensor) -> int:
     """64 bits that say, in a grid of 8 by 8, where a picture (C, H, W) grows darker to the right, by more than noise."""
-    small = F.interpolate(picture.float().mean(0)[None, None], size=(8, 9), mode="area")[0, 0]
+    small = F.interpolate(picture.mean(0)[None, None], size=(8, 9), mode="area")[0, 0]
     bits = (small[:, 1:] < small[:, :-1] - 3).flatten().tolist()
     return sum(bit << i for i, bit in enumerate(bits))
 
@@ -130,11 +132,11 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def fingerprint(clip: Clip, frames: Frames) -> dict:
+def fingerprint(clip: Clip, pixels: Tensor) -> dict:
     """What tells that two clips are the same: file, part and pictures at a quarter, half and three quarters."""
-    places = [len(frames.pixels) * k // 4 for k in (1, 2, 3)]
-    hashes = [f"{difference_hash(frames.pixels[i]):016x}" for i in places]
-    gray = F.interpolate(frames.pixels[places].float().mean(1, keepdim=True), size=(16, 16), mode="area")
+    places = [len(pixels) * k // 4 for k in (1, 2, 3)]
+    hashes = [f"{difference_hash(pixels[i]):016x}" for i in places]
+    gray = F.interpolate(pixels[places].mean(1, keepdim=True), size=(16, 16), mode="area")
     pictures = gray.round().byte().numpy().tobytes().hex()
     return {"sha256": file_hash(clip.video), "hashes": hashes, "pictures": pictures}
 
@@ -153,12 +155,12 @@ def inspect(clip: Clip, s: Settings, models: "Models | None" = None) -> dict:
     """Everything that is found out about one clip with keywords: a JSON record, `rejected` naming what is wrong with it."""
     frames_per_slot = 2
     try:
-        side = 128 if models is None else None  # models want to see more
+        side = SIDE if models is None else None  # models want to see more
         frames = read_frames(clip, s.max_frames, s.fps, frames_per_slot=frames_per_slot, side=side)
     except ClipError as error:
         return {"rejected": "unreadable", "detail": str(error)}
-    pixels = finders.shrink(frames.pixels)
-    record = {"duration": round(frames.duration, 3)} | fingerprint(clip, frames)
+    pixels = finders.shrink(frames.pixels, SIDE)
+    record = {"duration": round(frames.duration, 3)} | fingerprint(clip, pixels)
     if frames.duration < s.min_seconds:
         return record | {"rejected": "too short", "detail": f"{frames.duration:.2f} s"}
     if frames.duration > s.max_seconds:
@@ -175,7 +177,7 @@ def inspect(clip: Clip, s: Settings, models: "Models | None" = None) -> dict:
     spans, curves, confidence, notes = [], [], [], []
     key = torch.zeros(len(frames.pixels) // frames_per_slot, dtype=torch.bool)
     given = clip.key_spans
-    level = 0.3 if s.finders == ("self",) else 0.6  # the model's own evidence is steep: it is taken further down
+    level = finders.peak_level(s.finders)
     for j, of_keyword in enumerate(zip(*evidence)):
         found = finders.combine(of_keyword) if len(of_keyword) > 1 else of_keyword[0]
         curve = found.curve.repeat_interleave(max(1, len(frames.pixels) // len(found.curve)))  # slots to frames
@@ -431,7 +433,7 @@ def plain_hash(hashes: Sequence[str]) -> bool:
     return any(int(h, 16).bit_count() in (0, 64) for h in hashes)
 
 
-def test_set(s: Settings) -> tuple[set[str], Seen]:
+def excluded_clips(s: Settings) -> tuple[set[str], Seen]:
     """File hashes and perceptual hashes of what --exclude names."""
     files, seen = set(), Seen(s.duplicate_bits)
     for path in s.exclude:
@@ -445,7 +447,7 @@ def test_set(s: Settings) -> tuple[set[str], Seen]:
             videos = [parse_line(text, f"{path}:{n}", path.parent) for n, text in lines_of(path)]
         for clip in videos:
             try:
-                about = fingerprint(clip, read_frames(clip, s.max_frames, s.fps, side=128))
+                about = fingerprint(clip, read_frames(clip, s.max_frames, s.fps, side=SIDE).pixels.float())
             except ClipError as error:
                 raise ClipError(f"--exclude: {error}") from None
             files.add(about["sha256"])
@@ -468,7 +470,7 @@ def quota(counts: Counter, target: int) -> int:
 
 def judge(parts: Sequence[Path], s: Settings, console: Console) -> dict[int, tuple[str, str]]:
     """Line numbers of clips that are good by themselves but not beside others, with reason and detail."""
-    files, excluded = test_set(s)
+    files, excluded = excluded_clips(s)
     captions: dict[str, int] = {}
     seen, lost, groups = Seen(s.duplicate_bits), {}, defaultdict(list)
     for record in records_of(parts):

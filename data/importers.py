@@ -248,8 +248,9 @@ def activitynet(s: Settings, refuse: Refuse) -> Iterator[Record]:
     """ActivityNet Captions, train.json, val_1.json, val_2.json: {"v_ID": {"duration": 82.7, "timestamps": [[0.8, 19.9],
     ...], "sentences": [" Text. ", ...]}}. A clip for each sentence. Files may be called v_ID or ID.
 
-    Checked in ranjaykrishna/densevid_eval, evaluate.py (timestamps and sentences, paired by index); the key's form and
-    "duration" in several public loaders of train.json.
+    Checked in ranjaykrishna/densevid_eval, evaluate.py (timestamps and sentences, paired by index); keys, "duration" and
+    the blanks before sentences on entries that tychen-SJTU/MECD-Benchmark, captions/train.json, took over. The file itself
+    was not at hand.
     """
     names = {"video": "key", "caption": "sentences", "start": "timestamps", "end": "timestamps"}
     for key, entry in read_json(s.source, dict, 'ActivityNet Captions: {"v_ID": {"duration", "timestamps", "sentences"}}'):
@@ -271,7 +272,7 @@ def charades(s: Settings, refuse: Refuse) -> Iterator[Record]:
     """Charades, Charades_v1_train.csv: id, ..., descriptions, actions ("c092 11.90 21.20;..."), length. `descriptions` are
     captions of the whole video, parted by ";": a clip for each. The action classes are no captions and are not read.
 
-    Checked in HuggingFaceM4/charades, charades.py; prior.allenai.org/projects/data/charades/README.txt lists the files.
+    Checked on rows of the file itself, of which DhanashreeA/KRProject, Charades/Charades_v1_train.csv, is a copy.
     """
     for where, row in read_table(s.source, ["id", "descriptions"], refuse):
         texts = [text for text in row.get("descriptions", "").split(";") if text.strip()] or [""]
@@ -282,7 +283,8 @@ def charades(s: Settings, refuse: Refuse) -> Iterator[Record]:
 def charades_sta(s: Settings, refuse: Refuse) -> Iterator[Record]:
     """Charades-STA, charades_sta_train.txt: lines "AO8RW 0.0 6.9##a person is putting a book on a shelf.".
 
-    Checked in several public loaders that quote this line of the file; the authors' repository does not hold it.
+    Checked in several public loaders that quote this line and split it so; the file, which the authors' jiyanggao/TALL
+    links to and does not hold, was not at hand.
     """
     for where, line in read_lines(s.source):
         head, _, sentence = line.partition("##")
@@ -298,8 +300,8 @@ def dream_1k(s: Settings, refuse: Refuse) -> Iterator[Record]:
     "reference"), the earlier one with "text": {"prompt", "response"}, and metadata.json with "description" and
     "video_file". Files are called 1.mp4, ...: of a path, only the name counts.
 
-    Checked in bytedance/tarsier, data/annotations/DREAM-1k.jsonl (first two forms) and data/fill_in_video_file.ipynb; the
-    fields of the third in the card of the hub's dataset omni-research/DREAM-1K.
+    Checked on lines of the file itself in bytedance/tarsier, data/annotations/DREAM-1k.jsonl, at two commits (first two
+    forms); the third on the fields that the card of the hub's dataset omni-research/DREAM-1K lists.
     """
     for where, entry in read_objects(s.source, "DREAM-1K: an object a line with messages, text or description", refuse):
         try:
@@ -322,7 +324,7 @@ def motionbench(s: Settings, refuse: Refuse) -> Iterator[Record]:
     """MotionBench's caption training set, MotionBenchCaption-train/train.jsonl, videos in its folder videos/:
     {"video_path": "ID.mp4", "motion_caption": "Text."}.
 
-    Checked: the files in the listing of the hub's dataset zai-org/MotionBench; the two fields only in a public loader of
+    Checked: the files in the listing of the hub's dataset zai-org/MotionBench; the two fields only in one public loader of
     the set (class MotionBenchCaption, olmo/data/academic_video_datasets.py), as its own card does not name them.
     """
     names = {"video": "video_path", "caption": "motion_caption"}
@@ -334,7 +336,8 @@ def vru_accident(s: Settings, refuse: Refuse) -> Iterator[Record]:
     """VRU-Accident, MetaData/S/S_Dense_Caption.json for each of four sources S: {"./VRU_videos/S/VRU_1": {"gt": "Text."}}.
     Names repeat between sources, so the folder S counts. SOURCE may be one file or the MetaData folder.
 
-    Checked in Kimyounggun99/VRU-Accident, README.md (files); the key and "gt" in public loaders of the files.
+    Checked in Kimyounggun99/VRU-Accident: README.md (files), load_json_captions in utils/ ("gt"); the key, with or without
+    .mp4, in public loaders of the files. The files themselves, on the hub, were not at hand.
     """
     sources = sorted(s.source.rglob("*_Dense_Caption.json")) if s.source.is_dir() else [s.source]
     if not sources:
@@ -350,7 +353,9 @@ def something_something(s: Settings, refuse: Refuse) -> Iterator[Record]:
     "template": "Moving [part] of [something]", "placeholders": ["drawer", "night stand"]}, ...]. The label is the caption;
     test.json has none.
 
-    Checked in HuggingFaceM4/something_something_v2 on the hub: the label is the text, the template the class.
+    Checked in facebookresearch/SlowFast, slowfast/datasets/ssv2.py (a list; id, template); that the label is the text and
+    the template the class, with this example, in the card of the hub's dataset HuggingFaceM4/something_something_v2. The
+    file, under a licence of its own, was not at hand.
     """
     for where, entry in read_objects(s.source, 'Something-Something v2: [{"id", "label", "template", ...}]', refuse):
         yield Record(where, entry.get("id"), entry.get("label"), {"video": "id", "caption": "label"})

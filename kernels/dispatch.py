@@ -18,14 +18,20 @@ except ImportError:  # an installation for the CPU may lack Triton: the kernels 
 
 HAS_TRITON = hasattr(triton, "cdiv")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels then run on the CPU, slowly: for tests only
+# VIDEOPERCEIVER_KERNELS=0 takes the references on a GPU, too; 1 the kernels under the interpreter, too.
+FORCED = {"": None, "0": False, "1": True}.get(ASKED := os.environ.get("VIDEOPERCEIVER_KERNELS", ""), ASKED)
+if FORCED is ASKED:
+    raise ValueError(f"VIDEOPERCEIVER_KERNELS: got {ASKED!r}; give 0 (references), 1 (kernels) or nothing (by the device)")
 
 
 def takes_kernel(use_kernel: bool | None, *tensors: Tensor | None) -> bool:
     """Whether a call takes the kernel: None asks for it where all tensors are on a GPU that the tiles fit on, and it can.
 
-    use_kernel False never does, True always does and fails loudly where it cannot. float64 has no kernel.
+    use_kernel False never does, True always does and fails loudly where it cannot. float64 has no kernel. Where
+    VIDEOPERCEIVER_KERNELS is 0 or 1, it stands in for None.
     """
     tensors = [x for x in tensors if x is not None]
+    use_kernel = FORCED if use_kernel is None else use_kernel
     able = HAS_TRITON and all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) for x in tensors)
     if use_kernel is None:
         return able and not INTERPRETED and all(fits(x.device) for x in tensors)

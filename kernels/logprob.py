@@ -91,7 +91,7 @@ def sum_stretches(
         p = tl.exp(z - shift[:, None])
         scale = tl.exp(top - shift)
         total = total * scale + tl.sum(p, 1)
-        weighted = weighted * scale + tl.sum(tl.where(p > 0, p * z, 0.0), 1)
+        weighted = weighted * scale + tl.sum(p * tl.where(p > 0, z, 0.0), 1)
         chosen += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
         top = new_top
     out = stretch * M + rows

@@ -208,6 +208,27 @@ def test_parts_of_a_video(tmp_path):
         read_frames(Clip(tmp_path / "a.mp4", "x", "a", keywords=["k"], key_spans=[[[3.0, 4.0]]]), 16)
 
 
+SHAPES = [(96, 160, (38, 64)), (160, 96, (64, 38)), (16, 400, (8, 64)), (48, 64, (48, 64))]
+
+
+@pytest.mark.parametrize("height, width, want", SHAPES)
+def test_small_pictures(tmp_path, height, width, want):
+    """With side: the same moments and pictures, the longer side as asked, every pixel counted; small ones as they are."""
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 255, (11, 3, height // 8, width // 8), generator=g, dtype=torch.uint8)
+    pictures = torch.nn.functional.interpolate(noise, size=(height, width))
+    pictures[:, :, ::2] //= 4  # dark lines: a picture made small by leaving lines out would come out too dark or too bright
+    VideoEncoder(pictures.contiguous(), frame_rate=8).to_file(tmp_path / "a.mp4", crf=1, pixel_format="yuv444p")
+    clip = Clip(tmp_path / "a.mp4", "x", "a")
+    large, small = read_frames(clip, 9), read_frames(clip, 9, side=64)
+    assert small.timestamps == large.timestamps and len(small.pixels) == 10 and small.pixels.dtype == torch.uint8
+    assert tuple(small.pixels.shape[1:]) == (3, *want) and small.pixels.is_contiguous()
+    wanted = torch.nn.functional.interpolate(large.pixels.float(), size=want, mode="bilinear", antialias=True)
+    assert (small.pixels - wanted).abs().mean() < 1
+    means = [x.pixels.float().mean((2, 3)) for x in (small, large)]
+    assert (means[0] - means[1]).abs().max() < 8
+
+
 def test_jitter_is_seeded(world, qwen2_5):
     """Jitter moves frames, stays in each frame's share, and repeats with its seed."""
     rngs = [np.random.default_rng(s) for s in (1, 1, 2)]

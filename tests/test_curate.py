@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -215,6 +216,35 @@ def test_broken_files_cost_their_clip_only(world, tmp_path):
     assert len(clips) + len(rejected) == 40 and len(rejected) > 10
     assert {x["reason"] for x in rejected} <= {"unreadable", "frozen", "duplicate clip", "no event found", "too short",
                                               "twin looks like the full video", "event fills the clip"}  # fmt: skip
+
+
+def work_or_hang(clip):
+    """What a worker does, but for clips whose name says hang or die. Workers import it from here."""
+    if clip.video.name.startswith("hang"):
+        clip.video.with_suffix(".pid").write_text(str(os.getpid()))
+        threading.Event().wait()
+    if clip.video.name.startswith("die"):
+        os._exit(11)
+    return curate._work(clip)
+
+
+def test_a_decoder_that_hangs_costs_its_time_limit_and_its_clip_only(world, tmp_path, monkeypatch):
+    """Two clips hang, one kills its worker: each is in rejected.jsonl with its reason, the rest as without them."""
+    lines = world_lines(world, 7)
+    sound = write(world / "sound.jsonl", [x for i, x in enumerate(lines) if i not in (1, 2, 4)])
+    undisturbed, _ = curated(sound, tmp_path / "a")
+    for i, name in ((1, "hang-1.mp4"), (2, "die.mp4"), (4, "hang-2.mp4")):
+        shutil.copy(world / lines[i]["video"], world / name)
+        lines[i]["video"] = name
+    monkeypatch.setattr(curate, "_work", work_or_hang)
+    clips, rejected = curated(write(world / "hanging.jsonl", lines), tmp_path / "b", workers=2, time_limit=3.0)
+    assert clips == undisturbed and len(clips) == 4
+    assert [(x["line"], x["reason"]) for x in rejected] == [(i, "unreadable") for i in (2, 3, 5)]
+    for x, said in zip(rejected, ("hung for 3 s", "crashed (exit code 11)", "hung for 3 s")):
+        assert said in x["detail"] and f"hanging.jsonl:{x['line']}" in x["detail"] and x["source"]["video"] in x["detail"]
+    for name in ("hang-1.pid", "hang-2.pid"):  # stopped, not left behind
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((world / name).read_text()), 0)
 
 
 def test_a_kill_changes_no_byte(world, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from kernels import contrastive, dispatch, logprob, reward
+from kernels.bench import compare_runs
 from kernels.contrastive import KeyTokens, contrastive_loss, contrastive_op, contrastive_reference, ids_shown
 from kernels.logprob import cross_entropy_from_states, log_probs_from_states, log_probs_op
 from kernels.reward import REWARDS, Texts, pack_texts, paired_reward_op, paired_rewards, score_batch
@@ -396,13 +397,21 @@ def test_rewards_is_a_good_operator():
 
 
 @pytest.mark.parametrize("names", [("float32", "float64"), ("float32",)])
-def test_dispatch(names):
+def test_dispatch(names, monkeypatch):
     """The CPU takes the reference; asking for a kernel that cannot run fails loudly."""
     tensors = [torch.ones(1, dtype=getattr(torch, name)) for name in names]
     assert not dispatch.takes_kernel(None, *tensors, None) and not dispatch.takes_kernel(False, *tensors)
+    monkeypatch.setattr(dispatch, "FORCED", False)
+    assert not dispatch.takes_kernel(None, *tensors)
+    monkeypatch.setattr(dispatch, "FORCED", True)  # stands in for None only
+    assert not dispatch.takes_kernel(False, *tensors)
     if not dispatch.INTERPRETED or "float64" in names:
         with pytest.raises(ValueError, match="use_kernel"):
             dispatch.takes_kernel(True, *tensors)
+        with pytest.raises(ValueError, match="use_kernel"):
+            dispatch.takes_kernel(None, *tensors)
+    else:
+        assert dispatch.takes_kernel(None, *tensors)
 
 
 @pytest.mark.skipif(dispatch.INTERPRETED or ON_GPU or not dispatch.HAS_TRITON, reason="for machines without a GPU")
@@ -411,7 +420,7 @@ def test_benchmark_without_a_gpu():
     command = [sys.executable, "-m", "kernels.bench"]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "No GPU" in done.stdout and done.stdout.count("eager") == 6
+    assert "No GPU" in done.stdout and done.stdout.count("eager") == 6 and done.stdout.count("public function") == 3
 
 
 # Every kernel, with the name of the block that its product sums over.
@@ -464,24 +473,39 @@ def test_compiles_for_a_gpu(module, name, dtype, tmp_path, monkeypatch):
 @kernel_test
 @pytest.mark.parametrize("checkpoint", ["qwen2_5_vl"], indirect=True)
 def test_training_steps_through_the_kernels(lm, ragged, monkeypatch):
-    """Two steps of stage 1, and the log-probs of stage 2, give what the references give: losses within 1e-4."""
+    """Three steps of stage 1, then log-probs and rewards of stage 2, as the references have them: within 1e-4.
+
+    `python -m kernels.bench --training 50` does the same for both scripts, as long as one likes.
+    """
     ragged = ragged[:2]
     batch, before = lm.collate(ragged).to(DEVICE), copy.deepcopy(lm.state_dict())
     lm.to(DEVICE)
     packed = lm.pack_rollouts(ragged, [[e.input_ids[-4:], e.input_ids[-3:]] for e in ragged]).to(DEVICE)
-    results = []
+    texts, results = text_case(6, 2, 16), []
     for use_kernel in (True, False):
-        for module in (contrastive, logprob):
-            monkeypatch.setattr(module, "takes_kernel", lambda *_, use=use_kernel: use)
+        monkeypatch.setattr(dispatch, "FORCED", use_kernel)
         lm.load_state_dict(before)
-        optimizer, losses = torch.optim.SGD(lm.parameters(), 0.01), []
-        for _ in range(2):
+        optimizer, losses = torch.optim.AdamW(lm.parameters(), 7e-4, betas=(0.9, 0.99)), []
+        for _ in range(3):
             out = lm(batch)
             (out.lm_loss / len(batch.label_ids) + out.contrastive_loss / len(batch.keyword_ids)).backward()
             optimizer.step()
             optimizer.zero_grad()
             losses += [out.lm_loss / len(batch.label_ids), out.contrastive_loss / len(batch.keyword_ids)]
         logp, entropy = lm.log_probs(packed, lm.encode_examples(ragged))
-        results.append((torch.stack(losses).detach(), logp.detach(), entropy))
+        rewards = torch.cat([x for prompt in paired_rewards(texts) for x in prompt])
+        results.append((torch.stack(losses).detach(), logp.detach(), entropy, rewards))
     for got, want in zip(*results):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_comparing_runs():
+    """Losses, rewards and policy of each step, nothing else; what is no number never passes; a missing step is loud."""
+    one = {"step": 2, "loss/lm": 1.0, "reward/total": 0.5, "policy/kl": 0.25, "perf/x": 1.0, "lr": 1.0}
+    two = one | {"reward/total": 0.25, "policy/kl": 0.375, "perf/x": 9.0, "lr": 2.0}
+    (row,) = compare_runs([one], [two])
+    assert row["step"] == 2 and row["difference"] == 0.25 and row["policy/kl"] == (0.25, 0.375) and "lr" not in row
+    for broken in ({"policy/kl": math.nan}, {"loss/lm": math.nan}):
+        assert compare_runs([one], [one | broken])[0]["difference"] == math.inf
+    with pytest.raises(ValueError):
+        compare_runs([one, one], [one])
