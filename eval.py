@@ -22,14 +22,11 @@ the description), and similarity of the static part (all but that sentence).
 """
 
 import json
-import multiprocessing
 import re
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -44,13 +41,12 @@ from rich.table import Table
 
 import vp
 from data import answers, benchmarks, probes
-from data.clips import PROMPT, Clip, ClipError, ClipLoader, Preparation, chat, load_clips, make_example, read_frames
-from data.memory import held_bytes, peak_bytes
-from data.models import gathered, load_pretrained, save_model
+from data.clips import PROMPT, Clip, ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
+from data.cost import CostSettings, run_cost, step_seconds
+from data.models import gathered, load_model, load_plain, load_pretrained, save_model
 from data.runs import describe_environment
 from data.score_report import read_results, show_comparison, show_scores
 from data.scoring import score_description
-from data.tiny import build_tiny
 
 
 @dataclass
@@ -131,29 +127,6 @@ class ReportSettings:
 
 
 @dataclass
-class CostSettings:
-    """Time and memory with shared prefixes against the plain way, on random pixels; results must be equal."""
-
-    what: Literal["stage-2", "questions"] = "stage-2"
-    """Rollouts and updates of stage 2, or questions about one video."""
-    model: str | None = None
-    """Qwen2.5-VL checkpoint (default: the tiny one, made on the spot)."""
-    visual_tokens: int = 1024
-    """Visual tokens of the clip, a multiple of 16."""
-    new_tokens: int = 64
-    """Tokens of a description, or of an answer."""
-    rollouts: int = 8
-    """G, descriptions of the full video, and of the twin; or the number of questions."""
-    repeats: int = 5
-    """Runs of each, in turn; medians are shown."""
-    out: Path = Path("runs/cost")
-    """Folder of cost.json and cost.md."""
-
-
-LORA = ["--lora-rank", "16", "--steps", "300", "--learning-rate", "2e-3", "--eval-every", "-1"]
-
-
-@dataclass
 class ScoreSettings:
     """Score predictions on a public benchmark, or compare two results. Needs no model and no videos."""
 
@@ -215,6 +188,7 @@ class RunSettings:
     """Seconds after which a decoder counts as hung."""
 
 
+LORA = ["--lora-rank", "16", "--steps", "300", "--learning-rate", "2e-3", "--eval-every", "-1"]
 VARIANTS = {
     1: {"caption loss alone": ["--contrastive-weight", "0"], "+ contrastive, twin (default)": []},
     2: {"relative (default)": [], "similarity": ["--reward", "similarity"]},
@@ -230,20 +204,6 @@ ABLATIONS = {
         "relative, divided by spread": ["--divide-by-spread"],
     },
 }
-
-
-def load_plain(model: str) -> tuple[torch.nn.Module, object]:
-    """A Hugging Face model on the best device at hand, and its processor."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    hf, processor = load_pretrained(model, dtype)
-    return hf.to(device).eval(), processor
-
-
-def load_model(model: str) -> tuple[vp.VideoLM, object]:
-    """A VideoLM on the best device at hand, and its processor."""
-    hf, processor = load_plain(model)
-    return vp.VideoLM(hf), processor
 
 
 @torch.no_grad()  # not inference_mode: FSDP2 keeps buffers that it gathers here, and trains with them
@@ -483,174 +443,6 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
     (out / "results.json").write_text(json.dumps(results | about, indent=1) + "\n")
     console.print(f"{out}: predictions.jsonl, results.json; problems.txt: {num_problems}", highlight=False, soft_wrap=True)
     return results
-
-
-def step_seconds(model: str, data: Path, pairs: int = 30, batch_size: int = 16) -> tuple[float, float]:
-    """Median seconds of a training step with and without the contrastive loss, the two in turn on the same batches."""
-    lm, processor = load_model(model)
-    lm.train()
-    optimizer = torch.optim.AdamW(lm.parameters(), 1e-5)
-    clips, _ = load_clips(data)
-    loader = ClipLoader(clips, Preparation(processor), workers=0)
-    stream, seconds = loader.examples(), ([], [])
-    for _ in range(pairs):
-        batch = lm.collate([next(stream)[1] for _ in range(batch_size)])
-        for contrastive in (True, False):
-            began = time.perf_counter()
-            out = lm(batch, contrastive)
-            (out.lm_loss / len(batch.label_ids) + out.contrastive_loss / len(batch.keyword_ids)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds[not contrastive].append(time.perf_counter() - began)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
-
-
-def long_example(lm: vp.VideoLM, processor, visual_tokens: int) -> vp.Example:
-    """A clip of random pixels with a prompt, a third of its slots key."""
-    generator = torch.Generator().manual_seed(0)
-    vision, num_slots = lm.config.vision_config, visual_tokens // 16
-    text = chat(processor, PROMPT)
-    ids = processor.tokenizer(text.replace("<|video_pad|>", "<|video_pad|>" * visual_tokens)).input_ids
-    ids = torch.tensor(ids)
-    key = torch.zeros(num_slots, dtype=torch.bool)
-    key[num_slots // 3 : 2 * num_slots // 3] = True
-    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    return vp.Example(
-        name="random", input_ids=ids, token_types=2 * (ids == lm.config.video_token_id).long(), prompt_length=len(ids),
-        pixels=torch.randn(num_slots * 64, width, generator=generator), grid=torch.tensor([num_slots, 8, 8]),
-        seconds_per_slot=0.5, source=vp.twin_sources(key), keywords=[], keyword_ids=[], keyword_slots=[],
-    )  # fmt: skip
-
-
-def cost_jobs(settings: CostSettings) -> dict:
-    """The four things that are measured, by name: each runs once when called and returns what the other must equal."""
-    lm, processor = load_model(settings.model)
-    hf, example, G = lm.hf, long_example(lm, processor, settings.visual_tokens), settings.rollouts
-    device = lm.base.lm_head.weight.device
-    hf.generation_config.eos_token_id = lm.config.text_config.vocab_size  # none: every description is as long as it may be
-    generator = torch.Generator().manual_seed(1)
-    ys = [[torch.randint(0, 256, (settings.new_tokens,), generator=generator) for _ in range(G)]]
-    with torch.no_grad():
-        video = lm.encode_examples([example])
-    hf.model.visual.requires_grad_(False)
-    per_slot = len(example.pixels) // int(example.grid[0])
-    degraded = example.pixels.view(-1, per_slot, example.pixels.shape[1])[example.source].flatten(0, 1)
-
-    def update(share: bool) -> torch.Tensor:
-        lm.shares_prefix = share
-        logp, _ = lm.log_probs(lm.pack_rollouts([example], ys).to(device), video)
-        advantage = torch.linspace(-1, 1, G, device=device).repeat_interleave(settings.new_tokens)
-        vp.grpo_loss(logp, logp.detach(), None, advantage, torch.ones_like(logp))[0].backward()
-        gradient = hf.model.language_model.layers[0].self_attn.q_proj.weight.grad.clone()
-        hf.zero_grad()
-        return torch.cat([logp.detach(), gradient.flatten()])
-
-    def shared_rollouts() -> torch.Tensor:
-        lm.shares_prefix = True
-        return lm.roll_out([example], G, G, settings.new_tokens)[0].tokens[0]
-
-    def generate_twice() -> torch.Tensor:
-        parts = []
-        for pixels in (example.pixels, degraded):
-            inputs = {"input_ids": example.input_ids[None], "mm_token_type_ids": example.token_types[None]}
-            inputs |= {"pixel_values_videos": pixels, "video_grid_thw": example.grid[None]}
-            inputs |= {
-                "second_per_grid_ts": torch.tensor([0.5]),
-                "attention_mask": torch.ones_like(example.input_ids)[None],
-            }
-            inputs = {k: v.to(device) for k, v in inputs.items()}
-            # num_return_sequences needs sampling; top_k=1 makes it greedy, so that the tokens can be compared
-            out = hf.generate(
-                **inputs, max_new_tokens=settings.new_tokens, do_sample=True, top_k=1, num_return_sequences=G,
-                suppress_tokens=lm.banned.tolist(),
-            )  # fmt: skip
-            parts.append(out[:, example.prompt_length :])
-        return torch.cat(parts)
-
-    jobs = {"update, separate sequences": lambda: update(False), "update, shared prefix": lambda: update(True)}
-    return jobs | {"rollouts, two generate()": generate_twice, "rollouts, shared prefix": shared_rollouts}
-
-
-def question_jobs(settings: CostSettings) -> dict:
-    """The same for questions about one video: a generate() each against one prefill for all."""
-    lm, processor = load_model(settings.model)
-    example, device = long_example(lm, processor, settings.visual_tokens), lm.base.lm_head.weight.device
-    lm.hf.generation_config.eos_token_id = lm.config.text_config.vocab_size  # none: every answer is as long as it may be
-    shared = int((example.input_ids == lm.config.vision_end_token_id).nonzero()[-1]) + 1
-    tails = []
-    for i in range(settings.rollouts):  # questions of unequal length
-        text = chat(processor, f"Question {i}: " + "what happens then, " * (i % 3 + 1) + "and why?")
-        ids = torch.tensor(processor.tokenizer(text).input_ids)
-        tails.append(ids[int((ids == lm.config.vision_end_token_id).nonzero()[-1]) + 1 :])
-    prefix = {"input_ids": example.input_ids[:shared], "token_types": example.token_types[:shared]}
-    prefix = replace(example, **prefix, prompt_length=shared, source=None)
-
-    def one_each() -> torch.Tensor:
-        said = []
-        for tail in tails:
-            ids = torch.cat([prefix.input_ids, tail])
-            inputs = {"input_ids": ids[None], "mm_token_type_ids": 2 * (ids == lm.config.video_token_id).long()[None]}
-            inputs |= {"pixel_values_videos": example.pixels, "video_grid_thw": example.grid[None]}
-            inputs |= {"second_per_grid_ts": torch.tensor([0.5]), "attention_mask": torch.ones_like(ids)[None]}
-            inputs = {k: v.to(device) for k, v in inputs.items()}
-            banned = lm.banned.tolist()
-            out = lm.hf.generate(**inputs, max_new_tokens=settings.new_tokens, do_sample=False, suppress_tokens=banned)
-            said.append(out[0, len(ids) :])
-        return torch.stack(said)
-
-    name = f"{settings.rollouts} questions"
-    return {
-        f"{name}, one prefill each": one_each,
-        f"{name}, one prefill": lambda: lm.answer([prefix], [tails], settings.new_tokens).tokens[0],
-    }
-
-
-def peak_of_job(settings: CostSettings, name: str) -> int:
-    """Peak memory of one run above what was held before; in a process of its own on the CPU."""
-    job = (cost_jobs if settings.what == "stage-2" else question_jobs)(settings)[name]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        job()
-    held = held_bytes(device)
-    job()
-    return peak_bytes(device) - held
-
-
-def run_cost(settings: CostSettings, console: Console) -> dict:
-    """The command `python eval.py cost`."""
-    settings.model = settings.model or str(build_tiny(settings.out / "tiny"))
-    stage_2 = settings.what == "stage-2"
-    jobs, seconds, results = (cost_jobs if stage_2 else question_jobs)(settings), {}, {}
-    for repeat in range(settings.repeats + 1):
-        for name, job in jobs.items():
-            began = time.perf_counter()
-            results[name] = job().float().cpu()
-            if repeat:  # the first warms up
-                seconds.setdefault(name, []).append(time.perf_counter() - began)
-    names, rows, record = list(jobs), [], {"settings": vars(settings) | {"out": str(settings.out)}}
-    for plain, shared in zip(names[::2], names[1::2]):
-        torch.testing.assert_close(results[plain], results[shared], rtol=1e-3, atol=1e-3)
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            peaks = pool.starmap(peak_of_job, [(settings, plain), (settings, shared)], chunksize=1)
-        medians = [statistics.median(seconds[n]) for n in (plain, shared)]
-        record[shared] = {"plain seconds": medians[0], "shared seconds": medians[1], "plain bytes": peaks[0],
-                          "shared bytes": peaks[1]}  # fmt: skip
-        for name, t, peak in zip((plain, shared), medians, peaks):
-            rows.append(
-                f"| {name} | {1e3 * t:.0f} ms | {medians[0] / t:.1f} | {peak / 2**20:.0f} MiB | {peak / peaks[0]:.2f} |"
-            )
-    about = describe_environment()
-    report = "\n".join([
-        f"| {settings.what} | time (median) | times faster | peak memory | of the plain way |", "|---" * 5 + "|", *rows,
-        f"\n{settings.visual_tokens} visual tokens, {settings.new_tokens} new tokens, "
-        + f"G = G' = {settings.rollouts}, " * stage_2
-        + f"one clip; equal results; one run. Commit {about['commit']}, torch {about['torch']}, {about['device']}.",
-    ]) + "\n"  # fmt: skip
-    name = "cost" if stage_2 else "cost-questions"
-    (settings.out / f"{name}.md").write_text(report)
-    (settings.out / f"{name}.json").write_text(json.dumps(record | about, indent=1, default=str) + "\n")
-    console.print(report, highlight=False, soft_wrap=True)
-    return record
 
 
 def train_if_missing(script: str, out: Path, arguments: Sequence[str], console: Console) -> None:

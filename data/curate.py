@@ -212,7 +212,7 @@ class Models:
             from safetensors.torch import load_file
 
             from data.checkpoints import find_checkpoint
-            from eval import load_model
+            from data.models import load_model
 
             self.lm, processor = load_model(s.model)
             self.preparation = Preparation(processor, s.max_frames, s.fps)

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
+import vp
 from data.checkpoints import find_checkpoint
 
 Quantize = Literal["none", "nf4"]
@@ -96,6 +97,20 @@ def load_pretrained(
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes 0.50 repacks 4-bit weights for inference on a CPU,
             module.support_avx512bf16_for_cpu = False  # and from then on they have no backward pass
     return hf.to(device) if device and quantize == "none" else hf, load_processor(model)
+
+
+def load_plain(model: str) -> tuple[torch.nn.Module, object]:
+    """A Hugging Face model on the best device at hand, and its processor."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    hf, processor = load_pretrained(model, dtype)
+    return hf.to(device).eval(), processor
+
+
+def load_model(model: str) -> tuple[vp.VideoLM, object]:
+    """A VideoLM on the best device at hand, and its processor."""
+    hf, processor = load_plain(model)
+    return vp.VideoLM(hf), processor
 
 
 def load_trainable(

@@ -27,9 +27,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-import eval as evaluation
 import vp
-from data import answers, probes
+from data import answers, cost, probes
 from data.answers import common_prefix, group_questions, make_asked, read_part, share_prompt
 from data.benchmarks import Benchmark, load_benchmark, prompt
 from data.clips import Clip, ClipError, Preparation, load_clips, read_frames
@@ -823,6 +822,6 @@ def test_settings_that_cannot_be(world, tmp_path, sharp2_5):
 
 def test_cost_of_questions_compares_equal_answers(qwen2_5):
     """What `eval.py cost --what questions` times: generate() each and one prefill, with the same tokens."""
-    settings = evaluation.CostSettings("questions", str(qwen2_5), visual_tokens=64, new_tokens=4, rollouts=5)
-    one_each, shared = (job() for job in evaluation.question_jobs(settings).values())
+    settings = cost.CostSettings("questions", str(qwen2_5), visual_tokens=64, new_tokens=4, rollouts=5)
+    one_each, shared = (job() for job in cost.question_jobs(settings).values())
     assert one_each.shape == (5, 4) and torch.equal(one_each, shared)

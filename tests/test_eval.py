@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import eval as evaluation
 import vp
 from data.clips import Clip, Preparation, load_clips
+from data.models import load_model
 from data.scoring import score_description
 from data.world import ACTIONS
 
@@ -92,7 +93,7 @@ def test_describe_one_file(world, qwen2_5, tmp_path):
     console.file.seek(0)
     shown = console.file.read()
     assert "frames at 0.00 0.12 0.25" in shown and text in shown
-    lm, processor = evaluation.load_model(str(qwen2_5))
+    lm, processor = load_model(str(qwen2_5))
     torch.testing.assert_close(lm.heads.log_temperature.exp().item(), 0.1, rtol=1e-4, atol=1e-4)
     rows = evaluation.evaluate(lm, Preparation(processor), clips[:1], max_new_tokens=5)["rows"]
     assert rows[0]["description"] == text
