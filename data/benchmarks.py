@@ -150,7 +150,7 @@ def load_benchmark(name: str, root: Path, protocol: str = "official", subtitles:
     def refuse(where: str, name: str, found: object, mend: str) -> None:
         shown = found if isinstance(found, str) else repr(found)
         shown = shown[:80] + "..." * (len(shown) > 80)
-        problems.append(f"{where}: " + f"field '{name}': " * bool(name) + f"found {shown}; {mend}")
+        problems.append(f"{where}: " + f"field '{name}': " * bool(name) + f"found {shown}; " * bool(shown) + mend)
 
     for question in FORMATS[name](root, refuse, subtitles):
         if question.id in questions:

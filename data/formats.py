@@ -96,6 +96,7 @@ def below(root: Path, path: str, where: str, refuse: Refuse, name: str = "video"
     """The path below root that a record names, or None where it leaves root (and was refused)."""
     try:
         found = (root / path).resolve()
+        found.exists()  # raises where a name is too long for any file
         if found.is_relative_to(root.resolve()):
             return root / path
         mend = f"it leaves the root {root}; move it there or name another root"
@@ -114,51 +115,57 @@ def video_name(key: str) -> str:
     return re.sub(r"^(\./)*(VRU_videos/)?|\.mp4$", "", key.strip())
 
 
-def metadata_files(root: Path, ending: str, refuse: Refuse) -> Iterator[Path]:
-    """VRU-Accident's MetaData/S/S_<ending> for each of its four sources S; one that is not there is refused."""
+def records(path: Path, kind: type, expected: str, refuse: Refuse) -> list:
+    """`read_json`, but of several files one that is missing or broken is refused, and the others are read."""
+    try:
+        if path.is_file():
+            return read_json(path, kind, expected)
+        refuse(str(path), "", "no such file", "put it there, or its questions are not asked")
+    except ClipError as error:
+        refuse(path.name, "", str(error).removeprefix(f"{path}: "), "mend the file, or its questions are not asked")
+    return []
+
+
+def metadata(root: Path, ending: str, expected: str, refuse: Refuse) -> Iterator[tuple[str, str, object]]:
+    """(source, key, entry) of VRU-Accident's MetaData/S/S_ending, for each of its four sources S."""
     for source in ("CAP_DATA", "DADA_2000", "DoTA", "MANUAL_DATA"):
         path = root / "MetaData" / source / f"{source}_{ending}"
-        if path.is_file():
-            yield path
-        else:
-            refuse(str(path), "", "no such file", f"put {path.name} there, or its questions are not asked")
+        yield from ((source, *pair) for pair in records(path, dict, expected, refuse))
 
 
 def vru_accident(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]:
     """VRU-Accident, MetaData/S/S_VQA_annotation.json: {video: {category: {"question", "options": "A. x, B. y, C. z, D. w",
     "GT": "D"}}}; videos below VRU_videos. Read in Kimyounggun99/VRU-Accident and, whole files, in its anonymous copy."""
-    for path in metadata_files(root, "VQA_annotation.json", refuse):
-        for key, categories in read_json(path, dict, "VRU-Accident: {video: {category: {question, options, GT}}}"):
-            where = f"{path.name}: {key}"
-            if not isinstance(categories, dict):
-                refuse(where, "", categories, "give an object of categories")
+    expected = "VRU-Accident: {video: {category: {question, options, GT}}}"
+    for source, key, categories in metadata(root, "VQA_annotation.json", expected, refuse):
+        where = f"{source}_VQA_annotation.json: {key}"
+        if not isinstance(categories, dict):
+            refuse(where, "", categories, "give an object of categories")
+            continue
+        video = below(root, f"VRU_videos/{video_name(key)}.mp4", where, refuse)
+        for category, entry in categories.pairs if video else ():
+            place = f"{where}: {category}"
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in ("question", "options")):
+                refuse(place, "", entry, 'give the texts "question" and "options"')
                 continue
-            video = below(root, f"VRU_videos/{video_name(key)}.mp4", where, refuse)
-            for category, entry in categories.pairs if video else ():
-                place = f"{where}: {category}"
-                if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in ("question", "options")):
-                    refuse(place, "", entry, 'give the texts "question" and "options"')
-                    continue
-                parsed = re.fullmatch(r"A\. (.*?),? B\. (.*?),? C\. (.*?),? D\. (.*)", entry["options"].strip(), re.DOTALL)
-                answer = letter_of(entry.get("GT"), 4, place, "GT", refuse)
-                if not parsed:
-                    refuse(place, "options", entry["options"], 'write "A. x, B. y, C. z, D. w"')
-                elif answer != "":
-                    record = {"options": entry["options"]}
-                    yield Question(f"{video_name(key)}/{category}", video, category, entry["question"], parsed.groups(),
-                                   answer, record=record)  # fmt: skip
+            parsed = re.fullmatch(r"A\. (.*?),? B\. (.*?),? C\. (.*?),? D\. (.*)", entry["options"].strip(), re.DOTALL)
+            answer = letter_of(entry.get("GT"), 4, place, "GT", refuse)
+            if not parsed:
+                refuse(place, "options", entry["options"], 'write "A. x, B. y, C. z, D. w"')
+            elif answer != "":
+                yield Question(f"{video_name(key)}/{category}", video, category, entry["question"], parsed.groups(),
+                               answer, record={"options": entry["options"]})  # fmt: skip
 
 
 def vru_accident_captions(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]:
     """VRU-Accident, MetaData/S/S_Dense_Caption.json: {video without .mp4: {"gt": "Text."}}. Read as above."""
-    for path in metadata_files(root, "Dense_Caption.json", refuse):
-        for key, entry in read_json(path, dict, 'VRU-Accident captions: {video: {"gt": "Text."}}'):
-            where, caption = f"{path.name}: {key}", entry.get("gt") if isinstance(entry, dict) else None
-            if not isinstance(caption, str) or not caption.strip():
-                refuse(where, "gt", caption, "give a caption")
-            elif video := below(root, f"VRU_videos/{video_name(key)}.mp4", where, refuse):
-                source = path.parent.name
-                yield Question(video_name(key), video, source, " ".join(CRASH), (), caption)
+    expected = 'VRU-Accident captions: {video: {"gt": "Text."}}'
+    for source, key, entry in metadata(root, "Dense_Caption.json", expected, refuse):
+        where, caption = f"{source}_Dense_Caption.json: {key}", entry.get("gt") if isinstance(entry, dict) else None
+        if not isinstance(caption, str) or not caption.strip():
+            refuse(where, "gt", caption, "give a caption")
+        elif video := below(root, f"VRU_videos/{video_name(key)}.mp4", where, refuse):
+            yield Question(video_name(key), video, source, " ".join(CRASH), (), caption)
 
 
 def parted(text: str, label: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
@@ -181,30 +188,27 @@ def motionbench(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Questio
     path = base / "video_info.meta.jsonl"
     if not path.is_file():
         raise ClipError(f"{path}: no such file; download it to there")
-    for where, entry in read_objects(path, "MotionBench: an object a line with video_path and qa", five(refuse)):
+    for where, entry in read_objects(path, "MotionBench: an object a line with video_path and qa", as_importer(refuse)):
         pairs = entry.get("qa")
         if not isinstance(entry.get("video_path"), str) or not isinstance(pairs, list):
             refuse(where, "qa", entry, 'give "video_path", and "qa", a list of questions')
             continue
-        folders = ("self-collected", "public-dataset")
-        folder = next((f for f in folders if (base / f / entry["video_path"]).exists()), folders[0])
-        video = below(base / folder, entry["video_path"], where, refuse, "video_path")
+        video = below(base / "self-collected", entry["video_path"], where, refuse, "video_path")
+        if video and not video.exists() and (public := base / "public-dataset" / entry["video_path"]).exists():
+            video = public
         for i, qa in enumerate(pairs if video else (), 1):
             place = f"{where}, question {i}"
-            if (
-                not isinstance(qa, dict)
-                or not isinstance(qa.get("uid"), (str, int))
-                or not isinstance(qa.get("question"), str)
-            ):
+            uid, text = (qa.get(k) if isinstance(qa, dict) else None for k in ("uid", "question"))
+            if not isinstance(uid, (str, int)) or not isinstance(text, str):
                 refuse(place, "", qa, 'give "uid" and "question"')
                 continue
-            stem, labels, options = parted(qa["question"], r"([A-Z])[.):] *")
+            stem, labels, options = parted(text, r"([A-Z])[.):] *")
             record = {"groups": {"video type": str(entry.get("video_type"))}}
             if len(labels) < 2 or "".join(labels) != LETTERS[: len(labels)]:
-                stem, options = qa["question"], ()
+                stem, options = text, ()
             answer = letter_of(qa.get("answer"), len(options), place, "answer", refuse)
             if answer != "":
-                yield Question(str(qa["uid"]), video, str(entry.get("question_type")), qa["question"], options, answer,
+                yield Question(str(uid), video, str(entry.get("question_type")), text, options, answer,
                                record=record | {"stem": stem})  # fmt: skip
 
 
@@ -217,10 +221,7 @@ def mvbench(root: Path, refuse: Refuse, subtitles: bool, tasks: dict = MVBENCH) 
             refuse(str(path), "", "a task of no known name", "take it away, or give it one of " + ", ".join(tasks))
     for task, (category, folder, bounded, frames_per_second) in tasks.items():
         path = root / "json" / f"{task}.json"
-        if not path.is_file():
-            refuse(str(path), "", "no such file", "put it there, or its questions are not asked")
-            continue
-        for i, entry in enumerate(read_json(path, list, "MVBench: [{video, question, candidates, answer}]")):
+        for i, entry in enumerate(records(path, list, "MVBench: [{video, question, candidates, answer}]", refuse)):
             where = f"{path.name}: element {i + 1}"
             texts = isinstance(entry, dict) and all(isinstance(entry.get(k), str) for k in ("video", "question"))
             options = entry.get("candidates") if texts else None
@@ -271,7 +272,7 @@ def video_mme(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise ClipError(f"{path}: not readable as parquet ({str(error).splitlines()[0]}); download it to there") from None
+        raise ClipError(f"{path}: not readable as parquet ({str(error)[:100]}); download it to there") from None
     if missing := [name for name in VIDEO_MME if name not in table.column_names]:
         raise ClipError(f"{path}: columns {', '.join(missing)} are missing; found {', '.join(table.column_names)}")
     for i, row in enumerate(table.select(VIDEO_MME).to_pylist(), 1):
@@ -301,10 +302,7 @@ def tempcompass(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Questio
     "answer"}]}}; videos videos/ID.mp4. Read, files and code, in llyx97/TempCompass."""
     for kind in TEMPCOMPASS:
         path = root / "questions" / f"{kind}.json"
-        if not path.is_file():
-            refuse(str(path), "", "no such file", "put it there, or its questions are not asked")
-            continue
-        for key, aspects in read_json(path, dict, "TempCompass: {video: {aspect: [{question, answer}]}}"):
+        for key, aspects in records(path, dict, "TempCompass: {video: {aspect: [{question, answer}]}}", refuse):
             where = f"{path.name}: {key}"
             if not isinstance(aspects, dict) or not all(isinstance(entries, list) for entries in aspects.values()):
                 refuse(where, "", aspects, "give an object of lists")
@@ -341,7 +339,7 @@ def dream_1k(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]:
     path = root / "DREAM-1k.jsonl"
     if not path.is_file():
         raise ClipError(f"{path}: no such file; download it to there")
-    for where, entry in read_objects(path, "DREAM-1K: an object a line with messages or text", five(refuse)):
+    for where, entry in read_objects(path, "DREAM-1K: an object a line with messages or text", as_importer(refuse)):
         try:
             if "messages" in entry:
                 turns = {m["role"]: next(p for p in m["content"] if p["type"] == "text") for m in entry["messages"]}
@@ -356,9 +354,9 @@ def dream_1k(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]:
             continue
         if not fine or not isinstance(events, list):
             refuse(where, "events", events, "give a list of texts, and a caption")
-        elif path := below(root / "video", f"{video}.mp4", where, refuse, "vid"):
+        elif file := below(root / "video", f"{video}.mp4", where, refuse, "vid"):
             # no events: the authors ask for the caption as a whole
-            yield Question(id, path, category, text, (), caption, record={"events": events or [caption]})
+            yield Question(id, file, category, text, (), caption, record={"events": events or [caption]})
 
 
 def own_clips(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]:
@@ -381,7 +379,7 @@ def own_clips(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]
                        record={"clip": clip})  # fmt: skip
 
 
-def five(refuse: Refuse) -> Callable[[str, str, str, object, str], None]:
+def as_importer(refuse: Refuse) -> Callable[[str, str, str, object, str], None]:
     """refuse, as data/importers.py calls it: with a reason, which is not needed here."""
     return lambda where, reason, name, found, mend: refuse(where, name, found, mend)
 

@@ -23,7 +23,7 @@ def score_table(results: dict) -> tuple[list[list[str]], list[str]]:
     rows = [["", "questions", *scores]]
     for table, groups in results["tables"].items():
         for group, cells in groups.items():
-            name = group if table in ("overall", "category") else f"{table}: {group}"
+            name = printable(group if table in ("overall", "category") else f"{table}: {group}")
             questions = str(max(cell["questions"] for cell in cells.values()))
             rows.append([name, questions, *(percent(cells[s]) if s in cells else "-" for s in scores)])
     notes = [f"{name}: {number}" for name, number in results["counts"].items() if number or name == "missing predictions"]
@@ -32,7 +32,8 @@ def score_table(results: dict) -> tuple[list[list[str]], list[str]]:
     if "match rate" in results:
         other = results["other rule"]
         notes.append(f"responses with one readable answer: {100 * results['match rate']:.2f} % of the scored questions")
-        notes.append(f"accuracy by the {other['protocol']} rule: {100 * other['accuracy']:.2f}")
+        rule = "our strict rule" if other["protocol"] == "ours" else "the authors' rule"
+        notes.append(f"accuracy by {rule}: {100 * other['accuracy']:.2f}")
     if published := results.get("as published"):
         value = "-" if published["accuracy"] is None else f"{100 * published['accuracy']:.2f}"
         notes.append(f"accuracy as published figures count: {value}, of {published['questions']} {published['of']}")
@@ -45,7 +46,7 @@ def score_table(results: dict) -> tuple[list[list[str]], list[str]]:
 def show_scores(results: dict, title: str, console: Console) -> str:
     """Print a benchmark's table with its notes and problems; returns it as Markdown."""
     (head, *rows), notes = score_table(results)
-    table = Table(title=escape(title))
+    table = Table(title=escape(title), caption="percent, with 95 percent intervals (bootstrap over videos)")
     for i, column in enumerate(head):
         table.add_column(escape(column), justify="right" if i else "left")
     for row in rows:

@@ -84,7 +84,9 @@ def read_yes_no(response: str) -> str:
     ['yes', 'no', 'yes', '', '']
     """
     text = plain(response).lower()
-    words = re.findall(r"^\W*(yes|no)(?=\s*[,.;:!\n]|\W*$)", text) or re.findall(rf"{ANSWER}\W*(yes|no)\b", text)[-1:]
+    words = (
+        re.findall(r"^\W*(yes|no)(?=\s*[,.;:!\n]|\W*$)", text) or re.findall(rf"{ANSWER}[^\w\s:=]?(yes|no)\b", text)[-1:]
+    )
     words = set(words or re.findall(r"\b(yes|no)\b", text))
     return words.pop() if len(words) == 1 else ""
 

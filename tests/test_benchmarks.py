@@ -24,6 +24,7 @@ from data.benchmarks import ABOUT, NAMES, Benchmark, compare, load_benchmark, pr
 from data.clips import ClipError
 from data.scoring import intervals, permutation_test, read_letter, read_yes_no
 from data.texts import EmbeddedText
+from data.tiny import build_text_encoder
 
 HERE = Path(__file__).parent.parent
 WORDS = ["jumps", "walks", "turns", "falls", "waits", "slowly", "twice", "left", "right", "up"]
@@ -79,7 +80,7 @@ def test_our_letter_with_options_and_labels(response, options, labels, letter):
     "response, word",
     [("Yes", "yes"), ("yes.", "yes"), ("No, it is not", "no"), ("**No**", "no"), ("The answer is yes", "yes"), ("", ""),
      ("Not sure", ""), ("Nothing moves", ""), ("yes and no", ""), ("Yes. No doubt.", "yes"), ("I say no", "no"),
-     ("Yesterday", ""), ("<think>no</think>Yes", "yes")],
+     ("Yesterday", ""), ("answer" + " " * 20_000 + "q", ""), ("Answer: (yes)", "yes"), ("<think>no</think>Yes", "yes")],
 )  # fmt: skip
 def test_our_yes_or_no(response, word):
     """Whole words; what begins the response, or is announced, or is the only one."""
@@ -92,7 +93,8 @@ def test_our_yes_or_no(response, word):
         ("vru_accident", "B", "B"), ("vru_accident", "I think A\nit is (C).", "C"), ("vru_accident", "B\n", ""),
         ("vru_accident", "A person runs, so B", "A"), ("vru_accident", "b", ""), ("vru_accident", "Answer: Because", "B"),
         ("vru_accident", "E", ""), ("motionbench", "The answer is (B).", "B"), ("motionbench", "I think B", "I"),
-        ("motionbench", " B) no", "B"), ("motionbench", "b", "b"), ("motionbench", "", ""), ("motionbench", "(", ""),
+        ("motionbench", " B) no", "B"), ("motionbench", "B) x (C)", "B"), ("motionbench", "b", "b"),
+        ("motionbench", "", ""), ("motionbench", "(", ""),
         ("video_mme", "The answer is B", "B"), ("video_mme", "Best answer: C", "B"),
         ("video_mme", "The best option is D", "D"),
         ("video_mme", "Both", "B"), ("video_mme", "b", ""), ("video_mme", "A man, so C", "A"), ("video_mme", "none", ""),
@@ -472,6 +474,8 @@ def test_motionbench_odd_records(tmp_path):
     base = tmp_path / "MotionBench"
     write(base / "video_info.meta.jsonl", "\n".join([*map(json.dumps, lines), "{broken"]))
     write(base / "public-dataset" / "pub.mp4", "")
+    with (base / "video_info.meta.jsonl").open("a") as more:
+        more.write("\n" + json.dumps({"video_path": "x" * 5000, "qa": []}))
     benchmark = load_benchmark("motionbench", tmp_path)
     questions = {q.id: q for q in benchmark.questions}
     assert list(questions) == ["7", "h", "n", "g", "p"]
@@ -490,6 +494,7 @@ def test_motionbench_odd_records(tmp_path):
         (":3", "'video_path'", "leaves the root"),
         (":4", "expected MotionBench"),
         (":6", "{broken"),
+        (":7", "not a path"),
     )
 
 
@@ -502,6 +507,7 @@ def test_mvbench_odd_records(tmp_path):
     bounds = [{"start": 1, "end": 2}, {"start": 2, "end": 1}, {}, {"start": "1", "end": 2}]
     write(tmp_path / "json" / "episodic_reasoning.json", [good | bound for bound in bounds])
     write(tmp_path / "json" / "new_task.json", [good])
+    write(tmp_path / "json" / "state_change.json", '[{"video": ')
     (tmp_path / "video").mkdir()
     benchmark = load_benchmark("mvbench", tmp_path)
     questions = {q.id: q for q in benchmark.questions}
@@ -522,11 +528,12 @@ def test_mvbench_odd_records(tmp_path):
         ("element 6", "found 5"),
         ("element 7", "candidates"),
         ("element 9", "leaves the root"),
+        ("state_change.json: found not readable as JSON", "mend the file"),
         ("episodic_reasoning.json: element 2", "'start'", "[2, 1]"),
         ("element 3", "[None, None]"),
         ("element 4", "'1'"),
     )
-    assert len(benchmark.problems) - len(named) == 18  # the other tasks' files
+    assert len(benchmark.problems) - len(named) == 17  # the other tasks' files
 
 
 def test_video_mme_odd_records(tmp_path):
@@ -827,6 +834,13 @@ def test_dream_1k_event_recall(tmp_path):
     assert [row["scores"]["event recall (embedding)"] for row in results["rows"]] == pytest.approx(by_hand, abs=1e-6)
     assert "sentence-transformers" in results["packages"] and "judge" in results["not offered"][0]
     assert results["tables"]["category"]["DREAM/stock"]["event recall (embedding)"]["value"] == pytest.approx(2 / 3)
+    encoder = build_text_encoder(tmp_path / "encoder", ["man walks dog barks loudly now runs a rain falls"])
+    said = lines_file(
+        tmp_path / "p.jsonl", {"id": "1", "response": "Dog barks loudly now. Man walks."}, {"id": "6", "response": ""}
+    )
+    settings = evaluation.ScoreSettings("dream-1k", tmp_path, said, text_encoder=str(encoder))
+    rows = evaluation.run_score(settings, Console(quiet=True))["rows"]
+    assert [row["scores"]["event recall (embedding)"] for row in rows] == pytest.approx([1, 0, 0], abs=1e-6)
 
 
 def test_clips_score_as_eval_does(tmp_path, world):
@@ -1034,33 +1048,31 @@ def test_motionbench_submission(tmp_path):
     assert submission(load_benchmark("motionbench", tmp_path, "ours"), said) == want
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    """eval.py as a user starts it."""
-    command = [sys.executable, "eval.py", "score", *map(str, arguments)]
-    env = os.environ | {"COLUMNS": "160", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=env)
-
-
 def test_score_from_the_command_line(tmp_path):
-    """Table, JSON, Markdown, answer file; problems by name; a comparison; errors without a traceback."""
+    """Table, JSON, Markdown, answer file; problems by name; a comparison; errors that say what to mend."""
     facts = make_motionbench(tmp_path, random.Random(3))
+    with (tmp_path / "MotionBench" / "video_info.meta.jsonl").open("a") as broken:
+        broken.write('{"video_path": "cut')
     public = [f for f in facts if not f["hidden"]]
     said = [{"id": f["id"], "response": "ABCDEF"[f["right"]]} for f in facts[1:]]
     for name, records in (("a", said), ("b", [r | {"response": "[x] A"} for r in said])):
         lines_file(tmp_path / "out" / f"{name}.jsonl", *records, {"id": "[bold]gone", "response": "A"})
-    done = run("--benchmark", "motionbench", "--root", tmp_path, "--predictions", tmp_path / "out" / "a.jsonl")
+    arguments = ["--benchmark", "motionbench", "--root", tmp_path, "--predictions", tmp_path / "out" / "a.jsonl"]
+    env = os.environ | {"COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "eval.py", "score", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=env)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "a.official.json").read_text())
     value = results["tables"]["overall"]["overall"]["accuracy"]["value"]
     assert value == (len(public) - (not facts[0]["hidden"])) / len(public)
-    shown = ["missing predictions", "[bold]gone", "Qwen3-VL-8B", "(second-hand)", "accuracy by the ours rule",
+    shown = ["missing predictions", "[bold]gone", '"cut', "Qwen3-VL-8B", "(second-hand)", "accuracy by our strict rule",
              "hidden answers", "not the whole benchmark, which has 8052", "missing videos: 12",
              f"{100 * value:.2f} ("]  # fmt: skip
     for part in shown:
         assert part in done.stdout, (part, done.stdout)
     assert results["problems"] and results["commit"] and "text encoder" in results
     page = (tmp_path / "out" / "a.official.md").read_text()
-    assert f"| overall | {len(public)} | {100 * value:.2f} (" in page and "- problems: 1" in page
+    assert f"| overall | {len(public)} | {100 * value:.2f} (" in page and "- problems: 2" in page
     answers = json.loads((tmp_path / "out" / "a.official.submission.json").read_text())
     assert answers == {r["id"]: r["response"] for r in said}
 
@@ -1086,8 +1098,8 @@ def test_score_from_the_command_line(tmp_path):
     ]:
         with pytest.raises(ValueError, match=match):
             evaluation.run_score(settings, console)
-    done = run("--benchmark", "mvbench", "--root", tmp_path, "--predictions", tmp_path / "out" / "a.jsonl")
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and "no question of mvbench" in done.stderr
+    with pytest.raises(ClipError, match="no question of mvbench"):
+        evaluation.run_score(evaluation.ScoreSettings("mvbench", tmp_path, tmp_path / "out" / "a.jsonl"), console)
 
 
 def test_a_folder_of_predictions_gets_its_results_beside_it(tmp_path):
