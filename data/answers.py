@@ -295,14 +295,14 @@ def answer_plain(
 def answer_batch(
     lm: vp.VideoLM, processor, batch: Sequence[Asked], max_new_tokens: int, twin: bool
 ) -> list[tuple[list[str], list[str]]]:
-    """The same for several parts, all questions about each on one prefill."""
+    """The same for several parts, all questions about each on one prefill; without a twin, the full video stands in."""
     tails = [asked.tails for asked in batch]
     rollouts = lm.answer([asked.example for asked in batch], tails, max_new_tokens, twin)
     most, answers = max(map(len, tails)), []
     for asked, tokens, lengths in zip(batch, rollouts.tokens, rollouts.lengths):
         said = [row[:n] for row, n in zip(tokens, lengths)]
         texts, n = processor.tokenizer.batch_decode(said, skip_special_tokens=True), len(asked.tails)
-        answers.append((texts[:n], texts[most : most + n] if twin and asked.has_twin else []))
+        answers.append((texts[:n], texts[most : most + n]))
     return answers
 
 

@@ -320,6 +320,10 @@ def test_any_kill_is_made_good(undisturbed, tmp_path):
             == json.loads((whole / "results.json").read_text())["tables"]
         )
         assert "perception gap" in shown and "16/16" in shown
+    # lost with the power, twins only: asked again
+    (out / FILES[1]).write_bytes(b"".join(lines[FILES[1]][:-2]))
+    run(tmp_path, out=out, **settings)
+    assert {f: (out / f).read_bytes() for f in FILES} == want
     # a line that was spoiled inside is asked again, and one that stands twice is there once
     (out / FILES[0]).write_bytes(b"".join([*lines[FILES[0]][:3], b"\0\0\0\n", *lines[FILES[0]][4:], lines[FILES[0]][0]]))
     _, shown = run(tmp_path, out=out, **settings)
