@@ -142,7 +142,7 @@ def fingerprint(clip: Clip, pixels: Tensor) -> dict:
 
 
 def twin_change(pixels: Tensor, key: Tensor, frames_per_slot: int) -> float:
-    """How much the twin differs from the full video: the largest change of a block, in the middle one of the key frames."""
+    """How much the twin differs from the full video: the largest change of a block of a key frame, 0 to 255."""
     source = vp.twin_sources(key)
     if source is None:
         return 0.0

@@ -17,8 +17,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from data import curate
-from data.clips import load_clips
+from data import curate, finders
+from data.clips import Clip, ClipError, Frames, load_clips
 from data.curate_report import group_of
 from tests.test_scripts import HERE, run
 
@@ -186,6 +186,242 @@ def test_group_of_counts_the_first_kept_keyword():
     record = {"lemmas": ["jump", "fall"], "kept": [1], "duration": 4.0}
     assert group_of(record) == ("fall", "< 6 s")
     assert group_of(record | {"duration": 400.0})[1] == ">= 60 s"
+
+
+# --- One clip, with pictures made by hand --------------------------------------------------------------------------
+
+
+def scene(count: int = 32, bright: int = 255, first: int = 10, last: int = 16) -> Frames:
+    """A still scene at eight frames a second in which a small square is `bright` from frame first up to last."""
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.randint(60, 160, (1, 3, 48, 64), generator=g, dtype=torch.uint8).repeat(count, 1, 1, 1)
+    pixels[first:last, :, 10:22, 30:42] = bright
+    return Frames(pixels, [i / 8 for i in range(count)], 8.0, count / 8)
+
+
+@pytest.fixture
+def look(monkeypatch, tmp_path):
+    """look(frames, keywords, spans, models, **settings): the record that inspect makes of these frames."""
+    (tmp_path / "any.mp4").write_bytes(b"any")
+
+    def inspect(frames: Frames, keywords=("jumps",), spans=None, models=None, **more) -> dict:
+        monkeypatch.setattr(curate, "read_frames", lambda *_, **__: frames)
+        clip = Clip(tmp_path / "any.mp4", "It jumps.", "c:1", keywords=list(keywords), key_spans=spans)
+        return curate.inspect(clip, curate.Settings(Path("c.jsonl"), Path("out"), **more), models)
+
+    return inspect
+
+
+@pytest.mark.parametrize("bright, reason", [(113, "frozen"), (116, "no event found"), (140, None)])
+def test_how_much_must_move(look, bright, reason):
+    """A square that changes by 3 of 255 is frozen, by 6 it moves and is no event, by 30 it is one."""
+    frames = scene()
+    frames.pixels[:, :, 8:24, 28:44] = 110
+    frames.pixels[10:16, :, 8:24, 28:44] = bright
+    assert look(frames, min_confidence=0.4).get("rejected") == reason
+
+
+@pytest.mark.parametrize("seconds, reason", [(0.9, "too short"), (1.0, None), (4.0, None), (4.1, "too long")])
+def test_shortest_and_longest_clip(look, seconds, reason):
+    """Both limits are still allowed."""
+    frames = scene()
+    frames.duration = seconds
+    frames.timestamps = [seconds * i / 32 for i in range(32)]
+    found = look(frames, spans=[[[0.3 * seconds, 0.5 * seconds]]], min_seconds=1.0, max_seconds=4.0)
+    assert found.get("rejected") == reason
+
+
+def test_every_keyword_gets_spans(look):
+    """Two keywords, one finder without keywords of its own: the same curve and spans for both, both kept."""
+    found = look(scene(), ("jumps", "lands"))
+    assert found["kept"] == [0, 1] and len(found["curves"]) == 2
+    assert found["key_spans"] == [[[1.25, 2.0]]] * 2
+
+
+def test_given_spans_are_taken_as_they_are(look):
+    """Wherever motion is: as given, sure, and both together make the share that is key."""
+    found = look(scene(), ("jumps", "lands"), [[[1.0, 1.5]], [[1.3, 2.0], [3.0, 3.1]]])
+    assert found["key_spans"] == [[[1.0, 1.5]], [[1.3, 2.0], [3.0, 3.1]]] and found["confidence"] == [1.0, 1.0]
+    assert found["key_share"] == pytest.approx(5 / 16, abs=1e-4) and found["kept"] == [0, 1]
+    still = look(scene(first=0, last=4), spans=[[[0.0, 0.5]]])  # where motion alone is not sure
+    assert still["confidence"] == [1.0] and still["kept"] == [0]
+
+
+@pytest.mark.parametrize("slots, reason", [(12, None), (13, "event fills the clip"), (16, "event fills the clip")])
+def test_how_much_may_be_key(look, slots, reason):
+    """Up to three quarters, with that as the limit; a clip that is nothing but key has no twin."""
+    found = look(scene(), spans=[[[0.0, slots / 4]]], max_key_share=0.75)
+    assert found["key_share"] == slots / 16 and found.get("rejected") == reason
+
+
+@pytest.mark.parametrize("bright, change", [(110, None), (150, 40.0)])
+def test_how_much_the_twin_differs(look, bright, change):
+    """The largest change of a block between a key frame and what the twin shows in its place; under the limit: no twin."""
+    frames = scene()
+    frames.pixels[:, :, 8:24, 28:44] = 110
+    frames.pixels[10:16, :, 8:24, 28:44] = bright
+    frames.pixels[24:26] = 200  # elsewhere: not key
+    found = look(frames, spans=[[[1.25, 2.0]]], min_change=39.0)
+    assert found.get("change") == change and found.get("rejected") == (None if change else "twin looks like the full video")
+
+
+class Known:
+    """Models whose own evidence is given."""
+
+    def __init__(self, *evidence: finders.Evidence):
+        self.evidence = list(evidence)
+
+    def own_evidence(self, clip, frames):
+        """As given."""
+        return self.evidence
+
+
+def test_own_evidence_is_taken_further_down(look):
+    """A slot at 0.4 of the peak is key for `self`, alone and with motion; a keyword that is not sure is left out."""
+    curve = torch.zeros(16)
+    curve[5:8] = torch.tensor([0.4, 1.0, 0.2])
+    sure, unsure = finders.Evidence(curve, 0.9), finders.Evidence(curve, 0.1)
+    found = look(scene(), ("jumps", "lands"), models=Known(unsure, sure), finders=("self",))
+    assert found["kept"] == [1] and found["confidence"] == [0.1, 0.9]
+    assert found["key_spans"] == [[[1.25, 1.75]]] * 2
+    both = look(scene(), models=Known(sure), finders=("motion", "self"))
+    assert both["key_spans"] == [[[1.25, 2.0]]] and len(both["curves"][0]) == 32
+
+
+def test_a_flat_curve_is_no_event(look):
+    """However sure a finder says it is."""
+    found = look(scene(), models=Known(finders.Evidence(torch.zeros(16), 0.9)), finders=("self",), min_confidence=0.0)
+    assert found["rejected"] == "no event found"
+
+
+# --- Among clips, with records made by hand ------------------------------------------------------------------------
+
+
+def record(line: int, **more) -> dict:
+    """A good record that is unlike any other line's."""
+    g = random.Random(line)
+    about = {"line": line, "source": {"video": f"{line}.mp4", "caption": f"Number {line} jumps."}, "duration": 2.0}
+    about |= {"keywords": ["jumps", "falls"], "lemmas": ["jump", "fall"], "key_spans": [[[0.5, 1.0]], [[1.0, 1.5]]]}
+    about |= {"sha256": f"{line:064x}", "hashes": [f"{g.getrandbits(64):016x}" for _ in range(3)], "kept": [0]}
+    return about | {"pictures": g.randbytes(768).hex(), "key_share": 0.25} | more
+
+
+def judged(tmp_path: Path, records: list[dict], **more) -> dict[int, str]:
+    """The reason of every line that is lost beside the others; records are split over two parts."""
+    parts = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
+    for part, some in zip(parts, (records[:2], records[2:])):
+        write(part, some)
+    lost = curate.judge(parts, curate.Settings(Path("c.jsonl"), tmp_path, **more), Console(quiet=True))
+    return {line: reason for line, (reason, _) in lost.items()}
+
+
+PLAIN = {"hashes": ["0" * 16] * 3, "pictures": bytes(768).hex()}
+
+
+def test_what_makes_two_clips_the_same(tmp_path):
+    """All three pictures, not one; captions but for case and blanks; nothing where pictures are plain; the first stays."""
+    first = record(1)
+    same = {name: first[name] for name in ("hashes", "pictures")}
+    middle = {"hashes": ["f" * 15 + "0", first["hashes"][1], "0" * 15 + "f"], "pictures": first["pictures"]}
+    spaced = {"video": "x.mp4", "caption": " NUMBER  3\njumps."}
+    records = [first, record(2, **same), record(3), record(4, **middle), record(5, source=spaced), record(6, **PLAIN)]
+    records += [record(7, **PLAIN), record(8, rejected="frozen", detail="", **same), record(9, **same)]
+    lost = judged(tmp_path, records)
+    assert lost == {2: "duplicate clip", 5: "duplicate caption", 9: "duplicate clip"}
+
+
+def test_what_is_in_a_test_set(tmp_path, monkeypatch):
+    """By file, plain or not; by pictures, unless they are plain; before it can be a duplicate of anything."""
+    seen, twins = curate.Seen(3), record(2)
+    for about in (twins, record(0) | PLAIN):
+        seen.add(about, "test.jsonl:1")
+    monkeypatch.setattr(curate, "excluded_clips", lambda s: ({record(1)["sha256"], record(4)["sha256"]}, seen))
+    again = {name: twins[name] for name in ("hashes", "pictures")}
+    records = [record(1), record(3, **again), record(4, **PLAIN), record(5, **PLAIN), record(6)]
+    assert judged(tmp_path, records) == dict.fromkeys((1, 3, 4), "in a test set")
+
+
+def test_excluded_folder(tmp_path, world, monkeypatch):
+    """A folder's videos, those below it too; a plain one counts by its file only; a broken one ends the run by name."""
+    (tmp_path / "sets/inner").mkdir(parents=True)
+    names = ["sets/a.mp4", "sets/inner/b.MKV", "sets/plain.webm"]
+    for i, name in enumerate(names):
+        shutil.copy(world / f"train/000/{i:06d}.mp4", tmp_path / name)
+    (tmp_path / "sets/notes.txt").write_text("no video")
+    real = curate.fingerprint
+    monkeypatch.setattr(curate, "fingerprint", lambda c, x: real(c, x) | (PLAIN if "plain" in c.video.name else {}))
+    s = curate.Settings(Path("c.jsonl"), tmp_path, exclude=(tmp_path / "sets",))
+    files, seen = curate.excluded_clips(s)
+    assert files == {curate.file_hash(tmp_path / name) for name in names}
+    places = {place for table in seen.tables for entries in table.values() for place, *_ in entries}
+    assert places == {str(tmp_path / name) for name in names[:2]}
+    (tmp_path / "sets/broken.mp4").write_bytes(b"no video")
+    with pytest.raises(ClipError, match=r"--exclude: .*broken\.mp4"):
+        curate.excluded_clips(s)
+
+
+def test_the_draw_by_hand(tmp_path):
+    """As many of each action and duration as fit; another seed draws others; without a target all stay."""
+    groups = {"jump": 6, "fall": 3, "roll": 1}
+    names = [name for name, n in groups.items() for _ in range(n)]
+    records = [record(i, lemmas=["other", name], kept=[1]) for i, name in enumerate(names, 1)]
+    records += [record(11, lemmas=["other", "roll"], kept=[1], duration=3.0)]  # a group of its own
+    draws = [set(range(1, 12)) - set(judged(tmp_path, records, target=7, seed=seed)) for seed in range(6)]
+    for drawn in draws:
+        assert Counter(names[i - 1] for i in drawn if i < 11) == {"jump": 2, "fall": 2, "roll": 1} and 11 in drawn
+    assert len({frozenset(d) for d in draws}) > 1 and judged(tmp_path, records) == {}
+    assert judged(tmp_path, records, target=7) == judged(tmp_path, records, target=7)
+
+
+def test_only_kept_keywords_are_written(tmp_path):
+    """clips.jsonl has the keywords that are kept, with their spans, and whatever else the line had."""
+    records = [record(1, kept=[1]), record(2, kept=[0, 1]), record(3, rejected="frozen", detail="still")]
+    records[0]["source"] |= {"start": 1.5, "keywords": ["old"], "more": "kept"}
+    part = write(tmp_path / "1.jsonl", records)
+    counts = curate.finish([part], curate.Settings(tmp_path / "c.jsonl", tmp_path, samples=0), Console(quiet=True))
+    lines = [json.loads(x) for x in (tmp_path / "clips.jsonl").open()]
+    assert lines[0] == records[0]["source"] | {"keywords": ["falls"], "key_spans": [[[1.0, 1.5]]]}
+    assert lines[1]["keywords"] == ["jumps", "falls"] and lines[1]["key_spans"] == records[1]["key_spans"]
+    assert counts == {"kept": 2, "frozen": 1} and len(list((tmp_path / "rejected.jsonl").open())) == 1
+
+
+# --- Parts ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_done_is_not_done_again(world, tmp_path, monkeypatch):
+    """Parts that are there are read; a missing one is made; half-written files are ignored; other settings are refused."""
+    path = write(world / "again.jsonl", world_lines(world, 6))
+    first = curated(path, tmp_path / "out", part_lines=2)
+    parts = sorted((tmp_path / "out/parts").glob("*.jsonl"))
+    assert [p.name for p in parts] == ["000000001.jsonl", "000000003.jsonl", "000000005.jsonl"]
+    parts[1].unlink()
+    (parts[1].parent / ".000000003.jsonl.77").write_text('{"line": 3')
+    real, looked = curate.inspect, []
+    monkeypatch.setattr(curate, "inspect", lambda clip, *more: looked.append(clip.where) or real(clip, *more))
+    assert curated(path, tmp_path / "out", part_lines=2) == first
+    assert looked == [f"{path}:3", f"{path}:4"]
+    for name, value in (("min_confidence", 0.5), ("finders", ("motion", "self")), ("max_keywords", 2), ("part_lines", 3)):
+        with pytest.raises(ValueError, match=f"{name} was"):
+            curated(path, tmp_path / "out", **{"part_lines": 2, "model": "x", "root": None} | {name: value})
+    curated(
+        path, tmp_path / "out", part_lines=2, target=3, seed=5, duplicate_bits=1
+    )  # these judge parts, and do not make them
+
+
+def test_lines_as_they_are_given(world, tmp_path):
+    """Given keywords stay, whatever grammar and language say; a mark of UTF-8 before the first line is no fault."""
+    lines = world_lines(world, 3)
+    lines[0] |= {
+        "keywords": ["blue cross"],
+        "caption": "Ein blaues Kreuz und ein Quadrat, das ist nicht mit dabei. blue cross",
+    }
+    lines[1] |= {"keywords": ["Turns black at once"], "caption": "It. Turns black at once."}
+    path = write(world / "given.jsonl", lines)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    clips, rejected = curated(path, tmp_path / "out")
+    assert not rejected and [x["keywords"] for x in clips[:2]] == [["blue cross"], ["Turns black at once"]]
+    made = [json.loads(x) for x in (tmp_path / "out/parts/000000001.jsonl").open()]
+    assert [x["lemmas"] for x in made[:2]] == [["blue"], ["turns"]]
 
 
 def damaged(data: bytes, chooser: random.Random) -> bytes:
