@@ -71,7 +71,7 @@ def test_evidence_stays_within_its_shot(first, last):
 
 
 def test_a_restless_picture_has_no_cuts_and_no_event():
-    """A camera that is torn about changes everything all the time; among squares that flicker all the time none stands out."""
+    """A camera torn about changes everything all the time; among squares that always flicker none stands out."""
     wide = texture(0, height=96, width=256)
     g = torch.Generator().manual_seed(0)
     places = zip(torch.randint(48, (36,), generator=g).tolist(), torch.randint(192, (36,), generator=g).tolist())
