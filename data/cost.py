@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 
 import vp
@@ -23,8 +24,8 @@ from data.tiny import build_tiny
 class CostSettings:
     """Time and memory with shared prefixes against the plain way, on random pixels; results must be equal."""
 
-    what: Literal["stage-2", "questions"] = "stage-2"
-    """Rollouts and updates of stage 2, or questions about one video."""
+    what: Literal["stage-1", "stage-2", "questions"] = "stage-2"
+    """A step of stage 1 with its twin, rollouts and updates of stage 2, or questions about one video."""
     model: str | None = None
     """Qwen2.5-VL checkpoint (default: the tiny one, made on the spot)."""
     visual_tokens: int = 1024
@@ -74,6 +75,46 @@ def long_example(lm: vp.VideoLM, processor, visual_tokens: int) -> vp.Example:
         pixels=torch.randn(num_slots * 64, width, generator=generator), grid=torch.tensor([num_slots, 8, 8]),
         seconds_per_slot=0.5, source=vp.twin_sources(key), keywords=[], keyword_ids=[], keyword_slots=[],
     )  # fmt: skip
+
+
+def step_jobs(settings: CostSettings) -> dict:
+    """A step of stage 1 on one clip: a plain loop, which encodes the twin's frames, runs both videos through the
+    whole model and makes all logits, against ours; the same loss, the same gradient."""
+    lm, processor = load_model(settings.model)
+    example = long_example(lm, processor, settings.visual_tokens)
+    caption = torch.randint(0, 256, (settings.new_tokens,), generator=torch.Generator().manual_seed(1))
+    slots = example.source != torch.arange(len(example.source))
+    example = replace(
+        example, input_ids=torch.cat([example.input_ids, caption]), keywords=["it"], keyword_ids=[caption[:3]],
+        token_types=torch.cat([example.token_types, torch.zeros_like(caption)]), keyword_slots=[slots],
+    )  # fmt: skip
+    batch, hf, layer = lm.collate([example]), lm.hf, lm.contrastive_layer
+    per_slot = len(example.pixels) // len(slots)
+    degraded = example.pixels.view(-1, per_slot, example.pixels.shape[1])[example.source].flatten(0, 1)
+    device = lm.base.lm_head.weight.device
+    batch, degraded = batch.to(device), degraded.to(device)
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        loss.backward()
+        result = hf.model.language_model.layers[0].self_attn.q_proj.weight.grad.clone()
+        hf.zero_grad()
+        lm.heads.zero_grad()
+        return torch.cat([loss.detach().view(1), result.flatten()])
+
+    def ours() -> torch.Tensor:
+        out = lm(batch)
+        return gradient(out.lm_loss + out.contrastive_loss)
+
+    def plain() -> torch.Tensor:
+        inputs = lm.inputs(batch, None) | {"output_hidden_states": True, "use_cache": False}
+        del inputs["mm_encoder_outputs"]
+        full, twin = (hf(**inputs, pixel_values_videos=pixels) for pixels in (batch.pixels, degraded))
+        lm_loss = F.cross_entropy(full.logits.flatten(0, 1)[batch.label_rows].float(), batch.label_ids, reduction="sum")
+        h, h_twin = (x.hidden_states[layer][:, : batch.prefix_length].flatten(0, 1)[batch.key_rows] for x in (full, twin))
+        t = hf.get_input_embeddings()(batch.keyword_ids).detach().mean(1)
+        return gradient(lm_loss + lm.heads(h, h_twin, t, batch.key_tokens)[0])
+
+    return {"step, plain transformers": plain, "step, twin by gather and early exit": ours}
 
 
 def cost_jobs(settings: CostSettings) -> dict:
@@ -159,9 +200,12 @@ def question_jobs(settings: CostSettings) -> dict:
     }
 
 
+JOBS = {"stage-1": step_jobs, "stage-2": cost_jobs, "questions": question_jobs}
+
+
 def peak_of_job(settings: CostSettings, name: str) -> int:
     """Peak memory of one run above what was held before; in a process of its own on the CPU."""
-    job = (cost_jobs if settings.what == "stage-2" else question_jobs)(settings)[name]
+    job = JOBS[settings.what](settings)[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         job()
@@ -173,8 +217,7 @@ def peak_of_job(settings: CostSettings, name: str) -> int:
 def run_cost(settings: CostSettings, console: Console) -> dict:
     """The command `python eval.py cost`."""
     settings.model = settings.model or str(build_tiny(settings.out / "tiny"))
-    stage_2 = settings.what == "stage-2"
-    jobs, seconds, results = (cost_jobs if stage_2 else question_jobs)(settings), {}, {}
+    jobs, seconds, results = JOBS[settings.what](settings), {}, {}
     for repeat in range(settings.repeats + 1):
         for name, job in jobs.items():
             began = time.perf_counter()
@@ -197,10 +240,10 @@ def run_cost(settings: CostSettings, console: Console) -> dict:
     report = "\n".join([
         f"| {settings.what} | time (median) | times faster | peak memory | of the plain way |", "|---" * 5 + "|", *rows,
         f"\n{settings.visual_tokens} visual tokens, {settings.new_tokens} new tokens, "
-        + f"G = G' = {settings.rollouts}, " * stage_2
+        + f"G = G' = {settings.rollouts}, " * (settings.what == "stage-2")
         + f"one clip; equal results; one run. Commit {about['commit']}, torch {about['torch']}, {about['device']}.",
     ]) + "\n"  # fmt: skip
-    name = "cost" if stage_2 else "cost-questions"
+    name = "cost" if settings.what == "stage-2" else f"cost-{settings.what}"
     (settings.out / f"{name}.md").write_text(report)
     (settings.out / f"{name}.json").write_text(json.dumps(record | about, indent=1, default=str) + "\n")
     console.print(report, highlight=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import eval as evaluation
 import vp
+from data import cost
 from data.clips import Clip, Preparation, load_clips
 from data.models import load_model
 from data.scoring import score_description
@@ -97,3 +98,10 @@ def test_describe_one_file(world, qwen2_5, tmp_path):
     torch.testing.assert_close(lm.heads.log_temperature.exp().item(), 0.1, rtol=1e-4, atol=1e-4)
     rows = evaluation.evaluate(lm, Preparation(processor), clips[:1], max_new_tokens=5)["rows"]
     assert rows[0]["description"] == text
+
+
+def test_cost_of_a_step_compares_equal_work(checkpoint):
+    """What `eval.py cost --what stage-1` times: a plain loop over both videos and ours give one loss and one gradient."""
+    plain, ours = (job() for job in cost.step_jobs(cost.CostSettings("stage-1", str(checkpoint), 64, 5)).values())
+    assert plain[0] > 0 and plain[1:].abs().max() > 0
+    torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-4)
