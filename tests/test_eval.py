@@ -100,8 +100,8 @@ def test_describe_one_file(world, qwen2_5, tmp_path):
     assert rows[0]["description"] == text
 
 
-def test_cost_of_a_step_compares_equal_work(checkpoint):
+def test_cost_of_a_step_compares_equal_work(qwen2_5):
     """What `eval.py cost --what stage-1` times: a plain loop over both videos and ours give one loss and one gradient."""
-    plain, ours = (job() for job in cost.step_jobs(cost.CostSettings("stage-1", str(checkpoint), 64, 5)).values())
+    plain, ours = (job() for job in cost.step_jobs(cost.CostSettings("stage-1", str(qwen2_5), 64, 5)).values())
     assert plain[0] > 0 and plain[1:].abs().max() > 0
     torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-4)
