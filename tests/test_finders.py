@@ -1,6 +1,7 @@
 """Finders of key spans: on pictures made for the purpose, on the world, and against passes made by hand."""
 
 import json
+import math
 import re
 
 import pytest
@@ -56,8 +57,50 @@ def test_a_cut_is_no_event_and_evidence_does_not_cross_it():
     assert found.confidence < 0.3 and "1 cut(s)" in found.notes
     frames[24:28, :, 10:22, 30:42] = 250
     found = finders.motion_evidence(frames, TIMES)
-    assert 24 <= int(found.curve.argmax()) < 28
+    assert 24 <= int(found.curve.argmax()) < 28 and 0.1 < found.confidence <= 0.3
     assert finders.span_iou(finders.spans_of(found.curve, TIMES, 3.0), [2.0, 28 / 12]) > 0.8
+
+
+@pytest.mark.parametrize("first, last", [(18, 22), (14, 18)])
+def test_evidence_stays_within_its_shot(first, last):
+    """What is there from a shot's first frame and goes, or comes and is there to its last, does not come and go."""
+    frames = torch.cat([still(18, seed=0), still(18, seed=5)])
+    frames[first:last, :, 10:22, 30:42] = 250
+    assert finders.find_cuts(finders.shrink(frames)) == [18]
+    assert finders.motion_evidence(frames, TIMES).curve.max() < 8
+
+
+def test_a_restless_picture_has_no_cuts_and_no_event():
+    """A camera that is torn about changes all of it all the time; of squares that flicker all the time none stands out."""
+    wide = texture(0, height=96, width=256)
+    g = torch.Generator().manual_seed(0)
+    places = zip(torch.randint(48, (36,), generator=g).tolist(), torch.randint(192, (36,), generator=g).tolist())
+    torn = torch.stack([wide[:, y : y + 48, x : x + 64] for y, x in places])
+    change = finders.block_change(torn[1:], torn[:-1]).median(1).values
+    assert (change > 25).float().mean() > 0.5 and finders.find_cuts(torn) == []
+    frames = still()
+    for i in range(36):
+        y, x = torch.randint(36, (1,), generator=g), torch.randint(52, (1,), generator=g)
+        frames[i, :, y : y + 12, x : x + 12] = 250
+    assert finders.motion_evidence(frames, [i / 8 for i in range(36)]).confidence < 0.75  # alone, one is sure: 0.9 and more
+
+
+@pytest.mark.parametrize("change, low, high", [(9, 0.15, 0.55), (50, 0.7, 1.0)])
+def test_confidence_follows_the_size_of_the_change(change, low, high):
+    """A change by 9 of 255 is half as sure as one by 20 or more, which is sure."""
+    frames = still().float()
+    frames[14:20, :, 6:26, 26:46] += change
+    assert low < finders.motion_evidence(frames.clamp(0, 255).byte(), TIMES).confidence <= high
+
+
+def test_close_frames_are_smoothed():
+    """At twelve frames a second one frame's flicker is spread over its neighbours; at eight it stays where it is."""
+    frames = still()
+    frames[18, :, 10:22, 30:42] = 250
+    close, far = (finders.motion_evidence(frames, [i / fps for i in range(36)]).curve for fps in (12, 8))
+    assert far[17] < 0.1 * far[18] and close[17] > 0.5 * close[18]
+    assert 0.2 * far[18] < close[18] < 0.5 * far[18] and int(close.argmax()) == 18
+    assert close.sum() == pytest.approx(far.sum().item(), rel=0.05)
 
 
 def test_a_flash_is_not_a_cut():
@@ -71,6 +114,8 @@ def test_a_moving_camera_lowers_the_confidence():
     pan = torch.stack([texture(0, width=64 + 3 * 36)[:, :, 3 * i : 3 * i + 64] for i in range(36)]).byte()
     found = finders.motion_evidence(pan, TIMES)
     assert found.confidence < 0.3 and any("camera moves" in note for note in found.notes)
+    pan[14:20, :, 10:22, 30:42] = 255  # even where something happens
+    assert finders.motion_evidence(pan, TIMES).confidence <= 0.2
 
 
 def test_on_the_world():
@@ -91,6 +136,11 @@ def test_spans_lie_on_slot_edges():
     curve = torch.tensor([0, 5.0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 5])
     assert finders.spans_of(curve, times, 6.0) == [[0.0, 3.0], [5.0, 6.0]]
     assert finders.spans_of(torch.ones(12), times, 6.0) == []
+    raised = 5 + curve  # what counts is the way from the low to the peak
+    raised[4] = 5 + 0.55 * 5
+    assert finders.spans_of(raised, times, 6.0) == [[0.0, 1.0], [5.0, 6.0]]
+    assert finders.spans_of(raised, times, 6.0, level=0.5) == [[0.0, 3.0], [5.0, 6.0]]
+    assert finders.spans_of(curve[:6], times[:6], 3.0, frames_per_slot=3) == [[0.0, 3.0]]
 
 
 def test_fall_evidence_against_passes_by_hand(lm, ragged):
@@ -109,15 +159,16 @@ def test_fall_evidence_against_passes_by_hand(lm, ragged):
             logits = plain_forward(lm.hf, clip).logits[0].index_fill(1, lm.banned, -torch.inf)
         return logits[places - 1].log_softmax(1).gather(1, e.input_ids[places, None]).sum().item()
 
-    full, want = log_prob(torch.arange(S)), [0.0] * S
+    full, want, largest = log_prob(torch.arange(S)), [0.0] * S, 0.0
     for n in (1, 2):
         for a in range(S - n + 1):
             key = torch.zeros(S, dtype=torch.bool)
             key[a : a + n] = True
             fall = max(0.0, full - log_prob(vp.twin_sources(key)))
             want[a : a + n] = [max(x, fall / n**0.5) for x in want[a : a + n]]
+            largest = max(largest, fall)
     assert found.curve.tolist() == pytest.approx(want, abs=1e-4)
-    assert 0 <= found.confidence <= 1
+    assert found.confidence == pytest.approx(1 - math.exp(-largest), abs=1e-4) and 0 < found.confidence < 1
 
 
 def test_head_evidence_by_hand(lm, ragged):
@@ -130,6 +181,7 @@ def test_head_evidence_by_hand(lm, ragged):
         cosines = torch.cosine_similarity(lm.heads.visual(hidden[e.token_types == 2]), text, dim=-1)
     near = cosines.view(int(e.grid[0]), -1).amax(1)
     torch.testing.assert_close(found.curve, (near - near.median()).clamp(min=0), atol=1e-5, rtol=1e-4)
+    assert found.confidence == pytest.approx(min(1.0, float((near - near.median()).max())), abs=1e-4)
 
 
 def test_image_text_evidence_with_a_clip_model(tmp_path):
@@ -161,6 +213,7 @@ def test_image_text_evidence_with_a_clip_model(tmp_path):
     for j in range(2):
         want = (cosines[:, j] - cosines[:, j].median()).clamp(min=0)
         torch.testing.assert_close(found[j].curve, want, atol=1e-5, rtol=1e-4)
+        assert found[j].confidence == pytest.approx(min(1.0, 10 * want.max().item()), abs=1e-4)
     with pytest.raises(ValueError, match="--clip-model"):
         finders.load_image_text(str(tmp_path / "nowhere"))
 
@@ -180,5 +233,7 @@ def test_comparing_finders(world, tmp_path, qwen2_5):
     known = world / "known-spans.jsonl"
     known.write_text("".join(json.dumps(x | {"key_spans": [[x["truth"]["span"]]]}) + "\n" for x in lines))
     shown = run("-m", "data.finders", known, "--model", qwen2_5, cwd=tmp_path).stdout
-    rows = {name: float(iou) for name, iou in re.findall(r"\u2502 ([a-z][^\u2502]*?) +\u2502 +([\d.]+) \u2502", shown)}
-    assert rows["motion"] > 0.8 > 0.6 > rows["middle 70 %"] and {"self", "brief (median of 7 frames)"} <= set(rows)
+    found = re.findall(r"\u2502 ([a-z][^\u2502]*?) +\u2502 +([\d.]+) \u2502 +([\d.]+) \u2502", shown)
+    overlap, inside = ({row[0]: float(row[column]) for row in found} for column in (1, 2))
+    assert overlap["motion"] > 0.8 > 0.6 > overlap["middle 70 %"] and inside["motion"] > 0.8 > 0.6 > inside["middle 70 %"]
+    assert {"self", "motion self", "brief (median of 7 frames)"} <= set(overlap)
