@@ -186,6 +186,7 @@ def test_group_of_counts_the_first_kept_keyword():
     record = {"lemmas": ["jump", "fall"], "kept": [1], "duration": 4.0}
     assert group_of(record) == ("fall", "< 6 s")
     assert group_of(record | {"duration": 400.0})[1] == ">= 60 s"
+    assert group_of(record | {"duration": 6.0})[1] == "< 12 s"  # the next group begins with its limit
 
 
 # --- One clip, with pictures made by hand --------------------------------------------------------------------------

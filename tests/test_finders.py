@@ -71,7 +71,7 @@ def test_evidence_stays_within_its_shot(first, last):
 
 
 def test_a_restless_picture_has_no_cuts_and_no_event():
-    """A camera torn about changes everything all the time; among squares that always flicker none stands out."""
+    """A camera that is torn about changes all of it all the time; of squares that flicker all the time none stands out."""
     wide = texture(0, height=96, width=256)
     g = torch.Generator().manual_seed(0)
     places = zip(torch.randint(48, (36,), generator=g).tolist(), torch.randint(192, (36,), generator=g).tolist())
@@ -82,7 +82,7 @@ def test_a_restless_picture_has_no_cuts_and_no_event():
     for i in range(36):
         y, x = torch.randint(36, (1,), generator=g), torch.randint(52, (1,), generator=g)
         frames[i, :, y : y + 12, x : x + 12] = 250
-    assert finders.motion_evidence(frames, [i / 8 for i in range(36)]).confidence < 0.6  # alone, one is sure: 0.9 and more
+    assert finders.motion_evidence(frames, [i / 8 for i in range(36)]).confidence < 0.75  # alone, one is sure: 0.9 and more
 
 
 @pytest.mark.parametrize("change, low, high", [(9, 0.15, 0.55), (50, 0.7, 1.0)])
@@ -114,6 +114,9 @@ def test_a_moving_camera_lowers_the_confidence():
     pan = torch.stack([texture(0, width=64 + 3 * 36)[:, :, 3 * i : 3 * i + 64] for i in range(36)]).byte()
     found = finders.motion_evidence(pan, TIMES)
     assert found.confidence < 0.3 and any("camera moves" in note for note in found.notes)
+    sky = pan.clone()
+    sky[:, :, :12] = 200  # a quarter without detail, which does not seem to move
+    assert any("camera moves" in note for note in finders.motion_evidence(sky, TIMES).notes)
     pan[14:20, :, 10:22, 30:42] = 255  # even where something happens
     assert finders.motion_evidence(pan, TIMES).confidence <= 0.2
 
