@@ -23,14 +23,18 @@ import vp
 from data import checkpoints
 from tests.test_scripts import HERE, run
 
-# Runs a script that kills itself, as kill -9 does, a given number of seconds after everything is imported.
+# Runs a script that is killed, as by kill -9, a given number of seconds after its log has reached a step.
 KILLER = """
-import os, signal, sys, threading
+import json, os, signal, sys, threading, time
 sys.path.insert(0, sys.argv.pop(1))
-seconds, script = float(sys.argv.pop(1)), __import__(sys.argv.pop(1))
-timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
-timer.daemon = True
-timer.start()
+log, step, seconds = sys.argv.pop(1), int(sys.argv.pop(1)), float(sys.argv.pop(1))
+script = __import__(sys.argv.pop(1))
+def kill():
+    while not os.path.exists(log) or f'"step": {step},' not in open(log).read():
+        time.sleep(0.001)
+    time.sleep(seconds)
+    os.kill(os.getpid(), signal.SIGKILL)
+threading.Thread(target=kill, daemon=True).start()
 script.main(script.tyro.cli(script.Settings))
 """
 SMALL = {
@@ -61,20 +65,30 @@ def test_kill_minus_nine_and_resume(tmp_path, world, qwen2_5, script):
     data.write_text("\n".join(lines))
     small = ["--model", qwen2_5, "--data", data, "--workers", 0, "--log-every", 1, "--save-every", 4, *SMALL[script]]
     done = run(HERE / f"{script}.py", *small, "--out", tmp_path / "undisturbed", cwd=tmp_path)
-    seconds = float(re.search(r"\(60 steps in (\d+) s\)", done.stdout)[1])
+    seconds = float(re.search(r"\(60 steps in (\d+) s\)", done.stdout)[1]) / 60
     rng, env = random.Random(script), os.environ | {"HF_HUB_OFFLINE": "1"}
     kills = int(os.environ.get("KILLS", "2"))
-    killed = 0
-    for _ in range(kills):
-        wait = 1.5 + rng.uniform(0, max(2.0, seconds / 2))
-        command = [sys.executable, "-c", KILLER, HERE, wait, script, *small, "--out", tmp_path / "killed", "--resume"]
+    for step in sorted(rng.sample(range(2, 57), kills)):
+        log, wait = tmp_path / "killed/metrics.jsonl", rng.uniform(0, max(0.05, 2 * seconds))
+        command = [
+            sys.executable,
+            "-c",
+            KILLER,
+            HERE,
+            log,
+            step,
+            wait,
+            script,
+            *small,
+            "--out",
+            tmp_path / "killed",
+            "--resume",
+        ]
         died = subprocess.run(list(map(str, command)), env=env, cwd=tmp_path, capture_output=True, text=True)
-        assert died.returncode in (0, -signal.SIGKILL), died.stderr
-        killed += died.returncode != 0
+        assert died.returncode == -signal.SIGKILL, died.stderr
     done = run(HERE / f"{script}.py", *small, "--out", tmp_path / "killed", "--resume", cwd=tmp_path)
-    print(f"{script}: {killed} kills; {[x for x in done.stdout.splitlines() if 'resumed' in x or 'anew' in x]}")
+    print(f"{script}: {kills} kills; {[x for x in done.stdout.splitlines() if 'resumed' in x or 'anew' in x]}")
     same(tmp_path / "undisturbed", tmp_path / "killed")
-    assert killed
 
 
 def test_resume_says_what_it_does(tmp_path, world, qwen2_5):
