@@ -252,8 +252,6 @@ def evaluate(
                     "description": y.strip(),
                 }
                 row["scores"] = score_description(clips[index], y, actions)
-                row = {"clip": clips[index].where, "video": str(clips[index].video), "description": y.strip()}
-                row["scores"] = score_description(clips[index], y, actions)
                 if example.source is not None:
                     row |= {
                         "twin description": y_twin.strip(),
