@@ -19,7 +19,7 @@ import sys
 import time
 import zlib
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -33,20 +33,9 @@ from torch import distributed as dist
 from transformers import get_linear_schedule_with_warmup
 
 import vp
-from data import checkpoints, models
-from data.clips import ClipError, ClipLoader, Preparation, load_clips
-from data.memory import Load, check_memory, held_bytes, longest, out_of_memory_explained, peak_bytes, skeleton
-from data.runs import (
-    RunLog,
-    above_zero,
-    agree,
-    average_gradients,
-    changed_settings,
-    describe_environment,
-    fill,
-    progress_table,
-    start_processes,
-)
+from data import checkpoints, memory, models, runs
+from data.clips import ClipError, Preparation, load_clips
+from data.loader import ClipLoader
 from data.sheets import RolloutGroup, rollout_page, rollout_table
 from data.texts import TextEncoder, embed_texts
 from data.tiny import build_text_encoder
@@ -179,9 +168,9 @@ class Settings:
 
 def resolve(settings: Settings) -> Settings:
     """Fill what is None from the preset, check what is given, and make the embedded world and encoder where needed."""
-    s = fill(settings, DEFAULTS | PRESETS[settings.preset])
-    above_zero(s, "steps", "batch_size", "micro_batch_size", "learning_rate", "log_every", "time_limit", "temperature")
-    above_zero(s, "max_new_tokens", "epochs", "max_bad_steps")
+    s = runs.fill(settings, DEFAULTS | PRESETS[settings.preset])
+    runs.above_zero(s, "steps", "batch_size", "micro_batch_size", "learning_rate", "log_every", "time_limit", "temperature")
+    runs.above_zero(s, "max_new_tokens", "epochs", "max_bad_steps")
     if s.num_rollouts < 2:
         raise ValueError(f"--num-rollouts: got {s.num_rollouts}; a group needs 2 descriptions to compare")
     if s.num_twin_rollouts < 0 or (s.num_twin_rollouts == 0 and s.reward in ("relative", "pooled")):
@@ -206,33 +195,32 @@ def resolve(settings: Settings) -> Settings:
 def main(settings: Settings) -> dict | None:
     """Train; returns the last evaluation."""
     # --- set-up: processes, settings, clips, policy, reference, text encoder, optimizer
-    accelerator = start_processes(settings.tracker, settings.out)
+    accelerator = runs.start_processes(settings.tracker, settings.out)
     device, main_process = accelerator.device, accelerator.is_main_process
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    peers = dist.new_group(backend="gloo") if world_size > 1 else None  # for words between processes, see `agree`
+    peers = dist.new_group(backend="gloo") if world_size > 1 else None  # for words between processes, see `runs.agree`
     with accelerator.main_process_first():
         s = resolve(settings)
     set_seed(s.seed)
     if s.batch_size % world_size:
         raise ValueError(f"--batch-size {s.batch_size} is not a multiple of {world_size} processes")
     console = Console(quiet=not main_process)
-    resumed, broken = checkpoints.newest_checkpoint(s.out) if s.resume else (None, [])
-    tensors, state = checkpoints.load_state(resumed) if resumed else ({}, {"step": 0})
-    if resumed and (
-        changed := changed_settings(s, state["settings"], FREE) + checkpoints.other_run(state, s.data, world_size)
-    ):
-        raise ValueError(f"--resume: {resumed} is of a run with other settings:\n  " + "\n  ".join(changed))
+    resumed = checkpoints.resume(s, FREE, world_size)
     clips, problems = load_clips(s.data, s.root)
     eval_clips, eval_problems = load_clips(s.eval_data, s.root) if s.eval_data else ([], [])
     num_prompts, G, G_twin = s.batch_size // world_size, s.num_rollouts, s.num_twin_rollouts
-    preparation = Preparation(models.load_processor(s.model), s.max_frames, s.fps)
-    load = Load(s.micro_batch_size, *longest(clips, preparation), rollouts=G, twin_rollouts=G_twin, prompts=num_prompts,
-                new_tokens=s.max_new_tokens, reference=s.beta > 0 and not s.lora_rank)  # fmt: skip
+    processor = models.load_processor(s.model)
+    preparation = Preparation(processor, s.max_frames, s.fps)
+
+    architecture = memory.skeleton(s.model)
+    load = memory.Load(
+        s.micro_batch_size, *memory.longest(clips, preparation), rollouts=G, twin_rollouts=G_twin, prompts=num_prompts,
+        new_tokens=s.max_new_tokens, reference=s.beta > 0 and not s.lora_rank,
+    )  # fmt: skip
     adapters = dict(quantize=s.quantize, lora_rank=s.lora_rank, freeze_vision=not s.train_vision)
-    shape = skeleton(s.model)
-    console.print(check_memory(shape, load, vars(s) | adapters, device, s.memory_gb, world_size))
-    held = held_bytes(device)  # before there is a model
-    hf, processor = models.load_trainable(s.model, *adapters.values(), s.gradient_checkpointing, device, resumed)
+    console.print(memory.check_memory(architecture, load, vars(s) | adapters, device, s.memory_gb, world_size))
+    held = memory.held_bytes(device)  # before there is a model
+    hf = models.load_trainable(s.model, *adapters.values(), s.gradient_checkpointing, device, resumed.path)
     lm = vp.VideoLM(hf).to(device)
     lm.heads.requires_grad_(False)
     if s.beta == 0:
@@ -260,38 +248,18 @@ def main(settings: Settings) -> dict | None:
     trained = [p for p in lm.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, s.learning_rate, betas=(0.9, 0.99), weight_decay=s.weight_decay, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, int(s.warmup * s.steps * s.epochs), s.steps * s.epochs)
-    if resumed:
-        checkpoints.set_optimizer(lm, optimizer, schedule, tensors, state["schedule"])
-        loader.restore(state["processes"][rank]["loader"])
-        checkpoints.set_random_states(state["processes"][rank]["random"])
+    saved = checkpoints.restore(resumed, lm, optimizer, schedule, loader, rank) if resumed.path else {}
     loader.start()
-    log = RunLog(s.out, s, accelerator, state["step"])
-    console.print({f.name: getattr(s, f.name) for f in fields(s)} | describe_environment())
-    console.print(f"{len(clips)} clips, {len(problems)} lines skipped; {sum(p.numel() for p in trained) / 1e6:.2f} M of "
-                  f"{models.num_parameters(lm) / 1e6:.2f} M parameters trained; attention: {models.choose_attention()}; "
-                  f"{world_size} process(es)")  # fmt: skip
+    log = runs.RunLog(s.out, s, accelerator, resumed.step)
+    notes = resumed.notes + [f"[yellow]skipped[/] {problem}" for problem in eval_problems]
+    runs.show_start(console, s, clips, problems, lm, notes, world_size)
     if not lm.shares_prefix:
         console.print("[yellow]this model has layers of linear attention: its prefix is repeated for every rollout")
-    for problem in broken:
-        console.print(f"[yellow]checkpoint passed over[/] {problem}", highlight=False)
-    if s.resume:
-        console.print(f"resumed from {resumed}" if resumed else f"no checkpoint in {s.out}: started anew", highlight=False)
-    for problem in problems + eval_problems:
-        console.print(f"[yellow]skipped[/] {problem}", highlight=False)
-    if len(problems) > s.max_bad_share * (len(clips) + len(problems)):
-        raise ClipError(f"{s.data}: {len(problems)} bad lines are more than --max-bad-share {s.max_bad_share:g} allows")
 
-    def save(step: int, at: dict, merged: bool) -> None:
-        mine = {"loader": at, "random": checkpoints.random_states()}
-        processes = gather_object([mine]) if world_size > 1 else [mine]
-        tensors, weights = checkpoints.optimizer_tensors(lm, optimizer), models.whole_state(lm)
-        if main_process:
-            state = {"step": step, "settings": vars(s), "schedule": schedule.state_dict(), "processes": processes,
-                     "before": before, "bad_steps": bad_steps.item()}  # fmt: skip
-            with checkpoints.whole_or_nothing(s.out, step) as partial:
-                models.save_model(partial, lm.hf, processor, merged, state=models.part(weights, "hf."))
-                checkpoints.save_state(partial, tensors, state | checkpoints.this_run(s.data, world_size))
-        accelerator.wait_for_everyone()
+    def save(step: int, merged: bool) -> None:
+        mine = {"loader": at, "pending": [{name: float(v) for name, v in record.items()} for record in pending]}
+        more = {"before": before, "bad_steps": bad_steps.item(), "bad_in_a_row": bad_in_a_row.item()}
+        checkpoints.save(s, step, lm, processor, optimizer, schedule, accelerator, mine, more, merged)
 
     def evaluation(step: int, count: int) -> dict:
         scored = eval_clips if count < 0 else eval_clips[:count]
@@ -302,29 +270,35 @@ def main(settings: Settings) -> dict | None:
         show_results(results, f"step {step}", console)
         return results
 
-    before = state.get("before")
-    if eval_clips and s.eval_before and not resumed:
-        before = evaluation(0, -1) | {"rows": []}
+    def evaluates(step: int) -> bool:
+        return bool(eval_clips) and step < s.steps and s.eval_every > 0 and step % s.eval_every == 0
 
-    def rescue() -> str:  # memory has run out in the middle of a step
+    def rescue() -> bool:  # memory has run out in the middle of a step
         optimizer.zero_grad()
-        if step - 1 <= state["step"] or world_size > 1:  # saving needs every process, and the others wait elsewhere
-            return "Nothing of this attempt is saved."
-        save(step - 1, at, step - 1 == s.steps)
-        return f"What was trained is saved: after the change go on from {s.out / 'checkpoint'} with --model."
+        pending.clear()  # it holds a part of the step
+        if step - 1 > resumed.step:
+            save(step - 1, True)
+        return step - 1 > resumed.step
 
+    before = resumed.state.get("before")
+    if eval_clips and s.eval_before and not resumed.path:
+        before = evaluation(0, -1) | {"rows": []}
+    if resumed.step and evaluates(resumed.step):  # it may have been killed in the middle of that
+        evaluation(resumed.step, s.eval_clips)
     stop_asked = []
     signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(True))
 
     # --- the loop: rollouts -> rewards -> update -> log -> save -> eval
-    examples, at, step, results = loader.examples(), loader.state(), state["step"], None
-    pending, shown, pages = [], [], []
-    bad_steps, bad_in_a_row = torch.tensor(state.get("bad_steps", 0.0), device=device), torch.zeros((), device=device)
+    examples, at, step, results = loader.examples(), loader.state(), resumed.step, None
+    pending, shown, pages = list(saved.get("pending", [])), [], []
+    bad_steps = torch.tensor(resumed.state.get("bad_steps", 0.0), device=device)
+    bad_in_a_row = torch.tensor(resumed.state.get("bad_in_a_row", 0.0), device=device)
     began = time.perf_counter()
-    held_bytes(device)  # loading is over: what counts from here on is the peak of a step
+    memory.held_bytes(device)  # loading is over: what counts from here on is the peak of a step
+    explained = memory.out_of_memory_explained(architecture, load, vars(s) | adapters, device, rescue, world_size)
     live_table = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
-    with loader, out_of_memory_explained(shape, load, vars(s) | adapters, device, rescue, world_size), live_table as live:
-        for step in range(state["step"] + 1, s.steps + 1):
+    with loader, explained, live_table as live:
+        for step in range(resumed.step + 1, s.steps + 1):
             clock = {"data": time.perf_counter()}
             drawn, places, lost = [], [], None
             try:
@@ -333,10 +307,10 @@ def main(settings: Settings) -> dict | None:
                     places.append(loader.position)
             except ClipError as error:
                 lost = error
-            any_lost, any_stop = agree([lost is not None, len(stop_asked)], peers)
+            any_lost, any_stop = runs.agree([lost is not None, len(stop_asked)], peers)
             if any_lost:  # too many clips are lost: end the run, but keep what it has learned
-                if step > 1:
-                    save(step - 1, at, True)
+                if step - 1 > resumed.step:
+                    save(step - 1, True)
                 raise lost or ClipError("another process has lost too many clips")
             prompts, group = [clips[index] for index, _ in drawn], [example for _, example in drawn]
 
@@ -386,7 +360,7 @@ def main(settings: Settings) -> dict | None:
             clock["update"] = time.perf_counter()
             kept = [b for b in range(num_prompts) if useful[b] or s.shard]  # sharded: all must make the same passes
             sampled = rollouts.lengths[:, :G].flatten()
-            num_tokens, num_useful = agree([int(sampled.sum()), sum(useful)], peers)
+            num_tokens, num_useful = runs.agree([int(sampled.sum()), sum(useful)], peers)
             weight = vp.token_weights(sampled, s.loss_level, num_tokens / world_size).view(num_prompts, G)
             weight = weight * torch.tensor(useful)[:, None]
             parts = []
@@ -402,20 +376,18 @@ def main(settings: Settings) -> dict | None:
                 ref_logp = None
                 if reference is not None:
                     with torch.no_grad(), accelerator.autocast(), lm.hf.disable_adapter() if s.lora_rank else nullcontext():
-                        seen = (
-                            reference.encode_examples([group[b] for b in part])
-                            if s.train_vision
-                            else lm.take_clips(video, part)
-                        )
+                        seen = lm.take_clips(video, part)
+                        if s.train_vision:
+                            seen = reference.encode_examples([group[b] for b in part])
                         ref_logp, _ = reference.log_probs(packed, seen, s.temperature)
                 parts.append((part, packed, per_token, ref_logp))
             for _ in range(s.epochs):
                 totals = {}
                 for part, packed, (old_logp, advantage, token_weight), ref_logp in parts:
                     with accelerator.autocast():
-                        seen = (
-                            lm.encode_examples([group[b] for b in part]) if s.train_vision else lm.take_clips(video, part)
-                        )
+                        seen = lm.take_clips(video, part)
+                        if s.train_vision:
+                            seen = lm.encode_examples([group[b] for b in part])
                         logp, entropy = lm.log_probs(packed, seen, s.temperature)
                     clip = (s.clip_low, s.clip_high)
                     loss, sums = vp.grpo_loss(logp, old_logp, ref_logp, advantage, token_weight, *clip, s.beta)
@@ -424,7 +396,7 @@ def main(settings: Settings) -> dict | None:
                     for name, value in sums.items():
                         totals[name] = totals.get(name, 0.0) + value
                 if num_useful:
-                    average_gradients(trained, world_size)
+                    runs.average_gradients(trained, world_size)
                 grad_norm = models.clip_gradients(trained, s.grad_clip)
                 # An update with NaN or Inf is left out by the fused optimizer itself: nobody waits for the device to know.
                 loss = accelerator.reduce(torch.as_tensor(totals.get("loss", 0.0), device=device), "mean")
@@ -435,10 +407,9 @@ def main(settings: Settings) -> dict | None:
                 schedule.step()
                 optimizer.zero_grad()
             at = loader.state()
-            if step == state["step"] + 1:
-                console.print(
-                    f"memory, measured: {(peak_bytes(device) - held) / 2**30:.2f} GiB at the peak of the first step"
-                )
+            if step == resumed.step + 1:
+                gib = (memory.peak_bytes(device) - held) / 2**30
+                console.print(f"memory, measured: {gib:.2f} GiB at the peak of the first step")
             clock["end"] = time.perf_counter()
 
             # --- log: means over prompts, and over the tokens that were updated on
@@ -454,28 +425,25 @@ def main(settings: Settings) -> dict | None:
             about |= {f"perf/{name}_seconds": t for name, t in rollouts.seconds.items()}
             about["perf/tokens_per_second"] = rollouts.lengths.sum() * world_size / (clock["end"] - clock["rollouts"])
             pending.append(about)
-            stopping = any_stop > 0  # by SIGTERM: save at once, and end well
-            last = step == s.steps or stopping
+            last = step == s.steps or any_stop > 0  # by SIGTERM: save at once, and end well
             if step % s.log_every == 0 or last:
                 records = gather_object(pending) if world_size > 1 else pending
                 metrics = {"step": step, "lr": schedule.get_last_lr()[0], "policy/bad_steps": bad_steps.item()}
-                metrics["data/skipped"] = sum(agree([len(loader.skipped)], peers))
+                metrics["data/skipped"] = sum(runs.agree([len(loader.skipped)], peers))
                 for name in dict.fromkeys(name for record in records for name in record):
                     values = [float(record[name]) for record in records if name in record]
                     metrics[name] = sum(values) / len(values)
-                left = (s.steps - step) * (time.perf_counter() - began) / (step - state["step"])
+                left = (s.steps - step) * (time.perf_counter() - began) / (step - resumed.step)
                 log.write(metrics)
                 if live:
-                    live.update(progress_table(f"stage 2  step {step}/{s.steps}", metrics, left), refresh=True)
+                    live.update(runs.progress_table(f"stage 2  step {step}/{s.steps}", metrics, left), refresh=True)
                 elif step % (5 * s.log_every) == 0 or last:
                     line = "  ".join(f"{k} {v:.3g}" for k, v in metrics.items() if k.split("/")[0] != "perf")
                     console.print(f"{line}  {left / 60:.1f} min left", highlight=False, soft_wrap=True)
                 pending = []
                 if bad_in_a_row >= s.max_bad_steps:
-                    save(step, at, True)
-                    raise ValueError(f"loss or gradient was NaN or Inf in {int(bad_in_a_row)} updates in a row; none of "
-                                     f"them changed the weights, which are saved in {s.out / 'checkpoint'}. Try a lower "
-                                     f"--learning-rate")  # fmt: skip
+                    save(step, True)
+                    raise runs.too_many_bad(int(bad_in_a_row), "updates", s.out)
             if main_process and (last or (s.show_every > 0 and step % s.show_every == 0)):
                 console.print(rollout_table(shown[:1], step))
                 pages.append((step, shown))
@@ -484,8 +452,8 @@ def main(settings: Settings) -> dict | None:
 
             # --- save, eval: in this order, so that no evaluation can lose what is trained
             if last or (s.save_every > 0 and step % s.save_every == 0):
-                save(step, at, step == s.steps)
-            if eval_clips and not last and s.eval_every > 0 and step % s.eval_every == 0:
+                save(step, step == s.steps)
+            if evaluates(step) and not last:
                 evaluation(step, s.eval_clips)
             if last:
                 break

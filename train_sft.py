@@ -22,33 +22,22 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from rich.console import Console
 from rich.live import Live
 from torch import distributed as dist
 from transformers import get_cosine_schedule_with_warmup
 
 import vp
-from data import checkpoints, models
-from data.clips import ClipError, ClipLoader, Preparation, load_clips, make_example, read_frames
-from data.memory import Load, check_memory, held_bytes, longest, out_of_memory_explained, peak_bytes, skeleton
-from data.runs import (
-    RunLog,
-    above_zero,
-    agree,
-    average_gradients,
-    changed_settings,
-    describe_environment,
-    fill,
-    progress_table,
-    start_processes,
-)
+from data import checkpoints, memory, models, runs
+from data.clips import ClipError, Preparation, load_clips, make_example, read_frames
+from data.loader import ClipLoader
 from data.sheets import contact_sheet
 from data.tiny import build_tiny
 from data.world import embedded_world
@@ -68,19 +57,8 @@ PRESETS = {
 DEFAULTS = dict(
     fps=None, quantize="none", lora_rank=0, freeze_vision=False, gradient_checkpointing=False, eval_every=-1, save_every=-1
 )  # fmt: skip
-FREE = (
-    "out",
-    "memory_gb",
-    "resume",
-    "workers",
-    "time_limit",
-    "log_every",
-    "save_every",
-    "eval_every",
-    "eval_clips",
-    "sheets",
-    "tracker",
-)
+FREE = ("out", "memory_gb", "resume", "workers", "time_limit", "log_every", "save_every", "eval_every", "eval_clips",
+        "sheets", "tracker")  # fmt: skip
 
 
 @dataclass
@@ -169,9 +147,9 @@ class Settings:
 
 def resolve(settings: Settings) -> Settings:
     """Fill what is None from the preset, check what is given, and make the embedded world and model where needed."""
-    s = fill(settings, DEFAULTS | PRESETS[settings.preset])
-    above_zero(s, "steps", "batch_size", "micro_batch_size", "learning_rate", "max_frames", "log_every", "time_limit")
-    above_zero(s, "max_bad_steps")
+    s = runs.fill(settings, DEFAULTS | PRESETS[settings.preset])
+    runs.above_zero(s, "steps", "batch_size", "micro_batch_size", "learning_rate", "max_frames", "log_every", "time_limit")
+    runs.above_zero(s, "max_bad_steps")
     if s.shard and s.quantize == "nf4":
         raise ValueError(
             "--shard with --quantize nf4: FSDP2 damages 4-bit weights (bitsandbytes issue 1945); give one of them"
@@ -196,10 +174,10 @@ def resolve(settings: Settings) -> Settings:
 def main(settings: Settings) -> dict | None:
     """Train; returns the last evaluation."""
     # --- set-up: processes, settings, clips, model, optimizer
-    accelerator = start_processes(settings.tracker, settings.out)
+    accelerator = runs.start_processes(settings.tracker, settings.out)
     device, main_process = accelerator.device, accelerator.is_main_process
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    peers = dist.new_group(backend="gloo") if world_size > 1 else None  # for words between processes, see `agree`
+    peers = dist.new_group(backend="gloo") if world_size > 1 else None  # for words between processes, see `runs.agree`
     with accelerator.main_process_first():
         s = resolve(settings)
     set_seed(s.seed)
@@ -208,56 +186,39 @@ def main(settings: Settings) -> dict | None:
             f"--batch-size {s.batch_size} is not a multiple of micro-batch {s.micro_batch_size} x {world_size} processes"
         )
     console = Console(quiet=not main_process)
-    resumed, broken = checkpoints.newest_checkpoint(s.out) if s.resume else (None, [])
-    tensors, state = checkpoints.load_state(resumed) if resumed else ({}, {"step": 0})
-    if resumed and (
-        changed := changed_settings(s, state["settings"], FREE) + checkpoints.other_run(state, s.data, world_size)
-    ):
-        raise ValueError(f"--resume: {resumed} is of a run with other settings:\n  " + "\n  ".join(changed))
+    resumed = checkpoints.resume(s, FREE, world_size)
     clips, problems = load_clips(s.data, s.root)
     eval_clips, eval_problems = load_clips(s.eval_data, s.root) if s.eval_data else ([], [])
-    contrastive = s.contrastive_weight > 0
-    steady = Preparation(models.load_processor(s.model), s.max_frames, s.fps)
-    shape = skeleton(s.model)
-    twin_layers = (s.contrastive_layer or shape.config.text_config.num_hidden_layers // 2) * contrastive
-    load = Load(s.micro_batch_size, *longest(clips, steady), twin_layers)
-    console.print(check_memory(shape, load, vars(s), device, s.memory_gb, world_size))
+    processor, contrastive = models.load_processor(s.model), s.contrastive_weight > 0
+    preparation = Preparation(processor, s.max_frames, s.fps, s.jitter)
+    steady = Preparation(processor, s.max_frames, s.fps)
+
+    architecture = memory.skeleton(s.model)
+    twin_layers = (s.contrastive_layer or architecture.config.text_config.num_hidden_layers // 2) * contrastive
+    load = memory.Load(s.micro_batch_size, *memory.longest(clips, steady), twin_layers)
+    console.print(memory.check_memory(architecture, load, vars(s), device, s.memory_gb, world_size))
+    held = memory.held_bytes(device)  # before there is a model
     adapters = s.quantize, s.lora_rank, s.freeze_vision
-    held = held_bytes(device)  # before there is a model
-    hf, processor = models.load_trainable(s.model, *adapters, s.gradient_checkpointing, device, resumed)
+    hf = models.load_trainable(s.model, *adapters, s.gradient_checkpointing, device, resumed.path)
     lm = vp.VideoLM(hf, s.contrastive_layer, s.temperature)
     lm.heads.requires_grad_(contrastive)
-    if resumed and contrastive:
-        lm.heads.load_state_dict(checkpoints.load_file(resumed / "heads.safetensors"))
+    if resumed.path and contrastive:
+        lm.heads.load_state_dict(checkpoints.load_file(resumed.path / "heads.safetensors"))
     lm.to(device)
     if s.shard:
         models.shard(lm, device)
-    preparation = Preparation(processor, s.max_frames, s.fps, s.jitter)
     share = dict(rank=rank, world_size=world_size, block=s.micro_batch_size)
     loader = ClipLoader(clips, preparation, s.seed, s.workers, s.time_limit, s.max_bad_share, **share)
     trained = [p for p in lm.parameters() if p.requires_grad]
-    parts = [[p for p in part.parameters() if p.requires_grad] for part in (lm.hf, lm.heads)]
-    groups = [{"params": part} for part in parts if part]
+    groups = [{"params": [p for p in part.parameters() if p.requires_grad]} for part in (lm.hf, lm.heads)]
+    groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, s.learning_rate, betas=(0.9, 0.99), weight_decay=s.weight_decay, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(s.warmup * s.steps), s.steps)
-    if resumed:
-        checkpoints.set_optimizer(lm, optimizer, schedule, tensors, state["schedule"])
-        loader.restore(state["processes"][rank]["loader"])
-        checkpoints.set_random_states(state["processes"][rank]["random"])
+    saved = checkpoints.restore(resumed, lm, optimizer, schedule, loader, rank) if resumed.path else {}
     loader.start()
-    log = RunLog(s.out, s, accelerator, state["step"])
-    console.print({f.name: getattr(s, f.name) for f in fields(s)} | describe_environment())
-    console.print(f"{len(clips)} clips, {len(problems)} lines skipped; {sum(p.numel() for p in trained) / 1e6:.2f} M of "
-                  f"{models.num_parameters(lm) / 1e6:.2f} M parameters trained; attention: {models.choose_attention()}; "
-                  f"{world_size} process(es)")  # fmt: skip
-    for problem in broken:
-        console.print(f"[yellow]checkpoint passed over[/] {problem}", highlight=False)
-    if s.resume:
-        console.print(f"resumed from {resumed}" if resumed else f"no checkpoint in {s.out}: started anew", highlight=False)
-    for problem in problems + eval_problems:
-        console.print(f"[yellow]skipped[/] {problem}", highlight=False)
-    if len(problems) > s.max_bad_share * (len(clips) + len(problems)):
-        raise ClipError(f"{s.data}: {len(problems)} bad lines are more than --max-bad-share {s.max_bad_share:g} allows")
+    log = runs.RunLog(s.out, s, accelerator, resumed.step)
+    notes = resumed.notes + [f"[yellow]skipped[/] {problem}" for problem in eval_problems]
+    runs.show_start(console, s, clips, problems, lm, notes, world_size)
     for clip in clips[: s.sheets] if main_process else []:
         try:
             frames = read_frames(clip, s.max_frames, s.fps, frames_per_slot=steady.frames_per_slot)
@@ -265,19 +226,10 @@ def main(settings: Settings) -> dict | None:
         except ClipError as error:
             console.print(f"[yellow]no sheet[/] {error}", highlight=False)
 
-    def save(step: int, at: dict, merged: bool) -> None:
-        mine = {"loader": at, "random": checkpoints.random_states()}
-        processes = gather_object([mine]) if world_size > 1 else [mine]
-        tensors, weights = checkpoints.optimizer_tensors(lm, optimizer), models.whole_state(lm)
-        if main_process:
-            state = {"step": step, "settings": vars(s), "schedule": schedule.state_dict(), "processes": processes,
-                     "bad_steps": bad_steps.item()}  # fmt: skip
-            with checkpoints.whole_or_nothing(s.out, step) as partial:
-                models.save_model(partial, lm.hf, processor, merged, state=models.part(weights, "hf."))
-                if contrastive:
-                    checkpoints.save_file(models.part(weights, "heads."), partial / "heads.safetensors")
-                checkpoints.save_state(partial, tensors, state | checkpoints.this_run(s.data, world_size))
-        accelerator.wait_for_everyone()
+    def save(step: int, merged: bool) -> None:
+        mine = {"loader": at, "pending": [line.tolist() for line in pending]}
+        more = {"bad_steps": bad_steps.item(), "bad_in_a_row": bad_in_a_row.item()}
+        checkpoints.save(s, step, lm, processor, optimizer, schedule, accelerator, mine, more, merged)
 
     def evaluation(step: int, count: int) -> dict:
         scored = eval_clips if count < 0 else eval_clips[:count]
@@ -288,26 +240,33 @@ def main(settings: Settings) -> dict | None:
         show_results(results, f"step {step}", console)
         return results
 
-    def rescue() -> str:  # memory has run out in the middle of a step
+    def evaluates(step: int) -> bool:
+        return bool(eval_clips) and step < s.steps and s.eval_every > 0 and step % s.eval_every == 0
+
+    def rescue() -> bool:  # memory has run out in the middle of a step
         optimizer.zero_grad()
-        if step - 1 <= state["step"] or world_size > 1:  # saving needs every process, and the others wait elsewhere
-            return "Nothing of this attempt is saved."
-        save(step - 1, at, step - 1 == s.steps)
-        return f"What was trained is saved: after the change go on from {s.out / 'checkpoint'} with --model."
+        if step - 1 > resumed.step:
+            save(step - 1, True)
+        return step - 1 > resumed.step
 
     stop_asked = []
     signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(True))
 
     # --- the loop: data -> forward, backward -> step -> log -> save -> eval
-    examples, at, step = loader.examples(), loader.state(), state["step"]
+    examples, at, step = loader.examples(), loader.state(), resumed.step
     num_micro = s.batch_size // (s.micro_batch_size * world_size)
-    results, pending, metrics, tokens_seen = None, [], {}, 0
-    bad_steps, bad_in_a_row = torch.tensor(state.get("bad_steps", 0.0), device=device), torch.zeros((), device=device)
+    pending = [torch.tensor(line, device=device) for line in saved.get("pending", [])]
+    results, metrics, tokens_seen = None, {}, 0
+    bad_steps = torch.tensor(resumed.state.get("bad_steps", 0.0), device=device)
+    bad_in_a_row = torch.tensor(resumed.state.get("bad_in_a_row", 0.0), device=device)
+    if resumed.step and evaluates(resumed.step):  # it may have been killed in the middle of that
+        evaluation(resumed.step, s.eval_clips)
     began = mark = time.perf_counter()
-    held_bytes(device)  # loading is over: what counts from here on is the peak of a step
+    memory.held_bytes(device)  # loading is over: what counts from here on is the peak of a step
+    explained = memory.out_of_memory_explained(architecture, load, vars(s), device, rescue, world_size)
     live_table = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
-    with loader, out_of_memory_explained(shape, load, vars(s), device, rescue, world_size), live_table as live:
-        for step in range(state["step"] + 1, s.steps + 1):
+    with loader, explained, live_table as live:
+        for step in range(resumed.step + 1, s.steps + 1):
             # All micro-batches are collated first, so that losses are divided by the counts of the whole step.
             batches, lost = [], None
             try:
@@ -315,10 +274,10 @@ def main(settings: Settings) -> dict | None:
             except ClipError as error:
                 lost = error
             counts = [sum(len(b.label_ids) for b in batches), sum(len(b.keyword_ids) for b in batches)]
-            counts = agree([*counts, lost is not None, len(stop_asked)], peers)
-            if counts[2]:  # too many clips are lost: end the run, but keep what it has learned
-                if step > 1:
-                    save(step - 1, at, True)
+            *counts, any_lost, any_stop = runs.agree([*counts, lost is not None, len(stop_asked)], peers)
+            if any_lost:  # too many clips are lost: end the run, but keep what it has learned
+                if step - 1 > resumed.step:
+                    save(step - 1, True)
                 raise lost or ClipError("another process has lost too many clips")
             # Gradients are averaged over processes: each divides by the mean count.
             num_tokens, num_keywords = counts[0] / world_size, max(1.0, counts[1] / world_size)
@@ -332,7 +291,7 @@ def main(settings: Settings) -> dict | None:
                 parts = [lm_loss.detach(), con_loss.detach(), positives / num_keywords, negatives / num_keywords]
                 losses += torch.stack([torch.as_tensor(p, device=device) for p in parts])
             losses = accelerator.reduce(losses, "mean")
-            average_gradients(trained, world_size)
+            runs.average_gradients(trained, world_size)
             grad_norm = models.clip_gradients(trained, s.grad_clip)
             # A step with NaN or Inf is left out by the fused optimizer itself: nobody waits for the device to know.
             optimizer.found_inf = 1.0 - torch.isfinite(losses.sum() + grad_norm).float()
@@ -342,10 +301,9 @@ def main(settings: Settings) -> dict | None:
             schedule.step()
             optimizer.zero_grad()
             at = loader.state()
-            if step == state["step"] + 1:
-                console.print(
-                    f"memory, measured: {(peak_bytes(device) - held) / 2**30:.2f} GiB at the peak of the first step"
-                )
+            if step == resumed.step + 1:
+                gib = (memory.peak_bytes(device) - held) / 2**30
+                console.print(f"memory, measured: {gib:.2f} GiB at the peak of the first step")
 
             # --- log: the device is read only here
             pending.append(torch.cat([losses, grad_norm.view(1), optimizer.found_inf.view(1)]))
@@ -362,27 +320,24 @@ def main(settings: Settings) -> dict | None:
                     metrics["contrastive/temperature"] = lm.heads.temperature.item()
                 metrics |= {"grad_norm": means[4], "lr": schedule.get_last_lr()[0], "bad_steps": bad_steps.item()}
                 metrics |= {"perf/step_seconds": seconds, "perf/tokens_per_second": tokens_seen / (now - mark)}
-                metrics["data/skipped"] = sum(agree([len(loader.skipped)], peers))
+                metrics["data/skipped"] = sum(runs.agree([len(loader.skipped)], peers))
                 pending, tokens_seen, mark = [], 0, now
                 log.write(metrics)
-                left = (s.steps - step) * (now - began) / (step - state["step"])
+                left = (s.steps - step) * (now - began) / (step - resumed.step)
                 if live:
-                    live.update(progress_table(f"stage 1  step {step}/{s.steps}", metrics, left), refresh=True)
+                    live.update(runs.progress_table(f"stage 1  step {step}/{s.steps}", metrics, left), refresh=True)
                 elif step % (10 * s.log_every) == 0 or step == s.steps:
                     shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
                     console.print(f"{shown}  {left / 60:.1f} min left", highlight=False, soft_wrap=True)
                 if bad_in_a_row >= s.max_bad_steps:
-                    save(step, at, True)
-                    raise ValueError(f"loss or gradient was NaN or Inf in {int(bad_in_a_row)} steps in a row; none of them "
-                                     f"changed the weights, which are saved in {s.out / 'checkpoint'}. Try a lower "
-                                     f"--learning-rate")  # fmt: skip
+                    save(step, True)
+                    raise runs.too_many_bad(int(bad_in_a_row), "steps", s.out)
 
             # --- save, eval: in this order, so that no evaluation can lose what is trained
-            stopping = counts[3] > 0  # by SIGTERM: save at once, and end well
-            last = step == s.steps or stopping
+            last = step == s.steps or any_stop > 0  # by SIGTERM: save at once, and end well
             if last or (s.save_every > 0 and step % s.save_every == 0):
-                save(step, at, step == s.steps)
-            if eval_clips and not last and s.eval_every > 0 and step % s.eval_every == 0:
+                save(step, step == s.steps)
+            if evaluates(step) and not last:
                 evaluation(step, s.eval_clips)
                 mark = time.perf_counter()
             if last:

@@ -27,8 +27,8 @@ import numpy as np
 
 from data import scoring
 from data.clips import ClipError
+from data.files import read_json, read_lines
 from data.formats import CRASH, FORMATS, MOTIONBENCH, MVBENCH, TEMPCOMPASS, TVBENCH, Question, video_name
-from data.importers import read_json, read_lines
 from data.scoring import LETTERS
 
 NAMES = tuple(FORMATS)

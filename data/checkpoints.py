@@ -16,15 +16,22 @@ import os
 import random
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from data import models
+from data.loader import ClipLoader
+from data.runs import changed_settings
 
 
 def checksums(folder: Path) -> dict[str, list[int]]:
@@ -65,8 +72,10 @@ def whole_or_nothing(folder: Path, step: int, keep: int = 2) -> Iterator[Path]:
             f"{final} could not be saved ({error}); {free:.0f} MiB are free on that disk. "
             + (f"The checkpoint before, {last}, is whole: free some space and go on with --resume" if last else "")
         ) from error
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():  # saved a second time, merged: out of the way, and dropped when the new one is in its place
+        os.replace(final, folder / f".partial-old-{step:06d}")
     os.replace(partial, final)
+    shutil.rmtree(folder / f".partial-old-{step:06d}", ignore_errors=True)
     link = folder / f".checkpoint-{os.getpid()}"
     link.unlink(missing_ok=True)
     link.symlink_to(final.name)
@@ -96,16 +105,6 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
             return path, broken
         broken.append(f"{path}: damaged or missing: {', '.join(wrong[:3])}")
     return None, broken
-
-
-def find_checkpoint(model: str | Path) -> str:
-    """The directory that `--model` means: a run's folder, a checkpoint, or a name on the hub as it is."""
-    path = Path(model)
-    if (path / "checkpoint").exists():
-        return str((path / "checkpoint").resolve())
-    if path.is_dir() and not (path / "config.json").exists() and not (path / "adapter").is_dir():
-        raise ValueError(f"--model {path}: no checkpoint in this folder; train one with `python train_sft.py --out {path}`")
-    return str(path.resolve()) if path.is_dir() else str(path)
 
 
 # --- What --resume needs besides the weights ------------------------------------------------------------------------------
@@ -175,15 +174,71 @@ def load_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
     return load_file(checkpoint / "state/optimizer.safetensors"), state
 
 
-def this_run(data: Path, world_size: int) -> dict:
-    """What a run cannot change when it is resumed, besides its settings: the annotation file and the processes."""
-    return {"annotations": zlib.crc32(Path(data).read_bytes()), "num_processes": world_size}
+# --- A run: resume, save -------------------------------------------------------------------------------------------------
 
 
-def other_run(state: dict, data: Path, world_size: int) -> list[str]:
-    """What of `this_run` differs from a saved state's."""
-    now = this_run(data, world_size)
-    changed = [f"{data} has changed"] if state["annotations"] != now["annotations"] else []
-    if state["num_processes"] != world_size:
-        changed.append(f"it ran in {state['num_processes']} process(es), not {world_size}, which share its clips")
-    return changed
+@dataclass
+class Resumed:
+    """Where a run goes on. path: the checkpoint, None where the run starts; step: that it was saved after; tensors: the
+    optimizer's; state: everything else that was saved; notes: what to tell about the search."""
+
+    path: Path | None = None
+    step: int = 0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    state: dict = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def resume(settings, free: Sequence[str], num_processes: int) -> Resumed:
+    """Find where a run goes on, if it is asked to. free: settings that may differ from those it was begun with.
+
+    Raises ValueError, naming what differs, where the checkpoint is of another run: settings, annotation file, processes.
+    """
+    if not settings.resume:
+        return Resumed()
+    path, broken = newest_checkpoint(settings.out)
+    notes = [f"[yellow]checkpoint passed over[/] {problem}" for problem in broken]
+    if path is None:
+        return Resumed(notes=[*notes, f"no checkpoint in {settings.out}: started anew"])
+    tensors, state = load_state(path)
+    changed = changed_settings(settings, state["settings"], free)
+    if state["annotations"] != zlib.crc32(Path(settings.data).read_bytes()):
+        changed.append(f"{settings.data} has changed")
+    if state["num_processes"] != num_processes:
+        changed.append(f"it ran in {state['num_processes']} process(es), not {num_processes}, which share its clips")
+    if changed:
+        raise ValueError(f"--resume: {path} is of a run with other settings:\n  " + "\n  ".join(changed))
+    return Resumed(path, state["step"], tensors, state, [*notes, f"resumed from {path}"])
+
+
+def restore(resumed: Resumed, lm: nn.Module, optimizer, schedule, loader: ClipLoader, rank: int) -> dict:
+    """Put optimizer, schedule, loader and random states where they were; returns what else this process had saved."""
+    mine = resumed.state["processes"][rank]
+    set_optimizer(lm, optimizer, schedule, resumed.tensors, resumed.state["schedule"])
+    loader.restore(mine["loader"])
+    set_random_states(mine["random"])
+    return mine
+
+
+def save(
+    settings, step: int, lm: nn.Module, processor, optimizer, schedule, accelerator: Accelerator, mine: dict, more: dict,
+    merged: bool,
+) -> None:  # fmt: skip
+    """Write a checkpoint of a run, adapters merged or not. Every process must call it; the main one writes.
+
+    mine: what this process needs to go on, its loader's state among it. more: what they all share. Contrastive heads are
+    written where they are trained.
+    """
+    mine = mine | {"random": random_states()}
+    num_processes = accelerator.num_processes
+    processes = gather_object([mine]) if num_processes > 1 else [mine]
+    tensors, weights = optimizer_tensors(lm, optimizer), models.whole_state(lm)
+    if accelerator.is_main_process:
+        state = {"step": step, "settings": vars(settings), "schedule": schedule.state_dict(), "processes": processes}
+        state |= {"annotations": zlib.crc32(Path(settings.data).read_bytes()), "num_processes": num_processes}
+        with whole_or_nothing(settings.out, step) as partial:
+            models.save_model(partial, lm.hf, processor, merged, state=models.part(weights, "hf."))
+            if lm.heads.log_temperature.requires_grad:
+                save_file(models.part(weights, "heads."), partial / "heads.safetensors")
+            save_state(partial, tensors, state | more)
+    accelerator.wait_for_everyone()

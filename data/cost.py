@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from rich.console import Console
 
 import vp
-from data.clips import PROMPT, ClipLoader, Preparation, chat, load_clips
+from data.clips import PROMPT, Preparation, chat, load_clips
+from data.loader import ClipLoader
 from data.memory import held_bytes, peak_bytes
 from data.models import load_model
 from data.runs import describe_environment

@@ -211,8 +211,7 @@ class Models:
         if "self" in s.finders or s.keywords == "model":
             from safetensors.torch import load_file
 
-            from data.checkpoints import find_checkpoint
-            from data.models import load_model
+            from data.models import find_checkpoint, load_model
 
             self.lm, processor = load_model(s.model)
             self.preparation = Preparation(processor, s.max_frames, s.fps)

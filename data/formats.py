@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.clips import ClipError, load_clips
-from data.importers import is_seconds, read_json, read_objects
+from data.files import read_json, read_objects
+from data.importers import is_seconds
 from data.scoring import LETTERS
 
 

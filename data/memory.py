@@ -16,9 +16,8 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from data.checkpoints import find_checkpoint
 from data.clips import Clip, ClipError, Preparation, make_example, read_frames
-from data.models import LANGUAGE_LINEARS, VISION_LINEARS
+from data.models import LANGUAGE_LINEARS, VISION_LINEARS, find_checkpoint
 from data.sizes import random_config
 
 SLACK = 1.1
@@ -183,15 +182,19 @@ def advice(hf: nn.Module, load: Load, settings: Mapping, gpu: bool, limit: float
 
 @contextmanager
 def out_of_memory_explained(
-    hf: nn.Module, load: Load, settings: Mapping, device: torch.device, rescue: Callable[[], str], num_processes: int = 1
+    hf: nn.Module, load: Load, settings: Mapping, device: torch.device, rescue: Callable[[], bool], num_processes: int = 1
 ) -> Iterator[None]:
-    """Where memory runs out all the same: save by `rescue`, which says where, and raise ValueError with the advice."""
+    """Where memory runs out all the same: save by `rescue`, if it can, and raise ValueError with the advice.
+
+    rescue: saves what was trained and says whether there was anything; not called where other processes wait elsewhere.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
         error.__traceback__ = None  # it holds the activations
-        where, gpu = rescue(), device.type == "cuda"
-        helps = advice(hf, load, settings, gpu, available(device), num_processes)
+        saved = num_processes == 1 and rescue()
+        where = "What was trained is saved: go on from it with --model." if saved else "Nothing of this attempt is saved."
+        helps = advice(hf, load, settings, device.type == "cuda", available(device), num_processes)
         raise ValueError(f"out of memory. {where} {helps}") from None
 
 

@@ -21,13 +21,22 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 import vp
-from data.checkpoints import find_checkpoint
 
 Quantize = Literal["none", "nf4"]
 
 # LoRA goes on every linear layer of the language model and, where the vision encoder is trained, on those of its blocks.
 LANGUAGE_LINEARS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 VISION_LINEARS = r".*visual\.blocks.*\.(qkv|proj|gate_proj|up_proj|down_proj|linear_fc1|linear_fc2)"
+
+
+def find_checkpoint(model: str | Path) -> str:
+    """The directory that `--model` means: a run's folder, a checkpoint, or a name on the hub as it is."""
+    path = Path(model)
+    if (path / "checkpoint").exists():
+        return str((path / "checkpoint").resolve())
+    if path.is_dir() and not (path / "config.json").exists() and not (path / "adapter").is_dir():
+        raise ValueError(f"--model {path}: no checkpoint in this folder; train one with `python train_sft.py --out {path}`")
+    return str(path.resolve()) if path.is_dir() else str(path)
 
 
 def choose_attention() -> str:
@@ -116,8 +125,8 @@ def load_model(model: str) -> tuple[vp.VideoLM, object]:
 def load_trainable(
     model: str, quantize: Quantize, lora_rank: int, freeze_vision: bool, gradient_checkpointing: bool, device: torch.device,
     resumed: Path | None = None,
-) -> tuple[nn.Module, object]:  # fmt: skip
-    """The model to train, with adapters, frozen parts and checkpointing as asked, and its processor.
+) -> nn.Module:  # fmt: skip
+    """The model to train, with adapters, frozen parts and checkpointing as asked.
 
     Without adapters all weights train in float32 (under bf16 autocast on a GPU). With adapters the frozen weights are bf16
     on a GPU, or 4-bit, and the adapters float32. resumed: a checkpoint of the same run to go on from. Raises ValueError
@@ -126,7 +135,7 @@ def load_trainable(
     if quantize == "nf4" and not lora_rank:
         raise ValueError("--quantize nf4: 4-bit weights cannot be trained themselves; give --lora-rank, such as 16")
     dtype = torch.bfloat16 if device.type == "cuda" and lora_rank else torch.float32
-    hf, processor = load_pretrained(resumed if resumed and not lora_rank else model, dtype, quantize, device)
+    hf, _ = load_pretrained(resumed if resumed and not lora_rank else model, dtype, quantize, device)
     if hasattr(hf, "get_base_model"):
         raise ValueError(f"--model {model} is an adapter; fold it in first: python eval.py merge {model}")
     if gradient_checkpointing:
@@ -141,7 +150,7 @@ def load_trainable(
         hf = get_peft_model(hf, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=targets))
         if resumed:
             set_peft_model_state_dict(hf, load_file(resumed / "adapter/adapter_model.safetensors"))
-    return hf, processor
+    return hf
 
 
 # --- Many processes: FSDP2 ----------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """A run's folder: settings.json, metrics.jsonl, curves.png; its settings, its terminal, and the processes that share it."""
 
 import json
+import math
+import os
 import platform
 import shutil
 import subprocess
@@ -12,9 +14,13 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate import Accelerator
+from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from data.clips import ClipError
+from data.models import choose_attention, num_parameters
 
 transformers.utils.logging.disable_progress_bar()  # progress is shown by rich, and once
 
@@ -89,6 +95,42 @@ def average_gradients(parameters: Sequence[nn.Parameter], num_processes: int) ->
     torch._foreach_div_([p.grad for p in parameters], num_processes)
 
 
+def show_start(
+    console: Console,
+    settings,
+    clips: Sequence,
+    problems: Sequence[str],
+    lm: nn.Module,
+    notes: Sequence[str],
+    num_processes: int,
+) -> None:
+    """Print what a run begins with: settings, environment, clips, parameters, and every line that is skipped, by name.
+
+    Raises ClipError where more of the annotation file is bad than --max-bad-share allows.
+    """
+    console.print(asdict(settings) | describe_environment())
+    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    console.print(
+        f"{len(clips)} clips, {len(problems)} lines skipped; {trained / 1e6:.2f} M of {num_parameters(lm) / 1e6:.2f} M "
+        f"parameters trained; attention: {choose_attention()}; {num_processes} process(es)"
+    )
+    for note in notes:
+        console.print(note, highlight=False)
+    for problem in problems:
+        console.print(f"[yellow]skipped[/] {problem}", highlight=False)
+    if len(problems) > settings.max_bad_share * (len(clips) + len(problems)):
+        allowed = f"--max-bad-share {settings.max_bad_share:g} allows"
+        raise ClipError(f"{settings.data}: {len(problems)} bad lines are more than {allowed}")
+
+
+def too_many_bad(count: int, what: str, folder: Path) -> ValueError:
+    """The error that ends a run whose loss or gradient stays NaN or Inf."""
+    return ValueError(
+        f"loss or gradient was NaN or Inf in {count} {what} in a row; none of them changed the weights, which are saved in "
+        f"{folder / 'checkpoint'}. Try a lower --learning-rate"
+    )
+
+
 def progress_table(title: str, metrics: Mapping[str, float], seconds_left: float) -> Table:
     """What the terminal shows live."""
     table = Table(title=f"{title}  {seconds_left / 60:.1f} min left", min_width=48)
@@ -102,7 +144,8 @@ def progress_table(title: str, metrics: Mapping[str, float], seconds_left: float
 class RunLog:
     """Writes settings.json at the start, and a line of metrics.jsonl at each call, which trackers get, too.
 
-    Only the main process writes. step: where the run goes on; what an earlier attempt wrote of later steps is dropped.
+    Only the main process writes. step: where the run goes on; what an earlier attempt wrote of later steps is dropped, and
+    an evaluation at that step, which is made again. NaN and Inf become null.
     """
 
     def __init__(self, folder: Path, settings: object, accelerator: Accelerator | None = None, step: int = 0):
@@ -119,8 +162,10 @@ class RunLog:
             json.dumps({"settings": plain} | describe_environment(), indent=2, default=str) + "\n"
         )
         lines = self.path.read_text().splitlines(keepends=True) if step and self.path.exists() else []
-        # a kill can tear the last line
-        self.path.write_text("".join(x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= step))
+        lines = [(x, json.loads(x)) for x in lines if x.endswith("}\n")]  # a kill can tear the last one
+        new = self.path.with_name(".metrics.jsonl")
+        new.write_text("".join(x for x, r in lines if r["step"] < step + (not any("eval/" in name for name in r))))
+        os.replace(new, self.path)
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Append one line."""
@@ -128,8 +173,9 @@ class RunLog:
             self.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=int(metrics["step"]))
         if not self.writes:
             return
+        numbers = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self.path.open("a") as lines:
-            lines.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}) + "\n")
+            lines.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in numbers.items()}) + "\n")
 
     def plot(self, panels: Sequence[Sequence[str]], file: str = "curves.png") -> Path:
         """Draw the named metrics against the step, one panel for each group of names."""

@@ -7,20 +7,13 @@ traffic and work make of it, and the peak memory above its inputs. Libraries tha
 It prints a table and writes JSON and, where matplotlib is there, a PNG to --out. --tune tries other tiles for our kernels.
 Without a GPU the correctness part runs, under Triton's interpreter, on tiny sizes, and the public functions, which take the
 references there, are timed beside the references called directly.
-
-    python -m kernels.bench --training 50      # minutes, on any machine: do both stages learn the same with the kernels?
-
-trains both stages on the embedded world on the CPU, in float32, from one seed: once with the references and once with the
-kernels under the interpreter, 50 steps of stage 1 and a tenth as many of stage 2, and compares losses and rewards.
 """
 
 import argparse
 import json
-import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -143,62 +136,6 @@ def compare(name: str, dtype: torch.dtype, kernel: list, eager: list, exact: lis
     if not row["error"] <= row["eager_error"] + 1e-3:
         raise ValueError(f"{name} in {row['dtype']} is wrong: error {row['error']:.2e}, eager {row['eager_error']:.2e}")
     return row
-
-
-def train_twice(script: str, steps: int, out: Path, arguments: list[str]) -> list[dict[str, float]]:
-    """Run a train script on the CPU with the references, then with the kernels: `compare_runs` of both.
-
-    Runs go to out/references and out/kernels.
-    """
-    runs = []
-    for name, kernels in (("references", "0"), ("kernels", "1")):
-        env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "VIDEOPERCEIVER_KERNELS": kernels}
-        command = [sys.executable, str(Path(__file__).parents[1] / script), "--steps", str(steps), "--log-every", "1",
-                   "--out", str(out / name), *arguments]  # fmt: skip
-        began = time.perf_counter()
-        subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
-        print(f"{script} with the {name}: {steps} steps in {time.perf_counter() - began:.0f} s", flush=True)
-        runs.append([json.loads(line) for line in (out / name / "metrics.jsonl").open()])
-    return compare_runs(*runs)
-
-
-def compare_runs(references: list[dict], kernels: list[dict]) -> list[dict]:
-    """One row a step: its losses and rewards in both runs, and the largest difference among them.
-
-    >>> compare_runs([{"step": 1, "loss/lm": 2.0, "lr": 1}], [{"step": 1, "loss/lm": 2.5, "lr": 2}])
-    [{'step': 1, 'loss/lm': (2.0, 2.5), 'difference': 0.5}]
-    """
-    rows = []
-    for one, two in zip(references, kernels, strict=True):
-        names = [n for n in one if n.split("/")[0] in ("loss", "reward", "policy")]
-        row = {"step": one["step"]} | {n: (one[n], two[n]) for n in names}
-        differences = [abs(one[n] - two[n]) for n in names]
-        rows.append(row | {"difference": max(math.inf if math.isnan(d) else d for d in differences)})
-    return rows
-
-
-def check_training(steps: int, out: Path, bar: float = 1e-4) -> None:
-    """Print how losses and rewards of both stages differ, step by step; exit where one is above the bar."""
-    out.mkdir(parents=True, exist_ok=True)
-    make = [sys.executable, "-m", "data.world", "--out", str(out / "world"), "--train", "400", "--test", "1"]
-    subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
-    data = ["--data", str(out / "world/train.jsonl"), "--workers", "0"]
-    small = [["--batch-size", "4", "--micro-batch-size", "4", "--sheets", "0"],
-             ["--batch-size", "2", "--micro-batch-size", "2", "--num-rollouts", "4", "--num-twin-rollouts", "2",
-              "--model", str(out / "stage-1/references")]]  # fmt: skip
-    shown = (("loss/lm", "loss/contrastive"), ("policy/loss", "policy/kl", "reward/total"))
-    largest = 0.0
-    for stage, script, count in ((0, "train_sft.py", steps), (1, "train_rl.py", max(1, steps // 10))):
-        rows = train_twice(script, count, out / f"stage-{stage + 1}", data + small[stage])
-        print(f"step  {'  '.join(f'{n}: references, kernels' for n in shown[stage])}  largest difference of all")
-        for row in rows:
-            pairs = [row.get(n, (math.nan, math.nan)) for n in shown[stage]]  # no policy loss where no group had spread
-            values = "  ".join(f"{a:10.6f} {b:10.6f}" for a, b in pairs)
-            print(f"{row['step']:4d}  {values}  {row['difference']:.1e}")
-        largest = max(largest, *(row["difference"] for row in rows))
-    print(f"largest difference: {largest:.1e} (at most {bar:g} is asked)")
-    if not largest <= bar:
-        sys.exit(f"error: training with the kernels differs by {largest:.1e}")
 
 
 def time_public(pairs: int = 200) -> list[dict]:
@@ -500,7 +437,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for bench.json and bench.png")
     parser.add_argument("--only", choices=("contrastive", "log-probs", "reward"), help="time one kernel")
     parser.add_argument("--tune", action="store_true", help="try other tiles instead of timing rivals")
-    parser.add_argument("--training", type=int, metavar="STEPS", help="compare training with and without the kernels")
     args = parser.parse_args()
     if not dispatch.HAS_TRITON:
         sys.exit("error: the benchmark needs Triton; pip install triton")
@@ -511,9 +447,6 @@ def main() -> None:
     print(" ".join(f"{k} {v}" for k, v in about.items()))
     if not ON_GPU:
         print("No GPU: the kernels run under Triton's interpreter, for correctness on tiny sizes; none is timed.")
-    if args.training:
-        check_training(args.training, args.out / "training")
-        return
     errors = check()
     if not ON_GPU:
         time_public()

@@ -32,7 +32,7 @@ def test_checkpoint_loads_in_plain_transformers(lm, checkpoint, tmp_path):
     processor = AutoProcessor.from_pretrained(checkpoint)
     for step in (5, 10, 15):
         save(tmp_path, step, lm, processor)
-    where = Path(checkpoints.find_checkpoint(tmp_path))
+    where = Path(models.find_checkpoint(tmp_path))
     assert where.name == "checkpoint-000015"
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-000010", "checkpoint-000015"]
     again = AutoModelForImageTextToText.from_pretrained(where)
@@ -49,7 +49,7 @@ def test_a_kill_while_saving_leaves_the_last_good_one(lm, qwen2_5, tmp_path, mon
     """Dying in the middle of a save, wherever, leaves `checkpoint` pointing at the whole older one."""
     processor = AutoProcessor.from_pretrained(qwen2_5)
     save(tmp_path, 1, lm, processor)
-    before = sorted(p.name for p in Path(checkpoints.find_checkpoint(tmp_path)).iterdir())
+    before = sorted(p.name for p in Path(models.find_checkpoint(tmp_path)).iterdir())
 
     class Killed(BaseException):
         """Stands in for the kill."""
@@ -62,7 +62,7 @@ def test_a_kill_while_saving_leaves_the_last_good_one(lm, qwen2_5, tmp_path, mon
     with pytest.raises(Killed):
         save(tmp_path, 2, lm, processor)
     monkeypatch.undo()
-    where = Path(checkpoints.find_checkpoint(tmp_path))
+    where = Path(models.find_checkpoint(tmp_path))
     assert where.name == "checkpoint-000001" and sorted(p.name for p in where.iterdir()) == before
     assert checkpoints.newest_checkpoint(tmp_path)[0] == tmp_path / "checkpoint-000001"
     save(tmp_path, 2, lm, processor)
@@ -134,8 +134,8 @@ def test_a_full_disk_is_told_and_spoils_nothing(tmp_path, how):
 def test_a_folder_without_checkpoint_says_so(tmp_path):
     """A run that never saved is named with the command to run; a hub name passes through; no state, no resume."""
     with pytest.raises(ValueError, match="no checkpoint in this folder; train one with"):
-        checkpoints.find_checkpoint(tmp_path)
-    assert checkpoints.find_checkpoint("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
+        models.find_checkpoint(tmp_path)
+    assert models.find_checkpoint("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
     assert checkpoints.newest_checkpoint(tmp_path) == (None, [])
     with pytest.raises(ValueError, match="has no state/ to resume from"):
         checkpoints.load_state(tmp_path)
@@ -192,7 +192,8 @@ def test_optimizer_and_schedule_come_back(tmp_path):
 def test_adapters_load_with_peft_alone_and_merged_without(checkpoint, ragged, tmp_path, quantize):
     """An adapter saved, loaded by peft, and merged: the same logits, also over 4-bit weights; the model is untouched."""
     device = torch.device("cpu")
-    hf, processor = models.load_trainable(str(checkpoint), quantize, 4, False, False, device)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    hf = models.load_trainable(str(checkpoint), quantize, 4, False, False, device)
     torch.manual_seed(1)
     for name, p in hf.named_parameters():
         if "lora_B" in name:

@@ -14,7 +14,8 @@ import torch
 from torchcodec.encoders import VideoEncoder
 from transformers import AutoProcessor
 
-from data.clips import Clip, ClipError, ClipLoader, Preparation, load_clips, prepare, read_frames, sample_times
+from data.clips import Clip, ClipError, Preparation, load_clips, prepare, read_frames, sample_times
+from data.loader import ClipLoader
 
 GOOD = {"video": "a.mp4", "caption": "A man jumps off a wall.", "keywords": ["jumps off"], "key_spans": [[0.5, 0.9]]}
 

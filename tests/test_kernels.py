@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from kernels import contrastive, dispatch, logprob, reward
-from kernels.bench import compare_runs
 from kernels.contrastive import KeyTokens, contrastive_loss, contrastive_op, contrastive_reference, ids_shown
 from kernels.logprob import cross_entropy_from_states, log_probs_from_states, log_probs_op
 from kernels.reward import REWARDS, Texts, pack_texts, paired_reward_op, paired_rewards, score_batch
+from kernels.training import compare_runs
 
 ON_GPU = torch.cuda.is_available() and not dispatch.INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -475,7 +475,7 @@ def test_compiles_for_a_gpu(module, name, dtype, tmp_path, monkeypatch):
 def test_training_steps_through_the_kernels(lm, ragged, monkeypatch):
     """Three steps of stage 1, then log-probs and rewards of stage 2, as the references have them: within 1e-4.
 
-    `python -m kernels.bench --training 50` does the same for both scripts, as long as one likes.
+    `python -m kernels.training --steps 50` does the same for both scripts, as long as one likes.
     """
     ragged = ragged[:2]
     batch, before = lm.collate(ragged).to(DEVICE), copy.deepcopy(lm.state_dict())

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def test_what_is_quantised_and_what_moves(checkpoint, ragged, quantize, freeze_vision):
     """4 bits in the language model only, not in the vision encoder or the head; a step moves the adapters alone, after an
     evaluation, too (bitsandbytes repacks weights in eval mode on some CPUs and has no gradient from then on)."""
-    hf, _ = models.load_trainable(str(checkpoint), quantize, 4, freeze_vision, True, CPU)
+    hf = models.load_trainable(str(checkpoint), quantize, 4, freeze_vision, True, CPU)
     small = {n for n, p in hf.named_parameters() if isinstance(p, Params4bit)}
     assert bool(small) == (quantize == "nf4") and all("language_model" in n for n in small)
     assert len(small) in (0, 7 * 4)
@@ -72,7 +72,8 @@ def test_random_models_train(monkeypatch, world, family, quantize):
     vision = vision | dict(depth=2, hidden_size=64, num_heads=2, intermediate_size=64, out_hidden_size=256)
     vision |= dict(fullatt_block_indexes=[1]) if family == "qwen2.5" else dict(deepstack_visual_indexes=[0])
     monkeypatch.setitem(sizes.SIZES, f"{family}-own", (text, vision, tied))
-    hf, processor = models.load_trainable(f"random:{family}-own", quantize, 4, True, True, CPU)
+    processor = models.load_processor(f"random:{family}-own")
+    hf = models.load_trainable(f"random:{family}-own", quantize, 4, True, True, CPU)
     assert any(isinstance(p, Params4bit) for p in hf.parameters()) == (quantize == "nf4")
     from data.clips import Preparation, load_clips, prepare
 
@@ -98,7 +99,7 @@ def test_the_estimate_counts_weights_right(checkpoint):
     for quantize, rank, freeze in (("none", 0, False), ("none", 0, True), ("none", 8, False), ("nf4", 8, True)):
         settings = QLORA | dict(quantize=quantize, lora_rank=rank, freeze_vision=freeze)
         parts = memory.estimate(hf, LOAD, settings, gpu=False)
-        loaded, _ = models.load_trainable(str(checkpoint), quantize, rank, freeze, False, CPU)
+        loaded = models.load_trainable(str(checkpoint), quantize, rank, freeze, False, CPU)
         trained = sum(p.numel() for p in loaded.parameters() if p.requires_grad)
         weights = sum(p.numel() * p.element_size() for n, p in loaded.named_parameters() if "lora_" not in n)
         assert parts["weights"] == pytest.approx(weights, rel=0.03)

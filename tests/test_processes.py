@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.clips import ClipLoader, Preparation, load_clips
+from data.clips import Preparation, load_clips
+from data.loader import ClipLoader
 from tests.test_scripts import HERE
 
 SMALL = {

@@ -6,6 +6,7 @@ import torch
 
 import vp
 from data.clips import load_clips, read_frames
+from data.finders import find_key_slots
 from data.world import draw_clip
 
 
@@ -61,11 +62,11 @@ def test_finder_on_decoded_world(world):
     ious = []
     for clip in load_clips(world / "train.jsonl")[0]:
         frames = read_frames(clip, 16)
-        found, truth = vp.find_key_slots(frames.pixels), vp.span_slots([clip.truth["span"]], frames.timestamps)
+        found, truth = find_key_slots(frames.pixels), vp.span_slots([clip.truth["span"]], frames.timestamps)
         ious.append(((found & truth).sum() / (found | truth).sum()).item())
     for index in range(200):  # more of them, without the encoder
         pixels, line = draw_clip("test", index, seed=3)
-        found = vp.find_key_slots(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        found = find_key_slots(torch.from_numpy(pixels).permute(0, 3, 1, 2))
         truth = vp.span_slots([line["truth"]["span"]], [t / 8 for t in range(16)])
         ious.append(((found & truth).sum() / (found | truth).sum()).item())
     assert np.mean(ious) >= 0.9
@@ -77,8 +78,8 @@ def test_finder_finds_nothing_in_a_still(frames):
     rng = np.random.default_rng(frames)
     still = torch.full((frames // 2 * 2, 3, 20, 30), 77, dtype=torch.uint8)
     noise = torch.from_numpy(rng.integers(0, 9, still.shape).astype(np.uint8)) + still
-    assert not vp.find_key_slots(still).any()
-    assert not vp.find_key_slots(noise).any()
+    assert not find_key_slots(still).any()
+    assert not find_key_slots(noise).any()
 
 
 @pytest.mark.parametrize("size", [(48, 48), (120, 200)])
@@ -86,4 +87,4 @@ def test_finder_sees_one_flash(size):
     """One bright frame marks exactly its slot, also where frames are scaled down first."""
     pixels = torch.full((16, 3, *size), 50, dtype=torch.uint8)
     pixels[9, :, : size[0] // 2] = 250
-    assert vp.find_key_slots(pixels).nonzero().flatten().tolist() == [4]
+    assert find_key_slots(pixels).nonzero().flatten().tolist() == [4]
