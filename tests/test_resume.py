@@ -63,12 +63,22 @@ def test_kill_minus_nine_and_resume(tmp_path, world, qwen2_5, script):
     lines[3] = lines[3].replace(".mp4", "-gone.mp4")  # what is lost must stay lost, and take nobody's place
     data = world / f"resume-{script}.jsonl"
     data.write_text("\n".join(lines))
-    small = ["--model", qwen2_5, "--data", data, "--workers", 0, "--log-every", 1, "--save-every", 4, *SMALL[script]]
+    test = world / f"resume-{script}-test.jsonl"
+    test.write_text("\n".join((world / "test.jsonl").read_text().splitlines()[:4]))
+    small = ["--model", qwen2_5, "--data", data, "--eval-data", test, "--workers", 0, *SMALL[script]]
+    small += [
+        "--log-every",
+        3,
+        "--save-every",
+        4,
+        "--eval-every",
+        8,
+    ]  # so that lines are begun before a save, and ended after
     done = run(HERE / f"{script}.py", *small, "--out", tmp_path / "undisturbed", cwd=tmp_path)
     seconds = float(re.search(r"\(60 steps in (\d+) s\)", done.stdout)[1]) / 60
     rng, env = random.Random(script), os.environ | {"HF_HUB_OFFLINE": "1"}
     kills = int(os.environ.get("KILLS", "2"))
-    for step in sorted(rng.sample(range(2, 57), kills)):
+    for step in sorted(rng.sample(range(3, 57, 3), kills)):
         log, wait = tmp_path / "killed/metrics.jsonl", rng.uniform(0, max(0.05, 2 * seconds))
         command = [
             sys.executable,
