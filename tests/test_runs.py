@@ -1,6 +1,7 @@
 """Metrics, curves, sheets; what a resumed run may change; our name `kernels`."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -33,12 +34,14 @@ def test_metrics_and_curves(tmp_path):
 
 
 def test_a_resumed_log_drops_what_comes_again(tmp_path):
-    """Lines behind the checkpoint go, and so does a line that a kill tore; a fresh run starts an empty file."""
+    """Lines behind the checkpoint go, an evaluation at it, which is made again, and a line that a kill tore; a fresh run
+    starts an empty file; what is no number is null."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 3, "a"')
+    path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 2, "eval/full x": 1}\n{"step": 3, "a": 3}\n{"step": 3, "a"')
     log = runs.RunLog(tmp_path, {"lr": 1}, step=2)
     log.write({"step": 3, "a": 4})
-    assert [json.loads(x)["a"] for x in path.open()] == [1, 2, 4]
+    log.write({"step": 4, "a": math.nan})
+    assert [json.loads(x).get("a", "no") for x in path.open()] == [1, 2, 4, None]
     runs.RunLog(tmp_path, {"lr": 1})
     assert path.read_text() == ""
 
