@@ -37,7 +37,8 @@ def test_a_resumed_log_drops_what_comes_again(tmp_path):
     """Lines behind the checkpoint go, an evaluation at it, which is made again, and a line that a kill tore; a fresh run
     starts an empty file; what is no number is null."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 2, "eval/full x": 1}\n{"step": 3, "a": 3}\n{"step": 3, "a"')
+    lines = ['{"step": 1, "a": 1}', '{"step": 2, "a": 2}', '{"step": 2, "eval/full x": 1}', '{"step": 3, "a": 3}']
+    path.write_text("\n".join([*lines, '{"step": 3, "a"']))
     log = runs.RunLog(tmp_path, {"lr": 1}, step=2)
     log.write({"step": 3, "a": 4})
     log.write({"step": 4, "a": math.nan})
