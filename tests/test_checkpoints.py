@@ -6,6 +6,8 @@ import random
 import resource
 import subprocess
 import sys
+import zlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,54 @@ def test_a_kill_while_saving_leaves_the_last_good_one(lm, qwen2_5, tmp_path, mon
     save(tmp_path, 2, lm, processor)
     assert checkpoints.newest_checkpoint(tmp_path) == (tmp_path / "checkpoint-000002", [])
     assert not list(tmp_path.glob(".partial*"))
+
+
+@dataclass
+class Some:
+    """Settings of a run."""
+
+    out: Path
+    data: Path
+    steps: int = 10
+    resume: bool = True
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("steps", "--steps was 10, is 20"),
+        ("data", "a.jsonl has changed"),
+        ("processes", r"it ran in 2 process\(es\), not 1"),
+    ],
+)
+def test_another_run_is_not_resumed(tmp_path, change, message):
+    """Settings, annotation file and number of processes must be those of the run; what differs is named."""
+    data = tmp_path / "a.jsonl"
+    data.write_text("{}")
+    settings = Some(tmp_path / "o", data)
+    assert checkpoints.resume(settings, (), 2).notes == [f"no checkpoint in {tmp_path / 'o'}: started anew"]
+    state = {"step": 7, "settings": vars(settings), "annotations": zlib.crc32(b"{}"), "num_processes": 2}
+    with checkpoints.whole_or_nothing(settings.out, 7) as partial:
+        checkpoints.save_state(partial, {"a/step": torch.tensor(1.0)}, state)
+    found = checkpoints.resume(settings, (), 2)
+    assert found.step == 7 and found.path == tmp_path / "o/checkpoint-000007"
+    assert checkpoints.resume(replace(settings, resume=False), (), 2) == checkpoints.Resumed()
+    assert checkpoints.resume(replace(settings, steps=20), ("steps",), 2).step == 7
+    if change == "steps":
+        settings = replace(settings, steps=20)
+    elif change == "data":
+        data.write_text("{ }")
+    with pytest.raises(ValueError, match=message):
+        checkpoints.resume(settings, (), 1 if change == "processes" else 2)
+
+
+def test_saving_a_step_again_keeps_one_whole(tmp_path):
+    """The second save of a step takes the first one's place, and leaves nothing else behind."""
+    for text in ("old", "first", "second"):
+        with checkpoints.whole_or_nothing(tmp_path, 1 if text == "old" else 2) as partial:
+            (partial / "a.txt").write_text(text)
+    assert (tmp_path / "checkpoint/a.txt").read_text() == "second"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "checkpoint-000001", "checkpoint-000002"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "no list", "odd list"])
