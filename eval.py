@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vp
-from data import answers, benchmarks, probes
+from data import answers, benchmarks, predictions, probes
 from data.clips import PROMPT, Clip, ClipError, Preparation, load_clips, make_example, read_frames
 from data.cost import CostSettings, run_cost
 from data.loader import ClipLoader
@@ -378,7 +378,7 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
         parts, left_out = probes.hide(parts, s.lengths, s.seed) if s.needle else probes.pair(parts, s.seed)
         marked += left_out
     more = {"twin": s.twin, "probe": probe} | ({"lengths": s.lengths, "seed": s.seed} if probe else {})
-    made_with = answers.describe_run(benchmark, parts, hf, more)
+    made_with = predictions.describe_run(benchmark, parts, hf, more)
     parts = parts[: s.limit] if s.limit >= 0 else parts
     run = Path(s.model) if (Path(s.model) / "checkpoint").exists() else Path("runs/answers")
     out = s.out or run / f"{s.benchmark}{'-' * bool(probe)}{probe}"

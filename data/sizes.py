@@ -92,42 +92,47 @@ def random_config(name: str) -> PreTrainedConfig:
 
 
 def random_model(name: str, dtype: torch.dtype, nf4: bool, device: torch.device | str) -> tuple[nn.Module, object]:
-    """A model of a size with random weights, its language model in 4 bits if asked, and its processor."""
+    """A model of a size with random weights, its language model in 4 bits if asked, and its processor.
+
+    Each weight is made by itself, and a 4-bit one packed at once: no more memory is taken than the model holds in the end.
+    """
     from data.models import choose_attention
 
     config = random_config(name)
-    before = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(dtype)
-        with torch.device(device):
-            hf = AutoModelForImageTextToText.from_config(config, attn_implementation=choose_attention())
-    finally:
-        torch.set_default_dtype(before)
-    hf.generation_config.eos_token_id, hf.generation_config.pad_token_id = (
-        config.text_config.eos_token_id,
-        config.text_config.pad_token_id,
-    )
+    with torch.device("meta"):
+        hf = AutoModelForImageTextToText.from_config(config, attn_implementation=choose_attention())
     if nf4:
-        quantize_language_model(hf)
-    return hf.to(device), random_processor(name)
+        quantize_language_model(hf, dtype, device)
+    for module in hf.modules():
+        for key, weight in module.named_parameters(recurse=False):
+            if weight.is_meta:
+                module._parameters[key] = nn.Parameter(torch.empty_like(weight, dtype=dtype, device=device))
+        for key, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                module._buffers[key] = torch.empty_like(buffer, device=device)
+    hf.tie_weights()
+    hf.initialize_weights()
+    hf.generation_config.eos_token_id = config.text_config.eos_token_id
+    hf.generation_config.pad_token_id = config.text_config.pad_token_id
+    return hf, random_processor(name)
 
 
-def quantize_language_model(hf: nn.Module) -> None:
-    """Replace every linear layer of the language model by its 4-bit form, one by one, as loading with nf4 does."""
+def quantize_language_model(hf: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Random 4-bit layers in the place of a skeleton's linear layers in the language model, as loading with nf4 puts them."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     from data.models import nf4_config
 
-    linears = [(n, m) for n, m in hf.model.language_model.named_modules() if isinstance(m, nn.Linear)]
-    for name, linear in linears:
-        owner, _, leaf = name.rpartition(".")
-        small = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, torch.bfloat16,
-                           compress_statistics=True, quant_type="nf4", device="meta")  # fmt: skip
-        device, small.bias = linear.weight.device, linear.bias
-        small.weight = Params4bit(linear.weight.detach().cpu() if device.type == "cpu" else linear.weight.detach(),
-                                  requires_grad=False, quant_type="nf4", compress_statistics=True)  # fmt: skip
-        setattr(hf.model.language_model.get_submodule(owner), leaf, small)
-        small.to(device)  # quantises
-        linear.weight = None
+    for name, linear in list(hf.model.language_model.named_modules()):
+        if not isinstance(linear, nn.Linear):
+            continue
+        shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
+        small = Linear4bit(*shape, bias, torch.bfloat16, compress_statistics=True, quant_type="nf4", device="meta")
+        weight = torch.randn(shape[::-1], dtype=torch.bfloat16, device=device) * hf.config.text_config.initializer_range
+        small.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).to(device)
+        small.weight._is_hf_initialized = True  # initialize_weights leaves it as it is
+        if bias:
+            small.bias = nn.Parameter(torch.zeros(shape[1], dtype=dtype, device=device))
+        hf.model.language_model.set_submodule(name, small)
     hf.config.quantization_config = nf4_config()
     hf.is_loaded_in_4bit, hf.is_quantized = True, True

@@ -6,6 +6,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Params4bit
 from rich.console import Console
+from transformers import AutoModelForImageTextToText
 
 import train_sft
 import vp
@@ -75,6 +76,13 @@ def test_random_models_train(monkeypatch, world, family, quantize):
     processor = models.load_processor(f"random:{family}-own")
     hf = models.load_trainable(f"random:{family}-own", quantize, 4, True, True, CPU)
     assert any(isinstance(p, Params4bit) for p in hf.parameters()) == (quantize == "nf4")
+    plain = AutoModelForImageTextToText.from_config(sizes.random_config(f"{family}-own"))
+    for (name, buffer), (_, other) in zip(hf.get_base_model().named_buffers(), plain.named_buffers(), strict=True):
+        assert torch.equal(buffer, other), name  # of the rotary embeddings
+    for name, p in plain.named_parameters():
+        ours = hf.get_base_model().state_dict().get(name)
+        if ours is not None and ours.shape == p.shape:
+            assert ours.float().std() == pytest.approx(p.std().item(), rel=0.2, abs=1e-3), name
     from data.clips import Preparation, load_clips, prepare
 
     examples = [prepare(clip, Preparation(processor, 8)) for clip in load_clips(world / "train.jsonl")[0][:2]]
@@ -85,6 +93,10 @@ def test_random_models_train(monkeypatch, world, family, quantize):
     assert out.lm_loss.item() / len(batch.label_ids) == pytest.approx(6.93, abs=0.5)  # ln 1024
     assert all(p.grad.isfinite().all() for p in lm.parameters() if p.requires_grad)
     assert any(p.grad.abs().max() > 0 for p in hf.parameters() if p.requires_grad)
+    half = models.load_pretrained(f"random:{family}-own", torch.bfloat16, quantize)[0]
+    assert {p.dtype for p in half.parameters()} - {torch.uint8} == {torch.bfloat16}
+    for (name, buffer), (_, other) in zip(half.named_buffers(), plain.named_buffers(), strict=True):
+        assert torch.equal(buffer, other), name  # in float32, as from_pretrained leaves them
     with pytest.raises(ValueError, match=r"unknown; choose one of qwen2\.5-vl-3b"):
         models.load_pretrained("random:gpt", torch.float32)
 
