@@ -118,7 +118,7 @@ def random_model(name: str, dtype: torch.dtype, nf4: bool, device: torch.device 
 
 
 def quantize_language_model(hf: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Random 4-bit layers in the place of a skeleton's linear layers in the language model, as loading with nf4 puts them."""
+    """Put random 4-bit layers in place of a skeleton's linear layers in the language model, as loading with nf4 does."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     from data.models import nf4_config
