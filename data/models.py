@@ -5,13 +5,15 @@ architecture with random weights for measuring speed and memory where nothing ca
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+from accelerate.hooks import attach_align_device_hook
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,6 +29,8 @@ Quantize = Literal["none", "nf4"]
 # LoRA goes on every linear layer of the language model and, where the vision encoder is trained, on those of its blocks.
 LANGUAGE_LINEARS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 VISION_LINEARS = r".*visual\.blocks.*\.(qkv|proj|gate_proj|up_proj|down_proj|linear_fc1|linear_fc2)"
+
+LARGEST_FILE = "2GB"  # of a checkpoint's weights; as much memory is taken while one is written
 
 
 def find_checkpoint(model: str | Path) -> str:
@@ -224,31 +228,38 @@ def num_parameters(module: nn.Module) -> int:
 # --- Saving ------------------------------------------------------------------------------------------------------------
 
 
-def merged_state_dict(hf: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+class MergedWeights(Mapping):
     """The weights of a model with its LoRA adapters folded in, under the plain model's names; the model is untouched.
 
+    Each is made, on the CPU, when it is asked for: all at once would be a second model, a 4-bit one's four times its size.
     4-bit weights are dequantised first, so that the merged model answers as the trained one did. state: the model's own,
     where it is sharded over processes.
     """
-    state = hf.state_dict() if state is None else state
-    base = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
-    state = {name.removeprefix("base_model.model."): weight for name, weight in state.items()}
-    modules, dtype, merged = dict(base.named_modules()), base.lm_head.weight.dtype, {}
-    for name, weight in state.items():
-        owner, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
-        if ".lora_" in name or ".weight." in name:  # weight.absmax and the like say how 4 bits were packed
-            continue
-        layer = modules.get(owner)
+
+    def __init__(self, hf: nn.Module, state: dict[str, Tensor] | None = None):
+        base = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+        state = hf.state_dict() if state is None else state
+        self.modules, self.dtype = dict(base.named_modules()), base.lm_head.weight.dtype
+        self.state = {name.removeprefix("base_model.model.").replace(".base_layer.", "."): w for name, w in state.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        weight, layer = self.state[name], self.modules.get(owner)
         plain = getattr(getattr(layer, "base_layer", layer), "weight", None)
         if leaf == "weight" and hasattr(plain, "quant_state"):
             from bitsandbytes.functional import dequantize_4bit
 
-            weight = dequantize_4bit(plain.data, plain.quant_state).to(dtype)
-        if leaf == "weight" and f"{owner}.lora_A.default.weight" in state:
-            a, b = (state[f"{owner}.lora_{x}.default.weight"].float() for x in "AB")
-            weight = (weight.float() + layer.scaling["default"] * (b @ a)).to(dtype)
-        merged[f"{owner}.{leaf}"] = weight
-    return merged
+            weight = dequantize_4bit(plain.data, plain.quant_state).to(self.dtype)
+        if leaf == "weight" and f"{owner}.lora_A.default.weight" in self.state:
+            a, b = (self.state[f"{owner}.lora_{x}.default.weight"].float() for x in "AB")
+            weight = (weight.float() + layer.scaling["default"] * (b @ a)).to(self.dtype)
+        return weight.cpu()
+
+    def __iter__(self) -> Iterator[str]:  # weight.absmax and the like say how 4 bits were packed
+        return (name for name in self.state if ".lora_" not in name and ".weight." not in name)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def save_model(
@@ -267,7 +278,11 @@ def save_model(
         with torch.device("meta"):
             plain = type(base)(config).to(base.lm_head.weight.dtype)  # no adapters, 4 bits or shards: it gives the names
         plain.generation_config = base.generation_config
-        plain.save_pretrained(folder, state_dict=merged_state_dict(hf, state))
+        # A model on "disk" is written file by file, and its weights asked for when their file is due.
+        plain.hf_device_map = {"": "disk"}
+        attach_align_device_hook(plain, offload=True, weights_map=MergedWeights(hf, state))
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # "offloaded modules: mind the memory"
+            plain.save_pretrained(folder, max_shard_size=LARGEST_FILE)
     if adapted and adapter:
         hf.save_pretrained(folder / "adapter", state_dict=state)
     processor.save_pretrained(folder)

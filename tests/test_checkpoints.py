@@ -6,6 +6,7 @@ import random
 import resource
 import subprocess
 import sys
+import weakref
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -275,3 +276,37 @@ def test_adapters_load_with_peft_alone_and_merged_without(checkpoint, ragged, tm
     torch.testing.assert_close(logits(hf), expected, rtol=0, atol=0)
     state = load_file(tmp_path / "whole/checkpoint/model.safetensors")
     assert not any("lora" in n or "absmax" in n or "quant" in n for n in state)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_a_merge_holds_one_file_of_weights_at_a_time(checkpoint, tmp_path, monkeypatch, quantize):
+    """Merging a 7B in 4 bits must not need a second, whole 7B: of folded weights no more live than one file's."""
+    hf = models.load_trainable(str(checkpoint), quantize, 4, False, False, torch.device("cpu"))
+    for name, p in hf.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    own = {t.data_ptr() for t in hf.state_dict().values()}
+    made, most, make = [], 0, models.MergedWeights.__getitem__
+
+    def make_and_count(merged: models.MergedWeights, name: str) -> torch.Tensor:
+        nonlocal most
+        weight = make(merged, name)
+        if weight.data_ptr() not in own:
+            made.append(weakref.ref(weight))
+        most = max(most, sum(t.nbytes for t in (ref() for ref in made) if t is not None))
+        return weight
+
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    models.save_model(tmp_path / "one", hf, processor, merged=True, adapter=False)
+    monkeypatch.setattr(models.MergedWeights, "__getitem__", make_and_count)
+    monkeypatch.setattr(models, "LARGEST_FILE", 200_000)
+    models.save_model(tmp_path / "many", hf, processor, merged=True, adapter=False)
+    files = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 3 and 0 < most <= 200_000 < sum(w.nbytes for w in models.MergedWeights(hf).values()) / 4
+    one, many = load_file(tmp_path / "one/model.safetensors"), {}
+    for file in files:
+        many |= load_file(file)
+    assert one.keys() == many.keys() == load_file(checkpoint / "model.safetensors").keys()  # as the hub's files name them
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    a, b = (AutoModelForImageTextToText.from_pretrained(tmp_path / which).state_dict() for which in ("one", "many"))
+    assert all(torch.equal(a[name], b[name]) for name in a)

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 import vp
 from data.clips import Preparation, make_example, prepare, read_frames
-from data.models import merged_state_dict
+from data.models import MergedWeights
 
 
 def plain_inputs(example: vp.Example, ids=None) -> dict:
@@ -268,7 +268,7 @@ def test_lora_through_the_adapter(lm, ragged):
     batch = adapted.collate(ragged)
     out = adapted(batch)
     (out.lm_loss + out.contrastive_loss).backward()
-    plain.load_state_dict(merged_state_dict(adapted.hf), strict=True)
+    plain.load_state_dict(MergedWeights(adapted.hf), strict=True)
     with torch.no_grad():
         merged = vp.VideoLM(plain).train()(batch, contrastive=False).lm_loss
     torch.testing.assert_close(merged, out.lm_loss.detach(), rtol=1e-4, atol=1e-4)
