@@ -117,16 +117,13 @@ def motion_evidence(frames: Tensor, timestamps: Sequence[float], reach: float = 
         kernel = torch.exp(-0.5 * (torch.arange(-12, 13) * step / 0.1) ** 2)
         curve = F.conv1d(F.pad(curve[None, None], (12, 12), mode="replicate"), (kernel / kernel.sum())[None, None])[0, 0]
     peak = int(curve.argmax())
-    everywhere = sides[side[peak], peak].median() / largest[side[peak], peak].clamp(
-        min=1e-3
-    )  # 1: the whole picture changes
+    # 1: the whole picture changes, not a place in it
+    everywhere = float(sides[side[peak], peak].median() / largest[side[peak], peak].clamp(min=1e-3))
+    stands_out = 1 - float(curve.quantile(0.1) / curve[peak].clamp(min=1e-3))
+    confidence = min(1.0, float(curve[peak]) / 20) * stands_out * (1 - everywhere)
     steps = block_change(pixels[1:], pixels[:-1]) if count > 1 else torch.zeros(1, 1)
     moving = (steps > 4).float().mean()  # share of the picture that moves from frame to frame
-    notes, confidence = (
-        [],
-        min(1.0, float(curve[peak]) / 20) * (1 - float(curve.quantile(0.1) / curve[peak].clamp(min=1e-3))),
-    )
-    confidence *= 1 - float(everywhere)
+    notes = []
     if moving > 0.6:
         notes.append(f"the camera moves: {moving:.0%} of the picture changes from frame to frame")
         confidence *= 0.2
