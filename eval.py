@@ -140,7 +140,8 @@ class RunSettings:
     model: str = "runs/sft"
     """A run's folder, a Hugging Face directory, or a name on the hub: any video-language model."""
     out: Path | None = None
-    """Folder of the predictions and results (default: BENCHMARK in the run's folder, or in runs/answers)."""
+    """Folder of the predictions and results (default: BENCHMARK, or BENCHMARK-twin and the like, in the run's folder or in
+    runs/answers)."""
     protocol: Literal["official", "ours"] = "official"
     """Prompt, frames and answer rule of the benchmark's authors, or the same for all."""
     subtitles: bool = False
@@ -381,7 +382,8 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
     made_with = predictions.describe_run(benchmark, parts, hf, more)
     parts = parts[: s.limit] if s.limit >= 0 else parts
     run = Path(s.model) if (Path(s.model) / "checkpoint").exists() else Path("runs/answers")
-    out = s.out or run / f"{s.benchmark}{'-' * bool(probe)}{probe}"
+    apart = {"ours": s.protocol == "ours", "subtitles": s.subtitles, "twin": s.twin, probe: bool(probe)}
+    out = s.out or run / "-".join([s.benchmark, *(name for name, asked in apart.items() if asked)])
     lines, twin_lines, num_problems = answers.answer(
         hf, processor, benchmark, parts, folder, out, made_with, console, s.twin, s.batch_size, s.workers, s.time_limit,
         [*benchmark.problems, *wrong_spans, *marked],

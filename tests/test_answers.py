@@ -678,6 +678,16 @@ def test_what_another_model_refuses_is_skipped(world, tmp_path, sharp2_5, monkey
     assert results["counts"]["missing predictions"] == 1
 
 
+def test_predictions_of_one_kind_have_a_folder_of_their_own(world, tmp_path, sharp2_5):
+    """In the run's folder, so that the same benchmark with twins or the other protocol does not meet the first one's."""
+    (tmp_path / "checkpoint").symlink_to(sharp2_5)
+    for more in ({}, {"twin": True}, {"protocol": "ours"}, {"needle": True, "twin": True, "lengths": (1,)}):
+        run(tmp_path, benchmark="clips", root=world / "test.jsonl", model=str(tmp_path), limit=1, max_new_tokens=2,
+            num_frames=4, **more)  # fmt: skip
+    made = {path.parent.name for path in tmp_path.glob("*/predictions.jsonl")}
+    assert made == {"clips", "clips-twin", "clips-ours", "clips-twin-needle"}
+
+
 # --- Probes ---------------------------------------------------------------------------------------------------------------
 
 
