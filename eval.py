@@ -73,6 +73,9 @@ class EvalSettings:
     """Frames sampled from a clip, at most."""
     fps: float | None = None
     """Frames sampled a second (default: max_frames, whatever the length)."""
+    max_pixels: int | None = None
+    """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: the processor's
+    own limit)."""
     workers: int = 1
     """Processes that decode ahead (0: none)."""
     time_limit: float = 60.0
@@ -95,6 +98,9 @@ class DescribeSettings:
     """Frames sampled, at most."""
     fps: float | None = None
     """Frames sampled a second (default: max_frames, whatever the length)."""
+    max_pixels: int | None = None
+    """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: the processor's
+    own limit)."""
 
 
 @dataclass
@@ -160,6 +166,8 @@ class RunSettings:
     """--needle, --diff: of the footage and of the order."""
     num_frames: int | None = None
     """Frames of a video (default: the protocol's)."""
+    max_pixels: int | None = None
+    """Height times width of a picture that the model sees, at most (default: the processor's own limit)."""
     max_new_tokens: int | None = None
     """Longest answer (default: the protocol's)."""
     limit: int = -1
@@ -285,7 +293,7 @@ def run_evaluation(settings: EvalSettings, console: Console) -> dict:
     clips, problems = load_clips(settings.data, settings.root)
     if settings.limit >= 0:
         clips = clips[: settings.limit]
-    preparation = Preparation(processor, settings.max_frames, settings.fps)
+    preparation = Preparation(processor, settings.max_frames, settings.fps, max_pixels=settings.max_pixels)
     s = settings
     results = evaluate(lm, preparation, clips, s.batch_size, s.max_new_tokens, s.workers, s.time_limit, s.temperature)
     results["skipped"] = problems + results["skipped"]
@@ -314,7 +322,7 @@ def run_describe(settings: DescribeSettings, console: Console) -> str:
     """The command `python eval.py describe`."""
     lm, processor = load_model(settings.model)
     clip = Clip(settings.video, "", "describe", settings.prompt)
-    preparation = Preparation(processor, settings.max_frames, settings.fps)
+    preparation = Preparation(processor, settings.max_frames, settings.fps, max_pixels=settings.max_pixels)
     frames = read_frames(clip, settings.max_frames, settings.fps, frames_per_slot=preparation.frames_per_slot)
     example = make_example(clip, frames, preparation)
     described = lm.describe([example], twin=False, max_new_tokens=settings.max_new_tokens)
@@ -368,6 +376,7 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
         raise ValueError("--diff --twin: the twin is part of the question; leave --twin out")
     benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles)
     benchmark.num_frames = s.num_frames or benchmark.num_frames
+    benchmark.max_pixels = s.max_pixels
     benchmark.max_new_tokens = s.max_new_tokens or benchmark.max_new_tokens
     spans, wrong_spans = answers.read_key_spans(s.key_spans, folder) if s.key_spans else (None, [])
     parts, probe = answers.group_questions(benchmark, spans), "needle" * s.needle + "diff" * s.diff

@@ -45,8 +45,8 @@ from eval import evaluate, show_change, show_results
 PRESETS = {
     "tiny": dict(steps=450, batch_size=8, micro_batch_size=8, learning_rate=3e-4, max_frames=16, max_new_tokens=40),
     "gpu-24gb": dict(
-        steps=500, batch_size=8, micro_batch_size=1, learning_rate=2e-5, max_frames=32, fps=2.0, quantize="nf4",
-        lora_rank=16, gradient_checkpointing=True, workers=4, save_every=50, max_new_tokens=128,
+        steps=500, batch_size=8, micro_batch_size=1, learning_rate=2e-5, max_frames=32, fps=2.0, max_pixels=256 * 28 * 28,
+        quantize="nf4", lora_rank=16, gradient_checkpointing=True, workers=4, save_every=50, max_new_tokens=128,
         text_encoder="sentence-transformers/all-MiniLM-L6-v2",
     ),
     "gpu-80gb": dict(
@@ -55,7 +55,7 @@ PRESETS = {
         text_encoder="sentence-transformers/all-MiniLM-L6-v2",
     ),
 }  # fmt: skip
-DEFAULTS = dict(fps=None, quantize="none", lora_rank=0, gradient_checkpointing=False, save_every=-1)
+DEFAULTS = dict(fps=None, max_pixels=None, quantize="none", lora_rank=0, gradient_checkpointing=False, save_every=-1)
 FREE = ("out", "memory_gb", "resume", "workers", "time_limit", "log_every", "show_every", "save_every", "eval_every",
         "eval_clips", "eval_before", "tracker")  # fmt: skip
 
@@ -136,6 +136,9 @@ class Settings:
     """Frames sampled from a clip, at most."""
     fps: float | None = None
     """Frames sampled a second (default: max_frames, whatever the length)."""
+    max_pixels: int | None = None
+    """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: the processor's
+    own limit)."""
     workers: int | None = None
     """Processes that decode ahead (0: none, and no time limit; default: 1, none for the embedded world on a CPU)."""
     time_limit: float = 60.0
@@ -170,7 +173,7 @@ def resolve(settings: Settings) -> Settings:
     """Fill what is None from the preset, check what is given, and make the embedded world and encoder where needed."""
     s = runs.fill(settings, DEFAULTS | PRESETS[settings.preset])
     runs.above_zero(s, "steps", "batch_size", "micro_batch_size", "learning_rate", "log_every", "time_limit", "temperature")
-    runs.above_zero(s, "max_new_tokens", "epochs", "max_bad_steps")
+    runs.above_zero(s, "max_new_tokens", "epochs", "max_bad_steps", "max_pixels")
     if s.num_rollouts < 2:
         raise ValueError(f"--num-rollouts: got {s.num_rollouts}; a group needs 2 descriptions to compare")
     if s.num_twin_rollouts < 0 or (s.num_twin_rollouts == 0 and s.reward in ("relative", "pooled")):
@@ -210,7 +213,7 @@ def main(settings: Settings) -> dict | None:
     eval_clips, eval_problems = load_clips(s.eval_data, s.root) if s.eval_data else ([], [])
     num_prompts, G, G_twin = s.batch_size // world_size, s.num_rollouts, s.num_twin_rollouts
     processor = models.load_processor(s.model)
-    preparation = Preparation(processor, s.max_frames, s.fps)
+    preparation = Preparation(processor, s.max_frames, s.fps, max_pixels=s.max_pixels)
 
     architecture = memory.skeleton(s.model)
     load = memory.Load(

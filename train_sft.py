@@ -46,8 +46,8 @@ from eval import evaluate, show_results
 PRESETS = {
     "tiny": dict(steps=1000, batch_size=16, micro_batch_size=16, learning_rate=7e-4, max_frames=16, eval_every=250),
     "gpu-24gb": dict(
-        steps=2000, batch_size=16, micro_batch_size=1, learning_rate=1e-4, max_frames=32, fps=2.0, quantize="nf4",
-        lora_rank=16, freeze_vision=True, gradient_checkpointing=True, workers=4, save_every=100,
+        steps=2000, batch_size=16, micro_batch_size=1, learning_rate=1e-4, max_frames=32, fps=2.0, max_pixels=256 * 28 * 28,
+        quantize="nf4", lora_rank=16, freeze_vision=True, gradient_checkpointing=True, workers=4, save_every=100,
     ),
     "gpu-80gb": dict(
         steps=2000, batch_size=32, micro_batch_size=4, learning_rate=1e-4, max_frames=64, fps=2.0, lora_rank=64,
@@ -55,7 +55,8 @@ PRESETS = {
     ),
 }  # fmt: skip
 DEFAULTS = dict(
-    fps=None, quantize="none", lora_rank=0, freeze_vision=False, gradient_checkpointing=False, eval_every=-1, save_every=-1
+    fps=None, max_pixels=None, quantize="none", lora_rank=0, freeze_vision=False, gradient_checkpointing=False,
+    eval_every=-1, save_every=-1,
 )  # fmt: skip
 FREE = ("out", "memory_gb", "resume", "workers", "time_limit", "log_every", "save_every", "eval_every", "eval_clips",
         "sheets", "tracker")  # fmt: skip
@@ -115,6 +116,9 @@ class Settings:
     """Frames sampled from a clip, at most."""
     fps: float | None = None
     """Frames sampled a second (default: max_frames, whatever the length)."""
+    max_pixels: int | None = None
+    """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: the processor's
+    own limit)."""
     jitter: bool = False
     """Jitter the sampled moments, differently in every epoch."""
     workers: int | None = None
@@ -149,7 +153,7 @@ def resolve(settings: Settings) -> Settings:
     """Fill what is None from the preset, check what is given, and make the embedded world and model where needed."""
     s = runs.fill(settings, DEFAULTS | PRESETS[settings.preset])
     runs.above_zero(s, "steps", "batch_size", "micro_batch_size", "learning_rate", "max_frames", "log_every", "time_limit")
-    runs.above_zero(s, "max_bad_steps")
+    runs.above_zero(s, "max_bad_steps", "max_pixels")
     if s.shard and s.quantize == "nf4":
         raise ValueError(
             "--shard with --quantize nf4: FSDP2 damages 4-bit weights (bitsandbytes issue 1945); give one of them"
@@ -190,8 +194,8 @@ def main(settings: Settings) -> dict | None:
     clips, problems = load_clips(s.data, s.root)
     eval_clips, eval_problems = load_clips(s.eval_data, s.root) if s.eval_data else ([], [])
     processor, contrastive = models.load_processor(s.model), s.contrastive_weight > 0
-    preparation = Preparation(processor, s.max_frames, s.fps, s.jitter)
-    steady = Preparation(processor, s.max_frames, s.fps)
+    preparation = Preparation(processor, s.max_frames, s.fps, s.jitter, s.max_pixels)
+    steady = Preparation(processor, s.max_frames, s.fps, max_pixels=s.max_pixels)
 
     architecture = memory.skeleton(s.model)
     twin_layers = (s.contrastive_layer or architecture.config.text_config.num_hidden_layers // 2) * contrastive

@@ -217,6 +217,7 @@ def make_asked(
     """Read a part and make its prompts: what a worker does. Raises ClipError where the part cannot be used."""
     processor, step = preparation.processor, preparation.frames_per_slot
     frames, source, share = read_part(part, benchmark, step)
+    frames = preparation.fit(frames)
     num_videos = 1 if part.pair is None else 2
     asked = [prompt(benchmark, q, frames.duration) if part.pair is None else (q.text, "") for q in part.questions]
     texts = [chat(processor, text, num_videos) + begin for text, begin in asked]
@@ -344,7 +345,8 @@ def answer(
         left = [(b, part) for b, batch in enumerate(batches) if not all(map(is_done, batch)) for part in batch]
         slim = replace(benchmark, questions=[], problems=[])  # what a worker needs of it
         loader = ClipLoader(
-            [part for _, part in left], Preparation(processor, benchmark.num_frames), workers=workers,
+            [part for _, part in left], Preparation(processor, benchmark.num_frames, max_pixels=benchmark.max_pixels),
+            workers=workers,
             time_limit=time_limit, max_bad_share=1.0, shuffle=False,
             make=partial(make_asked, benchmark=slim, share_prefix=lm is not None, twin=twin),
         )  # fmt: skip

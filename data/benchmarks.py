@@ -49,6 +49,8 @@ class Benchmark:
     place: float
     """Frame i of n is the one at (i + place) * duration / n."""
     subtitles: bool = False
+    max_pixels: int | None = None
+    """Of a picture, at most (default: the processor's own limit)."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -289,11 +289,23 @@ class Preparation:
     max_frames: int = 16
     fps: float | None = None
     jitter: bool = False
+    max_pixels: int | None = None
 
     @property
     def frames_per_slot(self) -> int:
         """The vision encoder's temporal patch size; a frame, where a model has none."""
         return getattr(self.processor.video_processor, "temporal_patch_size", 1)
+
+    def fit(self, frames: Frames) -> Frames:
+        """Frames with pictures of at most max_pixels, whole tokens wide and high, so that the processor leaves their size
+        alone; smaller ones as they are."""
+        height, width = frames.pixels.shape[-2:]
+        if self.max_pixels is None or height * width <= self.max_pixels:
+            return frames
+        video, scale = self.processor.video_processor, math.sqrt(self.max_pixels / (height * width))
+        token = getattr(video, "patch_size", 1) * getattr(video, "merge_size", 1)
+        size = [max(token, int(n * scale) // token * token) for n in (height, width)]
+        return replace(frames, pixels=F.interpolate(frames.pixels, size=size, mode="bicubic", antialias=True))
 
 
 def key_slots(clip: Clip, frames: Frames, frames_per_slot: int = 2) -> list[Tensor]:
@@ -331,7 +343,7 @@ def process(processor, texts: list[str], videos: Sequence[Frames], **more):
 def make_example(clip: Clip, frames: Frames, preparation: Preparation) -> vp.Example:
     """Tokens, patches, key slots and the twin's sources of one clip. The twin has no pixels: it is a gather."""
     processor, tokenizer = preparation.processor, preparation.processor.tokenizer
-    inputs = process(processor, [chat(processor, clip.prompt)], [frames])
+    inputs = process(processor, [chat(processor, clip.prompt)], [preparation.fit(frames)])
     prompt_ids, token_types = inputs["input_ids"][0], inputs["mm_token_type_ids"][0]
     answer = torch.tensor(tokenizer(clip.caption + "<|im_end|>\n", add_special_tokens=False).input_ids)
     slots = key_slots(clip, frames, preparation.frames_per_slot)

@@ -145,9 +145,9 @@ def peak_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM")
 
 
-def lighter(settings: Mapping, load: Load) -> dict[str, tuple[dict, Load]]:
+def lighter(hf: nn.Module, settings: Mapping, load: Load) -> dict[str, tuple[dict, Load]]:
     """Changes that save memory, by the flags that make them."""
-    s, found = dict(settings), {}
+    s, found, vision = dict(settings), {}, hf.config.vision_config
     if load.clips > 1:
         found["--micro-batch-size 1"] = s, replace(load, clips=1)
     if not s["gradient_checkpointing"]:
@@ -155,29 +155,45 @@ def lighter(settings: Mapping, load: Load) -> dict[str, tuple[dict, Load]]:
     if not s["lora_rank"]:
         found["--lora-rank 16"] = s | {"lora_rank": 16}, load
     if s["quantize"] == "none":
-        found["--quantize nf4 --lora-rank 16"] = (
-            s | {"quantize": "nf4", "lora_rank": s["lora_rank"] or 16, "shard": False},
-            load,
-        )
+        rank = s["lora_rank"] or 16
+        small = s | {"quantize": "nf4", "lora_rank": rank, "shard": False}
+        found[f"--quantize nf4 --lora-rank {rank}"] = small, load
     if not s["freeze_vision"]:
         found["--freeze-vision True"] = s | {"freeze_vision": True}, load
+    half_the_video = replace(load, visual_tokens=load.visual_tokens // 2)
     if s["max_frames"] >= 8:
-        found[f"--max-frames {s['max_frames'] // 2}"] = s, replace(load, visual_tokens=load.visual_tokens // 2)
+        found[f"--max-frames {s['max_frames'] // 2}"] = s | {"max_frames": s["max_frames"] // 2}, half_the_video
+    per_slot = load.visual_tokens * vision.temporal_patch_size // s["max_frames"]
+    if per_slot >= 128:
+        pixels = per_slot // 2 * (vision.patch_size * vision.spatial_merge_size) ** 2
+        found[f"--max-pixels {pixels}"] = s | {"max_pixels": pixels}, half_the_video
     if load.rollouts > 4:
         found["--num-rollouts 4"] = s, replace(load, rollouts=4)
     return found
 
 
 def advice(hf: nn.Module, load: Load, settings: Mapping, gpu: bool, limit: float, num_processes: int = 1) -> str:
-    """The three settings that save most, with what each would leave of the estimate."""
-    saved = {
-        flags: SLACK * sum(estimate(hf, at, changed, gpu, num_processes).values())
-        for flags, (changed, at) in lighter(settings, load).items()
-    }
-    best = sorted(saved, key=saved.get)[:3]
-    fits = {flags: " (fits)" * (saved[flags] <= limit) for flags in best}
-    listed = "\n".join(f"  {flags}: {saved[flags] / GIB:.1f} GiB{fits[flags]}" for flags in best)
-    return f"It would take less with\n{listed}\nor several of them together."
+    """The three settings that save most, with what each would leave of the estimate, and, where none of them is enough,
+    several that are."""
+
+    def needed(at: tuple[Mapping, Load]) -> float:
+        return SLACK * sum(estimate(hf, at[1], at[0], gpu, num_processes).values())
+
+    def line(flags: str, at: tuple[Mapping, Load]) -> str:
+        return f"  {flags}: {needed(at) / GIB:.1f} GiB{' (fits)' * (needed(at) <= limit)}"
+
+    options = lighter(hf, settings, load)
+    best = sorted(options, key=lambda flags: needed(options[flags]))[:3]
+    lines, together, at = [line(flags, options[flags]) for flags in best], {}, (settings, load)
+    while needed(at) > limit and (options := lighter(hf, *at)):
+        flags = min(options, key=lambda flags: needed(options[flags]))
+        at, words = options[flags], flags.split()
+        together |= dict(zip(words[::2], words[1::2]))
+    if len(together) > 1:
+        lines.append(line(" ".join(f"{flag} {value}" for flag, value in together.items()), at))
+    if not lines:
+        return "All that saves memory is on already: it takes a smaller model."
+    return "\n".join(["It would take less with", *lines])
 
 
 @contextmanager
@@ -210,7 +226,7 @@ def check_memory(
         raise ValueError(
             f"this run needs about {total / GIB:.1f} GiB ({largest}), and there are {limit / GIB:.1f}. "
             + advice(hf, load, settings, gpu, limit, num_processes)
-            + " To try it all the same, raise --memory-gb"
+            + "\nTo try it all the same, raise --memory-gb"
         )
     table = Table(title=f"memory, estimated: {total / GIB:.2f} GiB of {limit / GIB:.1f}")
     table.add_column("part")

@@ -45,6 +45,7 @@ def describe_run(benchmark: Benchmark, parts: Sequence["Part"], hf: nn.Module, m
         "model": hf.config.model_type,
         "weights": fingerprint(hf),
         "numbers": str(hf.dtype),
+        **({"pixels of a picture": benchmark.max_pixels} if benchmark.max_pixels else {}),
         **more,
     }
 

@@ -45,9 +45,9 @@ def fill(settings, preset: Mapping):
 
 
 def above_zero(settings, *names: str) -> None:
-    """Raise ValueError for the first of the named settings that is not above 0."""
+    """Raise ValueError for the first of the named settings that is given and not above 0."""
     for name in names:
-        if getattr(settings, name) <= 0:
+        if getattr(settings, name) is not None and getattr(settings, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')}: got {getattr(settings, name)}; give a number above 0")
 
 

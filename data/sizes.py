@@ -64,15 +64,14 @@ def random_processor(name: str) -> object:
     """The processor that goes with a size: real patches and limits, the tiny checkpoint's words."""
     from data.tiny import CHAT_TEMPLATE, train_tokenizer
 
-    tokenizer, patch = train_tokenizer(), 14 if name.startswith("qwen2.5") else 16
-    image = Qwen2VLImageProcessor(patch_size=patch)
+    tokenizer = train_tokenizer()
     if name.startswith("qwen2.5"):
-        return Qwen2_5_VLProcessor(
-            image, tokenizer, Qwen2VLVideoProcessor(cap_pixels_per_frame=False), chat_template=CHAT_TEMPLATE
-        )
-    return Qwen3VLProcessor(
-        image, tokenizer, Qwen3VLVideoProcessor(cap_pixels_per_frame=False), chat_template=CHAT_TEMPLATE
-    )
+        size = {"shortest_edge": 3136, "longest_edge": 12845056}  # pixels of a picture
+        image, video = Qwen2VLImageProcessor(size=size), Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=False)
+        return Qwen2_5_VLProcessor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
+    size = {"shortest_edge": 4096, "longest_edge": 25165824}  # pixels of all pictures together
+    image, video = Qwen2VLImageProcessor(patch_size=16), Qwen3VLVideoProcessor(size=size, cap_pixels_per_frame=False)
+    return Qwen3VLProcessor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
 
 
 def random_config(name: str) -> PreTrainedConfig:

@@ -688,6 +688,23 @@ def test_predictions_of_one_kind_have_a_folder_of_their_own(world, tmp_path, sha
     assert made == {"clips", "clips-twin", "clips-ours", "clips-twin-needle"}
 
 
+def test_smaller_pictures_are_other_predictions(world, tmp_path, sharp2_5, monkeypatch):
+    """--max-pixels reaches the model, and is among the settings that a folder holds to."""
+    grids, real = [], answers.share_prompt
+
+    def share_prompt(processor, texts, frames):
+        grids.append(tuple(frames.pixels.shape[-2:]))
+        return real(processor, texts, frames)
+
+    monkeypatch.setattr(answers, "share_prompt", share_prompt)
+    asked = dict(benchmark="clips", root=world / "test.jsonl", model=str(sharp2_5), limit=1, max_new_tokens=2, num_frames=4)
+    run(tmp_path, **asked, out=tmp_path / "out")
+    run(tmp_path, **asked, out=tmp_path / "small", max_pixels=1000)
+    assert grids == [(48, 48), (24, 24)]
+    with pytest.raises(ValueError, match="pixels of a picture: None there, 1000 now"):
+        run(tmp_path, **asked, out=tmp_path / "out", max_pixels=1000)
+
+
 # --- Probes ---------------------------------------------------------------------------------------------------------------
 
 

@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torchcodec.encoders import VideoEncoder
 from transformers import AutoProcessor
 
-from data.clips import Clip, ClipError, Preparation, load_clips, prepare, read_frames, sample_times
+from data.clips import Clip, ClipError, Frames, Preparation, load_clips, make_example, prepare, read_frames, sample_times
 from data.loader import ClipLoader
+from data.sizes import random_processor
 
 GOOD = {"video": "a.mp4", "caption": "A man jumps off a wall.", "keywords": ["jumps off"], "key_spans": [[0.5, 0.9]]}
 
@@ -319,3 +322,30 @@ def test_stream_without_a_good_clip_ends(world, qwen2_5, count):
     preparation = Preparation(AutoProcessor.from_pretrained(qwen2_5))
     loader = ClipLoader(clips[:count], preparation, workers=0, max_bad_share=1.0, shuffle=False)
     assert list(loader.examples(epochs=1)) == [] and len(loader.skipped) == count
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b"])
+@pytest.mark.parametrize("size", [(480, 640), (1080, 607), (361, 640), (300, 2000)])
+def test_large_pictures_are_scaled_down(name, size):
+    """To at most max_pixels, whole tokens, nearly the same shape, and the processor then leaves them alone."""
+    processor = random_processor(name)
+    video = processor.video_processor
+    token = video.patch_size * video.merge_size
+    most = 200 * token**2
+    pictures = torch.randint(0, 256, (4, 3, *(n // 20 + 1 for n in size)), dtype=torch.uint8)
+    frames = Frames(F.interpolate(pictures, size=size, mode="bilinear"), [0.0, 0.5, 1.0, 1.5], 2.0, 2.0)
+    preparation = Preparation(processor, max_pixels=most)
+    fitted = preparation.fit(frames).pixels
+    height, width = fitted.shape[-2:]
+    assert height % token == width % token == 0 and 0.75 * most < height * width <= most
+    scale = (most / (size[0] * size[1])) ** 0.5
+    assert all(0 <= n * scale - m < token for n, m in zip(size, (height, width)))  # as much of each side as goes in
+    for picture, small in zip(frames.pixels, fitted):
+        expected = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BICUBIC)
+        assert (small.permute(1, 2, 0).int() - torch.from_numpy(np.array(expected)).int()).abs().max() <= 2
+    example = make_example(Clip(Path("x.mp4"), "A.", "x:1"), frames, preparation)
+    assert example.grid.tolist() == [2, height // video.patch_size, width // video.patch_size]
+    full = make_example(Clip(Path("x.mp4"), "A.", "x:1"), frames, Preparation(processor))
+    assert full.grid.tolist() == [2, *(round(n / token) * 2 for n in size)]
+    for untouched in (Preparation(processor), Preparation(processor, max_pixels=size[0] * size[1])):
+        assert untouched.fit(frames).pixels is frames.pixels

@@ -144,11 +144,31 @@ def test_a_run_that_cannot_fit_says_how_it_would():
     with pytest.raises(ValueError, match="this run needs about") as caught:
         memory.check_memory(hf, LOAD, settings, CPU, 24.0)
     message = str(caught.value)
-    assert message.count("\n  --") == 3 and "--quantize nf4 --lora-rank 16: " in message and "there are 24.0" in message
+    assert message.count("\n  --") == 4 and message.count("(fits)") == 1
+    assert "--quantize nf4 --lora-rank 16: " in message and "there are 24.0" in message
     small = memory.check_memory(hf, LOAD, QLORA, CPU, 24.0)
     console = Console(record=True, quiet=True)
     console.print(small)
     assert "24.0" in small.title
+
+
+@pytest.mark.parametrize("limit", [16.0, 12.0, 10.5])
+def test_several_settings_together(limit):
+    """Where no single setting is enough, the last line names several that are: their estimate, worked out anew, fits."""
+    hf, load = memory.skeleton("random:qwen2.5-vl-7b"), memory.Load(2, 16 * 391, 160, 14)
+    settings = dict(quantize="none", lora_rank=64, freeze_vision=True, gradient_checkpointing=False, shard=False)
+    advice = memory.advice(hf, load, settings | {"max_frames": 32}, True, limit * memory.GIB).splitlines()
+    assert len(advice) == 5 and not any("(fits)" in line for line in advice[:4]) and advice[4].endswith("(fits)")
+    words = advice[4].split(":")[0].split()
+    given = dict(zip(words[::2], words[1::2]))
+    slots, tokens = int(given.get("--max-frames", 32)) // 2, int(given.get("--max-pixels", 391 * 28**2)) // 28**2
+    load = memory.Load(int(given.get("--micro-batch-size", 2)), slots * tokens, 160, 14)
+    settings |= dict(quantize=given.get("--quantize", "none"), lora_rank=int(given.get("--lora-rank", 64)))
+    settings |= dict(gradient_checkpointing="--gradient-checkpointing" in given, max_frames=2 * slots)
+    needed = memory.SLACK * sum(memory.estimate(hf, load, settings, True).values()) / memory.GIB
+    assert needed <= limit and float(advice[4].split()[-3]) == pytest.approx(needed, abs=0.1)
+    least = memory.Load(1, 2 * 64, 160, 14)
+    assert "smaller model" in memory.advice(hf, least, QLORA | {"max_frames": 4}, True, 1e9)
 
 
 def test_a_script_refuses_before_it_loads(tmp_path, world, qwen2_5, capsys):
