@@ -1,5 +1,5 @@
 # make demo: set up, train both stages on the embedded world, print the evaluations (minutes on two cores)
-# make test: set up, ruff, pytest
+# make test: set up, ruff, pytest in as many processes as there are cores
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -11,7 +11,7 @@ demo: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 setup: .venv/ready
 
