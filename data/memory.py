@@ -159,7 +159,7 @@ def lighter(hf: nn.Module, settings: Mapping, load: Load) -> dict[str, tuple[dic
         small = s | {"quantize": "nf4", "lora_rank": rank, "shard": False}
         found[f"--quantize nf4 --lora-rank {rank}"] = small, load
     if not s["freeze_vision"]:
-        found["--freeze-vision True"] = s | {"freeze_vision": True}, load
+        found["--no-train-vision" if load.rollouts else "--freeze-vision True"] = s | {"freeze_vision": True}, load
     half_the_video = replace(load, visual_tokens=load.visual_tokens // 2)
     if s["max_frames"] >= 8:
         found[f"--max-frames {s['max_frames'] // 2}"] = s | {"max_frames": s["max_frames"] // 2}, half_the_video
@@ -187,10 +187,10 @@ def advice(hf: nn.Module, load: Load, settings: Mapping, gpu: bool, limit: float
     lines, together, at = [line(flags, options[flags]) for flags in best], {}, (settings, load)
     while needed(at) > limit and (options := lighter(hf, *at)):
         flags = min(options, key=lambda flags: needed(options[flags]))
-        at, words = options[flags], flags.split()
-        together |= dict(zip(words[::2], words[1::2]))
+        at = options[flags]
+        together[flags.split()[0]] = flags  # half of the frames, and half again, is one setting
     if len(together) > 1:
-        lines.append(line(" ".join(f"{flag} {value}" for flag, value in together.items()), at))
+        lines.append(line(" ".join(together.values()), at))
     if not lines:
         return "All that saves memory is on already: it takes a smaller model."
     return "\n".join(["It would take less with", *lines])

@@ -4,10 +4,12 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import tyro
 from bitsandbytes.nn import Params4bit
 from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
+import train_rl
 import train_sft
 import vp
 from data import memory, models, sizes
@@ -167,6 +169,10 @@ def test_several_settings_together(limit):
     settings |= dict(gradient_checkpointing="--gradient-checkpointing" in given, max_frames=2 * slots)
     needed = memory.SLACK * sum(memory.estimate(hf, load, settings, True).values()) / memory.GIB
     assert needed <= limit and float(advice[4].split()[-3]) == pytest.approx(needed, abs=0.1)
+    for script, rollouts in ((train_sft, 0), (train_rl, 8)):  # every flag named is one of the script's
+        at = memory.Load(2, 16 * 391, 160, 14 * (not rollouts), rollouts=rollouts, new_tokens=64)
+        for flags in memory.lighter(hf, settings | {"quantize": "none", "lora_rank": 0, "freeze_vision": False}, at):
+            tyro.cli(script.Settings, args=flags.split())
     least = memory.Load(1, 2 * 64, 160, 14)
     assert "smaller model" in memory.advice(hf, least, QLORA | {"max_frames": 4}, True, 1e9)
 
