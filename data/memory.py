@@ -191,8 +191,8 @@ def advice(hf: nn.Module, load: Load, settings: Mapping, gpu: bool, limit: float
         together[flags.split()[0]] = flags  # half of the frames, and half again, is one setting
     if len(together) > 1:
         lines.append(line(" ".join(together.values()), at))
-    if not lines:
-        return "All that saves memory is on already: it takes a smaller model."
+    if not lines or needed(at) > limit:
+        lines.append("  a smaller model")
     return "\n".join(["It would take less with", *lines])
 
 

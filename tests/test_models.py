@@ -174,7 +174,8 @@ def test_several_settings_together(limit):
         for flags in memory.lighter(hf, settings | {"quantize": "none", "lora_rank": 0, "freeze_vision": False}, at):
             tyro.cli(script.Settings, args=flags.split())
     least = memory.Load(1, 2 * 64, 160, 14)
-    assert "smaller model" in memory.advice(hf, least, QLORA | {"max_frames": 4}, True, 1e9)
+    assert memory.advice(hf, least, QLORA | {"max_frames": 4}, True, 1e9).endswith("less with\n  a smaller model")
+    assert memory.advice(hf, load, QLORA, True, 1e9).endswith("\n  a smaller model") and "a smaller" not in "".join(advice)
 
 
 def test_a_script_refuses_before_it_loads(tmp_path, world, qwen2_5, capsys):
