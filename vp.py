@@ -15,11 +15,14 @@ Everything here but `VideoLM`, and in kernels/, is a pure function: no globals, 
 """
 
 import copy
+import itertools
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -377,6 +380,66 @@ def attend_in_chunks(
 ALL_ATTENTION_FUNCTIONS.register("chunked_not_flash", attend_in_chunks)
 
 
+# --- Positions ----------------------------------------------------------------------------------------------------------
+
+# The families whose positions are worked out here. Their published weights were trained with text that follows a video
+# at the largest position so far + 1; transformers 5.3 and later starts it at start + max(height, width), which lies
+# inside the video's own temporal range wherever a video is longer than it is wide.
+PUBLISHED_POSITIONS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+
+
+def rope_index(
+    config, input_ids: Tensor, mm_token_type_ids: Tensor, image_grid_thw: Tensor | None = None,
+    video_grid_thw: Tensor | None = None, second_per_grid_ts: Sequence[float] | Tensor | None = None,
+    attention_mask: Tensor | None = None, **_,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """M-RoPE positions (3, B, T) by the rule of the published Qwen-VL weights, and each row's largest position + 1 - its
+    number of tokens, (B, 1). Called like transformers' own `get_rope_index`, whose place it takes.
+
+    Text counts on by 1 in all three rows. A visual token at slot t, row y, column x of a video that starts at position p
+    has (p + interval * t, p + y, p + x), cut to whole numbers; interval is seconds of a slot * tokens_per_second
+    (Qwen2.5-VL) or 1 (Qwen2-VL). What follows starts at the largest position so far + 1. Qwen3-VL and Qwen3.5 write a
+    timestamp before each slot, so that each slot is a run of its own. Grids and seconds: one a video, in the order of the
+    batch.
+    """
+    merge = config.vision_config.spatial_merge_size
+    per_second = getattr(config.vision_config, "tokens_per_second", 1)
+
+    def slots(grids: Tensor | None, seconds: Sequence[float] | Tensor | None) -> Iterator[tuple[int, int, float]]:
+        grids = [] if grids is None else grids.tolist()
+        seconds = [1.0] * len(grids) if seconds is None else [float(x) for x in seconds]
+        for (t, h, w), seconds_per_slot in zip(grids, seconds):
+            yield from [(h // merge, w // merge, seconds_per_slot)] * t
+
+    ahead = {1: slots(image_grid_thw, None), 2: slots(video_grid_thw, second_per_grid_ts)}
+    position_ids = torch.zeros((3, *input_ids.shape), dtype=torch.long)
+    keep = torch.ones(input_ids.shape) if attention_mask is None else attention_mask.cpu()
+    deltas = []
+    for b, (types, kept) in enumerate(zip(mm_token_type_ids.cpu(), keep.bool())):
+        runs, start = [], 0
+        for kind, run in itertools.groupby(types[kept].tolist()):
+            num = len(list(run))
+            if kind == 0:
+                run = torch.arange(num).expand(3, -1)
+            else:
+                h, w, seconds = next(ahead[kind])
+                num_slots = 1 + sum(1 for _ in itertools.islice(ahead[kind], num // (h * w) - 1))
+                t = (torch.arange(num_slots) * seconds * per_second).long()
+                run = torch.cartesian_prod(t, torch.arange(h), torch.arange(w)).T
+            runs.append(start + run)
+            start = int(runs[-1].max()) + 1
+        position_ids[:, b, kept] = torch.cat(runs, 1)
+        deltas.append(start - int(kept.sum()))
+    return position_ids.to(input_ids.device), torch.tensor(deltas, device=input_ids.device)[:, None]
+
+
+def use_published_positions(hf: nn.Module) -> nn.Module:
+    """Make a Hugging Face model work its positions out by `rope_index`, in forward() and in generate(); returns it."""
+    if hf.config.model_type in PUBLISHED_POSITIONS:
+        hf.model.get_rope_index = partial(rope_index, hf.config)
+    return hf
+
+
 # --- The model ----------------------------------------------------------------------------------------------------------
 
 
@@ -393,6 +456,8 @@ class VideoLM(nn.Module):
         self.hf = hf
         base = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
         self.config = base.config
+        use_published_positions(base)
+        self.warned = False  # of slots too short for positions of their own
         vision_config = base.model.visual.config
         if "flash" not in (vision_config._attn_implementation or ""):
             vision_config._attn_implementation = "chunked_not_flash"
@@ -453,9 +518,7 @@ class VideoLM(nn.Module):
         seconds = torch.tensor([e.seconds_per_slot for e in examples])
         position_ids = None
         if not for_generation:  # generate() works them out for itself
-            position_ids, _ = self.base.model.get_rope_index(
-                input_ids, token_types, video_grid_thw=grid, second_per_grid_ts=seconds, attention_mask=attention_mask
-            )
+            position_ids = self.positions(input_ids, token_types, grid, seconds, attention_mask)
         return Batch(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -473,6 +536,23 @@ class VideoLM(nn.Module):
             keyword_mask=(keyword_ids >= 0).float(),
             key_tokens=key_tokens,
         )
+
+    def positions(
+        self, input_ids: Tensor, token_types: Tensor, grid: Tensor, seconds_per_slot: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """M-RoPE positions (3, B, T), see `rope_index`. Warns once if slots are too short for positions of their own."""
+        vision, shortest = self.config.vision_config, float(seconds_per_slot.min())
+        per_second = getattr(vision, "tokens_per_second", None)
+        if per_second and not self.warned and shortest * per_second < 1 - 1e-3:
+            self.warned, most = True, per_second * vision.temporal_patch_size
+            warnings.warn(
+                f"a slot lasts {shortest:.3g} s: below {1 / per_second:g} s neighbouring slots share a temporal position. "
+                f"Sample at most {most:g} frames a second: --fps {most:g}, or fewer frames (--max-frames, --num-frames)",
+                stacklevel=2,
+            )
+        grids = {"video_grid_thw": grid, "second_per_grid_ts": seconds_per_slot}
+        return rope_index(self.config, input_ids, token_types, **grids, attention_mask=attention_mask)[0]
 
     def encode_video(self, batch: Batch):
         """Run the vision encoder once over the batch's full videos. Returns the encoder's own output record."""
@@ -654,12 +734,8 @@ class VideoLM(nn.Module):
 
     def prompt_positions(self, e: Example) -> Tensor:
         """M-RoPE positions of an example's prompt: (3, prompt_length)."""
-        n = e.prompt_length
-        positions, _ = self.base.model.get_rope_index(
-            e.input_ids[None, :n], e.token_types[None, :n], video_grid_thw=e.grid[None],
-            second_per_grid_ts=torch.tensor([e.seconds_per_slot]), attention_mask=torch.ones(1, n, dtype=torch.long),
-        )  # fmt: skip
-        return positions[:, 0]
+        n, seconds = e.prompt_length, torch.tensor([e.seconds_per_slot])
+        return self.positions(e.input_ids[None, :n], e.token_types[None, :n], e.grid[None], seconds)[:, 0]
 
     def _pack(self, clips: list, ancestors: Tensor, rows: list[Tensor]) -> Packed:
         """Pad (ids, types, positions, branch, visual index) of each sequence to the right; padding sees itself only."""

@@ -174,7 +174,7 @@ def join(clips: Sequence[Frames], size: Sequence[int]) -> Frames:
         pixels.append(shown)
         timestamps += [duration + t for t in frames.timestamps]
         duration += frames.duration
-    return Frames(torch.cat(pixels), timestamps, clips[0].fps, duration)
+    return Frames(torch.cat(pixels), timestamps, clips[0].fps, duration, sum(frames.repeated for frames in clips))
 
 
 def read_part(part: Part, benchmark: Benchmark, frames_per_slot: int) -> tuple[Frames, Tensor | None, float | None]:

@@ -56,12 +56,18 @@ class Clip:
 @dataclass
 class Frames:
     """Sampled frames: pixels (F, C, H, W) uint8, F a multiple of the slot's frames; timestamps (F,) s from the part's
-    beginning; the video's average frames a second; the part's duration in s."""
+    beginning; the video's average frames a second; the part's duration in s. repeated: how many of them only fill up the
+    last slot."""
 
     pixels: Tensor
     timestamps: list[float]
     fps: float
     duration: float
+    repeated: int = 0
+
+    def seconds_per_slot(self, frames_per_slot: int) -> float:
+        """Seconds from slot to slot. A frame that only fills up the last slot takes no time."""
+        return frames_per_slot * self.duration / (len(self.timestamps) - self.repeated)
 
 
 # --- The annotation file ------------------------------------------------------------------------------------------------
@@ -259,7 +265,7 @@ def read_frames(
     if pad := -len(pixels) % frames_per_slot:
         pixels = torch.cat([pixels, pixels[-1:].expand(pad, -1, -1, -1)])
         timestamps += timestamps[-1:] * pad
-    return Frames(pixels, timestamps, native_fps, duration)
+    return Frames(pixels, timestamps, native_fps, duration, pad)
 
 
 def decode_small(decoder, times: Sequence[float], side: int) -> tuple[Tensor, Tensor]:
@@ -337,7 +343,11 @@ def process(processor, texts: list[str], videos: Sequence[Frames], **more):
     ]
     pixels = [frames.pixels for frames in videos]
     shown = dict(videos=pixels, video_metadata=metadata, do_sample_frames=False)
-    return processor(text=texts, **shown, return_tensors="pt", **more)
+    inputs = processor(text=texts, **shown, return_tensors="pt", **more)
+    if "second_per_grid_ts" in inputs:  # the processor takes a repeated frame for one more, and a video for whole frames
+        per_slot = processor.video_processor.temporal_patch_size
+        inputs["second_per_grid_ts"] = torch.tensor([frames.seconds_per_slot(per_slot) for frames in videos])
+    return inputs
 
 
 def make_example(clip: Clip, frames: Frames, preparation: Preparation) -> vp.Example:

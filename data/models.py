@@ -106,6 +106,7 @@ def load_pretrained(
         from peft import PeftModel
 
         hf = PeftModel.from_pretrained(hf, adapter)
+    vp.use_published_positions(hf.get_base_model() if hasattr(hf, "get_base_model") else hf)
     for module in hf.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes 0.50 repacks 4-bit weights for inference on a CPU,
             module.support_avx512bf16_for_cpu = False  # and from then on they have no backward pass

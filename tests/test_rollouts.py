@@ -1,5 +1,7 @@
 """Rollouts and packed updates against plain transformers: both families, random weights, float32, ragged clips."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -7,7 +9,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import vp
 from data.clips import Preparation, load_clips, prepare
 from data.tiny import build_tiny
-from tests.test_videolm import count_calls, degraded, plain_inputs
+from tests.helpers import degraded, plain_inputs
+from tests.test_videolm import count_calls
 
 LENGTH = 9
 
@@ -28,18 +31,17 @@ def sharpen(lm: vp.VideoLM, eos_bias: float = 0.0) -> None:
 
 def by_hand(plain, e, pixels, numbers, num_tokens, banned, ends):
     """One rollout by whole forward passes, no cache, no batch."""
-    ids, logps, types = e.input_ids[: e.prompt_length], [], e.token_types[: e.prompt_length]
+    e = replace(e, token_types=e.token_types[: e.prompt_length])
+    ids, logps = e.input_ids[: e.prompt_length], []
     for t in range(num_tokens):
-        inputs = plain_inputs(e, ids) | {"pixel_values_videos": pixels, "mm_token_type_ids": types[None]}
-        if plain.config.model_type == "qwen2_5_vl":
-            inputs["second_per_grid_ts"] = torch.tensor([e.seconds_per_slot])
+        inputs = plain_inputs(e, plain.config, ids) | {"pixel_values_videos": pixels}
         with torch.no_grad():
             logits = plain(**inputs).logits[0, -1].double()
         logits[banned] = -torch.inf
         p = logits.softmax(0)
         token = int(p.argmax()) if numbers is None else int((p.cumsum(0) <= numbers[t].double() * p.sum()).sum())
         logps.append(float(p[token].log()))
-        ids, types = torch.cat([ids, torch.tensor([token])]), torch.cat([types, torch.zeros(1, dtype=types.dtype)])
+        ids = torch.cat([ids, torch.tensor([token])])
         if token in ends:
             break
     return ids[e.prompt_length :], torch.tensor(logps)
@@ -145,11 +147,8 @@ def trimmed(rollouts: vp.Rollouts, num_full: int) -> list[list[torch.Tensor]]:
 
 def separate(lm: vp.VideoLM, plain_model, e: vp.Example, y: torch.Tensor) -> torch.Tensor:
     """Log-probs of one response by a plain pass over [prompt][response]."""
-    ids = torch.cat([e.input_ids[: e.prompt_length], y])
-    types = torch.cat([e.token_types[: e.prompt_length], torch.zeros(len(y), dtype=e.token_types.dtype)])
-    inputs = plain_inputs(e, ids) | {"mm_token_type_ids": types[None]}
-    if lm.config.model_type == "qwen2_5_vl":
-        inputs["second_per_grid_ts"] = torch.tensor([e.seconds_per_slot])
+    e = replace(e, token_types=e.token_types[: e.prompt_length])
+    inputs = plain_inputs(e, lm.config, torch.cat([e.input_ids[: e.prompt_length], y]))
     logits = plain_model(**inputs).logits[0, e.prompt_length - 1 : -1]
     logits = logits.index_fill(1, lm.banned, -torch.inf)
     return logits.log_softmax(1).gather(1, y[:, None]).squeeze(1)

@@ -10,33 +10,7 @@ from transformers import AutoModelForImageTextToText
 import vp
 from data.clips import Preparation, make_example, prepare, read_frames
 from data.models import MergedWeights
-
-
-def plain_inputs(example: vp.Example, ids=None) -> dict:
-    """What the Hugging Face processor would hand to the model for one clip."""
-    ids = example.input_ids if ids is None else ids
-    inputs = {
-        "input_ids": ids[None],
-        "attention_mask": torch.ones_like(ids)[None],
-        "mm_token_type_ids": example.token_types[None, : len(ids)],
-        "pixel_values_videos": example.pixels,
-        "video_grid_thw": example.grid[None],
-    }
-    return inputs
-
-
-def plain_forward(hf: torch.nn.Module, example: vp.Example, **more):
-    """The Hugging Face model's own output on one clip."""
-    inputs = plain_inputs(example)
-    if hf.config.model_type == "qwen2_5_vl":
-        inputs["second_per_grid_ts"] = torch.tensor([example.seconds_per_slot])
-    return hf(**inputs, **more)
-
-
-def degraded(example: vp.Example) -> torch.Tensor:
-    """The patches of the twin's frames, as if they had been shown: whole slots of pixels replaced."""
-    per_slot = len(example.pixels) // int(example.grid[0])
-    return example.pixels.view(-1, per_slot, example.pixels.shape[1])[example.source].flatten(0, 1)
+from tests.helpers import degraded, plain_forward, plain_inputs
 
 
 def test_caption_loss_equals_plain_transformers(lm, plain, ragged):
@@ -234,9 +208,7 @@ def test_describe_equals_generate(lm, plain, ragged):
     both = lm.describe(ragged, max_new_tokens=8)
     for b, e in enumerate(ragged):
         for r, pixels in enumerate((e.pixels, e.pixels if e.source is None else degraded(e))):
-            inputs = plain_inputs(e, e.input_ids[: e.prompt_length]) | {"pixel_values_videos": pixels}
-            if lm.config.model_type == "qwen2_5_vl":
-                inputs["second_per_grid_ts"] = torch.tensor([e.seconds_per_slot])
+            inputs = plain_inputs(e, lm.config, e.input_ids[: e.prompt_length]) | {"pixel_values_videos": pixels}
             banned = lm.banned.tolist()
             want = plain.generate(**inputs, max_new_tokens=8, do_sample=False, suppress_tokens=banned)
             want = want[0, e.prompt_length :]
