@@ -23,6 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 import vp
+from data import videolm
 
 
 @dataclass
@@ -176,7 +177,7 @@ def span_iou(found: Sequence[Sequence[float]], true: Sequence[float]) -> float:
     return inside / total if total > 0 else 0.0
 
 
-def repeat(packed: vp.Packed, count: int, visual_index: Tensor) -> vp.Packed:
+def repeat(packed: videolm.Packed, count: int, visual_index: Tensor) -> videolm.Packed:
     """One packed clip `count` times, each time with other visual tokens in its visual places."""
     T = packed.input_ids.shape[1]
     rows = (packed.rows + T * torch.arange(count)[:, None]).flatten()
@@ -186,7 +187,7 @@ def repeat(packed: vp.Packed, count: int, visual_index: Tensor) -> vp.Packed:
 
 
 @torch.no_grad()
-def head_evidence(lm: vp.VideoLM, example: vp.Example) -> list[Evidence]:
+def head_evidence(lm: videolm.VideoLM, example: vp.Example) -> list[Evidence]:
     """For each keyword: how near each slot's states after l layers are to it, by the trained heads of stage 1.
 
     One value a slot: the largest cosine among its tokens, above the clip's median slot. The confidence is by how much the
@@ -210,7 +211,7 @@ def head_evidence(lm: vp.VideoLM, example: vp.Example) -> list[Evidence]:
 
 
 @torch.no_grad()
-def fall_evidence(lm: vp.VideoLM, example: vp.Example, longest: int = 3, batch_size: int = 32) -> list[Evidence]:
+def fall_evidence(lm: videolm.VideoLM, example: vp.Example, longest: int = 3, batch_size: int = 32) -> list[Evidence]:
     """For each keyword: how far its log-probability falls when a window of slots is shown as its nearest neighbours.
 
     Windows of one to `longest` slots are tried, since a slot inside an event has the event for a neighbour, too. A slot's

@@ -27,8 +27,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-import vp
-from data import answers, cost, probes
+from data import answers, cost, probes, videolm
 from data.answers import common_prefix, group_questions, make_asked, read_part, share_prompt
 from data.benchmarks import Benchmark, load_benchmark, prompt
 from data.clips import Clip, ClipError, Preparation, load_clips, read_frames
@@ -50,7 +49,7 @@ BANNED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
 def liven(checkpoint: Path, folder: Path) -> Path:
     """A copy of a tiny checkpoint whose answers differ from question to question and from video to video."""
     hf = AutoModelForImageTextToText.from_pretrained(checkpoint)
-    sharpen(vp.VideoLM(hf))
+    sharpen(videolm.VideoLM(hf))
     hf.config.tie_word_embeddings = hf.config.text_config.tie_word_embeddings = False  # else it repeats what it last read
     torch.manual_seed(2)
     hf.lm_head.weight = torch.nn.Parameter(torch.randn_like(hf.lm_head.weight))
@@ -176,7 +175,7 @@ def test_prompts_that_merge_across_the_video_are_made_one_by_one(world, qwen2_5)
     assert [t.tolist() for t in tails] == [t.tolist() for t in want_tails]
 
 
-def ask(lm: vp.VideoLM, ragged, seed: int) -> list[list[torch.Tensor]]:
+def ask(lm: videolm.VideoLM, ragged, seed: int) -> list[list[torch.Tensor]]:
     """Questions of random tokens: 3, 1, 5 and 2 for the four clips, of 1 to 9 tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [
@@ -192,7 +191,7 @@ def ask(lm: vp.VideoLM, ragged, seed: int) -> list[list[torch.Tensor]]:
 def test_answers_equal_generate(sharp, ragged, seed):
     """Issue bar: all answers of a ragged batch are those of plain generate() on each question alone, full and twin."""
     hf, plain = (AutoModelForImageTextToText.from_pretrained(sharp).eval() for _ in range(2))
-    lm = vp.VideoLM(hf).eval()
+    lm = videolm.VideoLM(hf).eval()
     questions, both = ask(lm, ragged, seed), set()
     got = lm.answer(ragged, questions, 6, twin=True)
     alone = lm.answer(ragged, questions, 6)
@@ -334,7 +333,7 @@ def test_a_finished_run_asks_nothing(undisturbed, tmp_path, monkeypatch):
     """Taken up again, it runs no model, and prints the same."""
     settings, whole = undisturbed
     shutil.copytree(whole, tmp_path / "out")
-    monkeypatch.setattr(vp.VideoLM, "answer", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(videolm.VideoLM, "answer", lambda *_: pytest.fail("asked again"))
     results, _ = run(tmp_path, out=tmp_path / "out", **settings)
     assert results["tables"] == json.loads((whole / "results.json").read_text())["tables"]
 

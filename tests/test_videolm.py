@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-import vp
+from data import videolm
 from data.clips import Preparation, make_example, prepare, read_frames
 from data.models import MergedWeights
 from tests.helpers import degraded, plain_forward, plain_inputs
@@ -33,7 +33,7 @@ def test_chunked_attention_against_a_loop(lengths):
     torch.manual_seed(len(lengths))
     qkv = [torch.randn(1, 3, sum(lengths), 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     cuts = torch.tensor([0, *lengths]).cumsum(0)
-    got, _ = vp.attend_in_chunks(None, *qkv, None, 0.3, cu_seq_lens_q=cuts)
+    got, _ = videolm.attend_in_chunks(None, *qkv, None, 0.3, cu_seq_lens_q=cuts)
     parts = []
     for a, b in itertools.pairwise(cuts):
         q, k, v = (x[:, :, a:b] for x in qkv)
@@ -77,7 +77,7 @@ def test_twin_tokens_are_a_gather(lm, plain, ragged):
     assert sum(e.source is not None for e in ragged) >= 3
 
 
-def states_by_hand(lm: vp.VideoLM, ragged) -> tuple[torch.Tensor, torch.Tensor]:
+def states_by_hand(lm: videolm.VideoLM, ragged) -> tuple[torch.Tensor, torch.Tensor]:
     """Layer-l states of the key-slot tokens in full and twin, each clip run whole and by itself."""
     found = {"full": [], "twin": []}
     for e in ragged:
@@ -109,7 +109,7 @@ def test_states_of_full_and_early_exit_twin(lm, ragged, monkeypatch):
     assert (full - twin).abs().max() > 1e-3
 
 
-def gradients(lm: vp.VideoLM, batch: vp.Batch) -> list[torch.Tensor]:
+def gradients(lm: videolm.VideoLM, batch: videolm.Batch) -> list[torch.Tensor]:
     """Loss and every gradient of one step."""
     lm.zero_grad()
     out = lm(batch)
@@ -219,10 +219,10 @@ def test_contrastive_layer_is_checked(checkpoint):
     """Below Qwen3-VL's deepstack layers, or beyond the last, the layer is refused with the range that is allowed."""
     hf = AutoModelForImageTextToText.from_pretrained(checkpoint)
     lowest = 2 if hf.config.model_type == "qwen3_vl" else 1
-    vp.VideoLM(hf, lowest)
+    videolm.VideoLM(hf, lowest)
     for layer in (lowest - 1, 4, 9):
         with pytest.raises(ValueError, match=f"taken after {lowest} to 3"):
-            vp.VideoLM(hf, layer)
+            videolm.VideoLM(hf, layer)
 
 
 def test_lora_through_the_adapter(lm, ragged):
@@ -231,7 +231,7 @@ def test_lora_through_the_adapter(lm, ragged):
 
     plain = copy.deepcopy(lm.hf)
     linears = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-    adapted = vp.VideoLM(get_peft_model(lm.hf, LoraConfig(r=4, target_modules=linears)))
+    adapted = videolm.VideoLM(get_peft_model(lm.hf, LoraConfig(r=4, target_modules=linears)))
     torch.manual_seed(0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -242,7 +242,7 @@ def test_lora_through_the_adapter(lm, ragged):
     (out.lm_loss + out.contrastive_loss).backward()
     plain.load_state_dict(MergedWeights(adapted.hf), strict=True)
     with torch.no_grad():
-        merged = vp.VideoLM(plain).train()(batch, contrastive=False).lm_loss
+        merged = videolm.VideoLM(plain).train()(batch, contrastive=False).lm_loss
     torch.testing.assert_close(merged, out.lm_loss.detach(), rtol=1e-4, atol=1e-4)
 
 
