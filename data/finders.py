@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 import vp
-from data import videolm
+from data import packing, videolm
 
 
 @dataclass
@@ -177,7 +177,7 @@ def span_iou(found: Sequence[Sequence[float]], true: Sequence[float]) -> float:
     return inside / total if total > 0 else 0.0
 
 
-def repeat(packed: videolm.Packed, count: int, visual_index: Tensor) -> videolm.Packed:
+def repeat(packed: packing.Packed, count: int, visual_index: Tensor) -> packing.Packed:
     """One packed clip `count` times, each time with other visual tokens in its visual places."""
     T = packed.input_ids.shape[1]
     rows = (packed.rows + T * torch.arange(count)[:, None]).flatten()

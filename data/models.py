@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
-from data import videolm
+from data import positions, videolm
 
 Quantize = Literal["none", "nf4"]
 
@@ -106,7 +106,7 @@ def load_pretrained(
         from peft import PeftModel
 
         hf = PeftModel.from_pretrained(hf, adapter)
-    videolm.use_published_positions(hf.get_base_model() if hasattr(hf, "get_base_model") else hf)
+    positions.use_published_positions(hf.get_base_model() if hasattr(hf, "get_base_model") else hf)
     for module in hf.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes 0.50 repacks 4-bit weights for inference on a CPU,
             module.support_avx512bf16_for_cpu = False  # and from then on they have no backward pass

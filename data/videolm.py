@@ -1,68 +1,24 @@
 """VideoLM: the one adapter over a Hugging Face video-language model."""
 
 import copy
-import itertools
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import Cache, DynamicCache, LogitsProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from data.packing import Packed, Tree, move, pack
+from data.positions import rope_index, use_published_positions
 from kernels.contrastive import ids_shown
 from kernels.logprob import cross_entropy_from_states, log_probs_from_states, sampling_log_probs, selected_log_probs
 from vp import ContrastiveHeads, Example, KeyTokens, choose
-
-
-@dataclass
-class Packed:
-    """One sequence a clip, in which branches share what stands before them: nothing is run twice.
-
-    A branch is a run of tokens that sees itself and its ancestors, and no other branch; its positions go on from where
-    its parent's end. Two kinds are made: a prefix that forks into the full video and its twin at the first replaced slot,
-    and may fork again into questions, and a prefix with the rollouts that grew out of it.
-
-    input_ids, token_types, branch (B, T); position_ids (3, B, T); ancestors (n, n) bool: whether branch i sees branch j.
-    visual_index (V,): which of the encoded visual tokens stands at each visual place. rows (M,): rows of the flattened
-    (B*T) sequence whose states are wanted. Of rollouts: targets (M,), the token that each row predicts, and rollout (M,),
-    whose it is, counted through the batch.
-    """
-
-    input_ids: Tensor
-    token_types: Tensor
-    branch: Tensor
-    position_ids: Tensor
-    ancestors: Tensor
-    visual_index: Tensor
-    rows: Tensor
-    targets: Tensor | None = None
-    rollout: Tensor | None = None
-
-    def to(self, device: torch.device | str) -> "Packed":
-        """The same sequences on another device."""
-        return move(self, device)
-
-    def mask(self) -> Tensor:
-        """(B, 1, T, T) bool: who sees whom."""
-        T = self.branch.shape[1]
-        sees = self.ancestors[self.branch[:, :, None], self.branch[:, None, :]]
-        return (sees & torch.ones(T, T, dtype=torch.bool, device=sees.device).tril())[:, None]
-
-    def block_mask(self) -> BlockMask:
-        """The same for flex_attention, which leaves out the blocks that nobody sees."""
-        B, T = self.branch.shape
-        branch, ancestors = self.branch, self.ancestors
-        return create_block_mask(
-            lambda b, h, q, k: ancestors[branch[b, q], branch[b, k]] & (q >= k), B, None, T, T, device=branch.device
-        )
 
 
 @dataclass
@@ -123,17 +79,6 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device, copied without waiting."""
         return move(self, device)
-
-
-def move(record, device: torch.device | str):
-    """A copy of a record with all its tensors on another device, copied without waiting."""
-    values = {f.name: getattr(record, f.name) for f in fields(record)}
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            values[name] = value.to(device, non_blocking=True)
-        elif is_dataclass(value):
-            values[name] = move(value, device)
-    return replace(record, **values)
 
 
 def index_keywords(
@@ -200,64 +145,6 @@ def attend_in_chunks(
 ALL_ATTENTION_FUNCTIONS.register("chunked_not_flash", attend_in_chunks)
 
 
-# The families whose positions are worked out here. Their published weights were trained with text that follows a video
-# at the largest position so far + 1; transformers 5.3 and later starts it at start + max(height, width), which lies
-# inside the video's own temporal range wherever a video is longer than it is wide.
-PUBLISHED_POSITIONS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
-
-
-def rope_index(
-    config, input_ids: Tensor, mm_token_type_ids: Tensor, image_grid_thw: Tensor | None = None,
-    video_grid_thw: Tensor | None = None, second_per_grid_ts: Sequence[float] | Tensor | None = None,
-    attention_mask: Tensor | None = None, **_,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """M-RoPE positions (3, B, T) by the rule of the published Qwen-VL weights, and each row's largest position + 1 - its
-    number of tokens, (B, 1). Called like transformers' own `get_rope_index`, whose place it takes.
-
-    Text counts on by 1 in all three rows. A visual token at slot t, row y, column x of a video that starts at position p
-    has (p + interval * t, p + y, p + x), cut to whole numbers; interval is seconds of a slot * tokens_per_second
-    (Qwen2.5-VL) or 1 (Qwen2-VL). What follows starts at the largest position so far + 1. Qwen3-VL and Qwen3.5 write a
-    timestamp before each slot, so that each slot is a run of its own. Grids and seconds: one a video, in the order of the
-    batch.
-    """
-    merge = config.vision_config.spatial_merge_size
-    per_second = getattr(config.vision_config, "tokens_per_second", 1)
-
-    def slots(grids: Tensor | None, seconds: Sequence[float] | Tensor | None) -> Iterator[tuple[int, int, float]]:
-        grids = [] if grids is None else grids.tolist()
-        seconds = [1.0] * len(grids) if seconds is None else [float(x) for x in seconds]
-        for (t, h, w), seconds_per_slot in zip(grids, seconds):
-            yield from [(h // merge, w // merge, seconds_per_slot)] * t
-
-    ahead = {1: slots(image_grid_thw, None), 2: slots(video_grid_thw, second_per_grid_ts)}
-    position_ids = torch.zeros((3, *input_ids.shape), dtype=torch.long)
-    keep = torch.ones(input_ids.shape) if attention_mask is None else attention_mask.cpu()
-    deltas = []
-    for b, (types, kept) in enumerate(zip(mm_token_type_ids.cpu(), keep.bool())):
-        runs, start = [], 0
-        for kind, run in itertools.groupby(types[kept].tolist()):
-            num = len(list(run))
-            if kind == 0:
-                run = torch.arange(num).expand(3, -1)
-            else:
-                h, w, seconds = next(ahead[kind])
-                num_slots = 1 + sum(1 for _ in itertools.islice(ahead[kind], num // (h * w) - 1))
-                t = (torch.arange(num_slots) * seconds * per_second).long()
-                run = torch.cartesian_prod(t, torch.arange(h), torch.arange(w)).T
-            runs.append(start + run)
-            start = int(runs[-1].max()) + 1
-        position_ids[:, b, kept] = torch.cat(runs, 1)
-        deltas.append(start - int(kept.sum()))
-    return position_ids.to(input_ids.device), torch.tensor(deltas, device=input_ids.device)[:, None]
-
-
-def use_published_positions(hf: nn.Module) -> nn.Module:
-    """Make a Hugging Face model work its positions out by `rope_index`, in forward() and in generate(); returns it."""
-    if hf.config.model_type in PUBLISHED_POSITIONS:
-        hf.model.get_rope_index = partial(rope_index, hf.config)
-    return hf
-
-
 class VideoLM(nn.Module):
     """A Hugging Face video-language model, seen as the method needs it: vision once, full and twin from it.
 
@@ -310,7 +197,7 @@ class VideoLM(nn.Module):
     def collate(self, examples: Sequence[Example], for_generation: bool = False) -> Batch:
         """Pad examples into a batch: to the right with captions for training, to the left without them for generation."""
         length = [e.prompt_length if for_generation else len(e.input_ids) for e in examples]
-        width, pad_id = max(length), self.base.generation_config.pad_token_id or 0
+        width, pad_id = max(length), self.pad_id
         input_ids = torch.full((len(examples), width), pad_id)
         attention_mask, token_types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
         label_rows, label_ids, twin_index, visual_places, offset = [], [], [], [], 0
@@ -458,6 +345,11 @@ class VideoLM(nn.Module):
     # --- rollouts and their log-probabilities (method, section 3)
 
     @property
+    def pad_id(self) -> int:
+        """The id that padding holds."""
+        return self.base.generation_config.pad_token_id or 0
+
+    @property
     def banned(self) -> Tensor:
         """Ids that no rollout may hold: those of the vision encoder, and padding where it does not end a text."""
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -472,7 +364,7 @@ class VideoLM(nn.Module):
         return torch.tensor([ids] if isinstance(ids, int) else ids, device=self.base.lm_head.weight.device)
 
     def pack_prefixes(self, examples: Sequence[Example], questions: Sequence[Sequence[Tensor]] | None = None) -> Packed:
-        """Prompts that fork at the first replaced slot: branch 0 is shared, 1 goes on as the full video, 2 as the twin.
+        """Prompts that fork at the first replaced slot into the full video and the twin.
 
         questions: for each clip the tokens, at least one, of each text that may follow its prompt; each becomes a branch
         of the full video, and one of the twin. rows (2B,): the last token of the full video's and of the twin's prompt,
@@ -480,100 +372,69 @@ class VideoLM(nn.Module):
         that any clip has (the last question stands in for what a clip lacks). Where a clip has no twin, the full video's
         rows stand in for the twin's.
         """
-        clips, rows, offset = [], [], 0
+        trees, offset = [], 0
         most = max(map(len, questions)) if questions else 0
         for b, e in enumerate(examples):
             n, visual = e.prompt_length, torch.nonzero(e.token_types == 2).squeeze(1)
-            source, per_slot = e.source, len(visual) // int(e.grid[0])
-            index = offset + torch.arange(len(visual))
-            fork, tail = n, index[:0]
-            if source is not None:
-                first = int((source != torch.arange(len(source))).nonzero()[0]) * per_slot
-                fork = int(visual[first])
-                tail = offset + (source[:, None] * per_slot + torch.arange(per_slot)).flatten()[first:]
+            ids, types, positions = e.input_ids[:n], e.token_types[:n], self.prompt_positions(e)
+            shown = offset + torch.arange(len(visual))  # the full video's tokens among all encoded ones
             offset += len(visual)
-            at = torch.cat([torch.arange(n), torch.arange(fork, n)])  # places in the prompt
-            branch = torch.cat([torch.zeros(fork), torch.full((n - fork,), 1), torch.full((n - fork,), 2)]).long()
-            prompt = self.prompt_positions(e)
-            ids, types, positions, ends = [e.input_ids[at]], [e.token_types[at]], [prompt[:, at]], [n - 1, len(at) - 1]
+            tree = Tree()
+            if e.source is None:
+                full = twin = tree.grow(-1, ids, types, positions, shown)
+            else:
+                per_slot = len(visual) // int(e.grid[0])
+                first = int((e.source != torch.arange(len(e.source))).nonzero()[0]) * per_slot  # replaced visual token
+                fork = int(visual[first])
+                replaced = shown.view(-1, per_slot)[e.source].flatten()
+                shared = tree.grow(-1, ids[:fork], types[:fork], positions[:, :fork], shown[:first])
+                full, twin = (
+                    tree.grow(shared, ids[fork:], types[fork:], positions[:, fork:], video[first:])
+                    for video in (shown, replaced)
+                )
+            tips = [tree.tip[full], tree.tip[twin]]
             if questions:
-                asked = [*questions[b], *(questions[b] if source is not None else ())]
-                lengths = torch.tensor([len(q) for q in asked])
-                number = torch.arange(len(questions[b])) + 3  # branches 3, 4, ... ask the full video, 3 + Q, ... the twin
-                number = torch.cat([number, number + most])[: len(asked)]
-                branch = torch.cat([branch, number.repeat_interleave(lengths)])
-                ids, types = ids + asked, [*types, torch.zeros(int(lengths.sum()), dtype=e.token_types.dtype)]
-                # the prompt ends in text, whose position is the largest
-                positions += [(prompt[:, -1:] + 1 + torch.arange(len(q))) for q in asked]
-                last = (len(at) + lengths.cumsum(0) - 1).split(len(questions[b]))
-                ends = torch.stack([last[0], last[-1]])  # (2, questions of the clip)
-                ends = ends[:, torch.arange(most).clamp(max=ends.shape[1] - 1)].flatten().tolist()
-            clips.append((torch.cat(ids), torch.cat(types), torch.cat(positions, 1), branch, [index, tail]))
-            rows.append(torch.tensor(ends))
-        ancestors = torch.eye(3 + 2 * most, dtype=torch.bool)
-        ancestors[:, 0] = ancestors[3 : 3 + most, 1] = ancestors[3 + most :, 2] = True
-        return self._pack(clips, ancestors, rows)
+                about_full = [tree.tip[tree.grow_text(full, q)] for q in questions[b]]
+                about_twin = about_full
+                if e.source is not None:
+                    about_twin = [tree.tip[tree.grow_text(twin, q)] for q in questions[b]]
+                lacking = most - len(questions[b])  # the last question stands in
+                tips = [*about_full, *about_full[-1:] * lacking, *about_twin, *about_twin[-1:] * lacking]
+            tree.want(*tips)
+            trees.append(tree)
+        return pack(trees, self.pad_id)
 
     def pack_rollouts(self, examples: Sequence[Example], rollouts: Sequence[Sequence[Tensor]]) -> Packed:
-        """[prefix][y_1]...[y_G] of each clip: branch 0 is the prompt, g its g-th rollout, which sees the prompt and itself.
+        """[prompt][y_1]...[y_G] of each clip, in which each rollout sees the prompt and itself.
 
         rollouts: for each clip its rollouts, tokens (L_g,) each. Where the model cannot share a prefix, each rollout gets
         a sequence of its own.
         """
-        clips, rows, targets, rollout, offset, number = [], [], [], [], 0, 0
+        trees, targets, rollout, offset = [], [], [], 0
         for e, ys in zip(examples, rollouts):
             n, num_visual = e.prompt_length, int((e.token_types == 2).sum())
-            prompt = self.prompt_positions(e)
-            follow = prompt[0, -1] + 1  # the prompt ends in text, whose position is the largest
-            for group in [ys] if self.shares_prefix else [[y] for y in ys]:
-                lengths = torch.tensor([len(y) for y in group])
-                positions = torch.cat([follow + torch.arange(k) for k in lengths]).expand(3, -1)
-                whose = torch.arange(len(group)).repeat_interleave(lengths)
-                branch = torch.cat([torch.zeros(n, dtype=torch.long), whose + 1])
-                types = torch.cat([e.token_types[:n], torch.zeros(len(whose), dtype=e.token_types.dtype)])
-                index = [offset + torch.arange(num_visual)]
-                ids = torch.cat([e.input_ids[:n], *group])
-                clips.append((ids, types, torch.cat([prompt, positions], 1), branch, index))
-                before = torch.arange(n - 1, n - 1 + len(whose))  # the token before each token predicts it,
-                before[lengths.cumsum(0) - lengths] = n - 1  # and the prompt's last one the first of every rollout
-                rows.append(before)
-                targets.append(torch.cat(list(group)))
-                rollout.append(number + whose)
-                number += len(group)
+            shown, positions = offset + torch.arange(num_visual), self.prompt_positions(e)
             offset += num_visual
-        n = 1 + max(int(branch.max()) for _, _, _, branch, _ in clips)
-        ancestors = torch.eye(n, dtype=torch.bool)
-        ancestors[:, 0] = True
-        packed = self._pack(clips, ancestors, rows)
-        return replace(packed, targets=torch.cat(targets), rollout=torch.cat(rollout))
+            for group in [ys] if self.shares_prefix else [[y] for y in ys]:
+                tree = Tree()
+                prompt = tree.grow(-1, e.input_ids[:n], e.token_types[:n], positions, shown)
+                for y in group:
+                    places = tree.places(tree.grow_text(prompt, y))
+                    tree.want(tree.tip[prompt], *places[:-1])  # the token before each token predicts it
+                    rollout.append(torch.full((len(y),), len(targets)))
+                    targets.append(y)
+                trees.append(tree)
+        return replace(pack(trees, self.pad_id), targets=torch.cat(targets), rollout=torch.cat(rollout))
 
     def prompt_positions(self, e: Example) -> Tensor:
         """M-RoPE positions of an example's prompt: (3, prompt_length)."""
         n, seconds = e.prompt_length, torch.tensor([e.seconds_per_slot])
         return self.positions(e.input_ids[None, :n], e.token_types[None, :n], e.grid[None], seconds)[:, 0]
 
-    def _pack(self, clips: list, ancestors: Tensor, rows: list[Tensor]) -> Packed:
-        """Pad (ids, types, positions, branch, visual index) of each sequence to the right; padding sees itself only."""
-        n, pad_id = len(ancestors), self.base.generation_config.pad_token_id or 0
-        pad = nn.utils.rnn.pad_sequence
-        ids, types, positions, branch, index = zip(*clips)
-        width = max(map(len, ids))
-        see = torch.zeros(n + 1, n + 1, dtype=torch.bool)
-        see[:n, :n], see[n, n] = ancestors, True
-        return Packed(
-            input_ids=pad(ids, batch_first=True, padding_value=pad_id),
-            token_types=pad(types, batch_first=True),
-            branch=pad(branch, batch_first=True, padding_value=n),
-            position_ids=pad([p.T for p in positions], batch_first=True).permute(2, 0, 1),
-            ancestors=see,
-            visual_index=torch.cat([part for parts in index for part in parts]),
-            rows=torch.cat([b * width + places for b, places in enumerate(rows)]),
-        )
-
     def run_packed(self, packed: Packed, video, cache: Cache | None = None) -> Tensor:
         """States (M, D) of the wanted rows, from one pass in which nothing shared is run twice; fills `cache`."""
         if not self.shares_prefix:
-            mask = (packed.branch < len(packed.ancestors) - 1).long()  # (B, T): all but padding
+            mask = (packed.branch < packed.ancestors.shape[-1] - 1).long()  # (B, T): all but padding
         else:
             mask = packed.block_mask() if self.flex else packed.mask()
         name = "flex_attention" if self.flex else "sdpa"
@@ -626,12 +487,12 @@ class VideoLM(nn.Module):
         h = self.run_packed(prefixes, video, cache).unflatten(0, (B, -1))[:, kind]  # (B, R, D)
         rows = prefixes.rows.view(B, -1)[:, kind]
         position = prefixes.position_ids.flatten(1)[:, rows] + 1  # (3, B, R)
-        branch = prefixes.branch.flatten()[rows]  # (B, R): twin rollouts of a clip without a twin grow from the full one
-        sees_prefix = prefixes.ancestors[branch[:, :, None], prefixes.branch[:, None, :]]  # (B, R, T)
+        # (B, R, T); twin rollouts of a clip without a twin grow from the full video
+        sees_prefix = prefixes.sees(prefixes.branch.flatten()[rows])
         sees_own = torch.eye(num, dtype=torch.bool, device=device).repeat(B, 1, max_new_tokens)  # (B, R, R * steps)
         mask = torch.cat([sees_prefix, sees_own], 2)[:, None]
         prefilled = wait_and_time(device)
-        tokens = torch.full((B, num, max_new_tokens), self.base.generation_config.pad_token_id or 0, device=device)
+        tokens = torch.full((B, num, max_new_tokens), self.pad_id, device=device)
         logps = torch.zeros(B, num, max_new_tokens, device=device)
         lengths = torch.zeros(B, num, dtype=torch.long, device=device)
         done = torch.zeros(B, num, dtype=torch.bool, device=device)
@@ -667,7 +528,7 @@ class VideoLM(nn.Module):
         collated for_generation.
         """
         began = wait_and_time(batch.input_ids.device)
-        pad_id, parts = self.base.generation_config.pad_token_id or 0, []
+        pad_id, parts = self.pad_id, []
         sizes = [len(x) for x in video.pooler_output]
         for num, index, at in ((num_full, torch.arange(sum(sizes)), 0), (num_twin, batch.twin_index.cpu(), num_full)):
             if not num:

@@ -9,7 +9,7 @@ import vp
 def published_positions(types: Tensor, grids: list, seconds_per_slot: list[float], config) -> Tensor:
     """M-RoPE positions (3, T) of one sequence, token by token, as the published Qwen2.5-VL and Qwen3-VL code has them.
 
-    types (T,): 0 text, 2 video; grids: (slots, height, width) in patches of each video. No look at `videolm.rope_index`.
+    types (T,): 0 text, 2 video; grids: (slots, height, width) in patches of each video. No look at `positions.rope_index`.
     """
     merge, per_second = config.vision_config.spatial_merge_size, getattr(config.vision_config, "tokens_per_second", 0)
     places, largest, video, seen = [], -1, -1, 0

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 import vp
 from data import videolm
 from data.clips import Frames, make_example
+from data.positions import rope_index, use_published_positions
 from tests.helpers import plain_inputs, published_positions
 
 QWEN2_5 = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2, tokens_per_second=2))
@@ -19,10 +20,10 @@ QWEN3 = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
 
 
 def positions(config, types: list[int], grids: list, seconds: list[float] | None) -> torch.Tensor:
-    """(3, T) of one sequence, by `videolm.rope_index`."""
+    """(3, T) of one sequence, by `rope_index`."""
     types = torch.tensor([types])
     seconds = None if seconds is None else torch.tensor(seconds)
-    return videolm.rope_index(config, types, types, None, torch.tensor(grids), seconds)[0][:, 0]
+    return rope_index(config, types, types, None, torch.tensor(grids), seconds)[0][:, 0]
 
 
 # seconds of a slot, slots, height and width in tokens: the temporal positions of the slots, the first of the text behind;
@@ -81,7 +82,7 @@ def test_a_batch_with_padding_on_either_side():
         pad = [0, 0]
         types = torch.tensor([rows[0], pad + rows[1] if left else rows[1] + pad])
         mask = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1] if left else [1, 1, 1, 1, 1, 0, 0]])
-        got, deltas = videolm.rope_index(config, types, types, None, grids, seconds, mask)
+        got, deltas = rope_index(config, types, types, None, grids, seconds, mask)
         assert torch.equal(got[:, 0], alone[0]) and torch.equal(got[:, 1, mask[1].bool()], alone[1])
         assert deltas.tolist() == [[int(alone[0].max()) + 1 - 7], [int(alone[1].max()) + 1 - 5]]
 
@@ -89,7 +90,7 @@ def test_a_batch_with_padding_on_either_side():
 def test_images_beside_a_video():
     """An image takes max(height, width) positions, whatever videos stand beside it."""
     types = torch.tensor([[0, 1, 1, 0, 2, 2, 2, 0]])
-    got, _ = videolm.rope_index(QWEN2_5, types, types, torch.tensor([[1, 2, 4]]), torch.tensor([[3, 2, 2]]), [1.0])
+    got, _ = rope_index(QWEN2_5, types, types, torch.tensor([[1, 2, 4]]), torch.tensor([[3, 2, 2]]), [1.0])
     assert got[0, 0].tolist() == [0, 1, 1, 3, 4, 6, 8, 9]
     assert got[2, 0].tolist() == [0, 1, 2, 3, 4, 4, 4, 9]
 
@@ -127,7 +128,7 @@ def test_every_path_has_the_published_positions(lm, ragged):
         assert torch.equal(batch.position_ids[:, b, : len(e.input_ids)], want)
         n = e.prompt_length
         assert want[0, n - 1] == want[:, :n].max()  # what `pack_rollouts` relies on: a prompt ends in its largest position
-        for packed, first in ((rollouts, 1), (asked, 3)):
+        for packed, first in ((rollouts, 1), (asked, 1 if e.source is None else 3)):
             for r, y in enumerate(ys[b]):
                 types = torch.cat([e.token_types[:n], torch.zeros(len(y), dtype=torch.long)])
                 alone = published_positions(types, [e.grid], [e.seconds_per_slot], lm.config)
@@ -150,7 +151,7 @@ def test_generate_has_them_too(lm, plain, ragged):
     ours = {name: value for name, value in want.items() if name != "position_ids"}
     if lm.config.model_type == "qwen2_5_vl":
         ours["second_per_grid_ts"] = torch.tensor([e.seconds_per_slot])
-    model = videolm.use_published_positions(copy.deepcopy(plain))
+    model = use_published_positions(copy.deepcopy(plain))
     with torch.no_grad():
         torch.testing.assert_close(model(**ours).logits, plain(**want).logits, rtol=0, atol=0)
         texts = [m.generate(**given, max_new_tokens=6, do_sample=False) for m, given in ((model, ours), (plain, want))]
