@@ -1,7 +1,7 @@
 """What a player reads from the container of a video file, and the decoder does not tell: the shape of a pixel, whether the
 picture is mirrored, and whether blocks are lost.
 
-MP4 (and MOV, 3GP) and Matroska (and WebM) only: other containers have none of this, or FFmpeg hands it on.
+Shapes are read from MP4 (and MOV, 3GP) and Matroska (and WebM): other containers have none, or FFmpeg hands it on.
 """
 
 import io
@@ -34,7 +34,7 @@ PARENTS = (0xE0, 0x7670)  # Video, Projection
 class Display:
     """How the pictures of a video track are to be shown. `turned`: a display matrix (or pose) is there."""
 
-    kind: str = ""  # "mp4", "matroska", "avi", "ps" (MPEG program stream) or ""
+    kind: str = ""  # "mp4", "matroska", "avi", "flv", "ps" and "ts" (MPEG program and transport stream) or ""
     pixel_aspect: float | None = None  # width of a pixel by its height; None: the container does not say
     turned: bool = False
     mirrored: bool = False
@@ -43,12 +43,16 @@ class Display:
 def read_display(path: Path, track: int) -> Display:
     """Read what the container says of its video track number `track`; nothing if it is damaged or of another kind."""
     with path.open("rb") as file:
-        head = file.read(12)
+        head = file.read(200)
         size = file.seek(0, io.SEEK_END)
-        if head[:4] == b"RIFF" and head[8:] == b"AVI ":
+        if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
             return Display("avi")
         if head[:4] == b"\0\0\1\xba":
             return Display("ps")
+        if head[:1] == head[188:189] == b"G" or head[4:5] == head[196:197] == b"G":
+            return Display("ts")
+        if head[:3] == b"FLV":
+            return Display("flv")
         try:
             if head[:4] == b"\x1a\x45\xdf\xa3":
                 return read_matroska(file, size, track)
@@ -171,12 +175,31 @@ def read_matroska(file: BinaryIO, size: int, track: int) -> Display:
     return Display("matroska", aspect or None, any((yaw, pitch, roll)), abs(yaw) == 180)
 
 
-def is_broken_matroska(path: Path) -> bool:
-    """Whether a Matroska file holds something that is no element: there the decoder drops all up to the next cluster."""
-    known = {SEGMENT, TRACKS, CLUSTER, *HEADERS, *BLOCKS}
+def is_broken(path: Path, kind: str) -> bool:
+    """Whether a Matroska or FLV file holds something that is no part of it. The decoder drops what follows.
+
+    A part that is longer than the file may be the last one of a file that was cut off, unless much lies behind its start.
+    """
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
+        parts = flv_tags(file, size) if kind == "flv" else elements(file, 0, size, (SEGMENT, CLUSTER))
+        known = (1,) if kind == "flv" else {SEGMENT, TRACKS, CLUSTER, *HEADERS, *BLOCKS}
         try:
-            return any(number not in known or end > size for number, _, end in elements(file, 0, size, (SEGMENT, CLUSTER)))
-        except IndexError:
-            return True
+            return any(
+                number not in known or (number not in (SEGMENT, CLUSTER) and end > size and size - begin > size / 10)
+                for number, begin, end in parts
+            )
+        except IndexError:  # cut off within a number
+            return False
+
+
+def flv_tags(file: BinaryIO, size: int) -> Iterator[tuple[int, int, int]]:
+    """1, or 0 for what is no tag, and where the tag begins and ends: behind each stands its length once more."""
+    begin = 13
+    while begin < size:
+        file.seek(begin)
+        length = 11 + int.from_bytes(file.read(4)[1:], "big")
+        file.seek(begin + length)
+        again = file.read(4)
+        yield int(len(again) < 4 or int.from_bytes(again, "big") == length), begin, begin + length + 4
+        begin += length + 4

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.container import Display, is_broken_matroska, read_display
+from data.container import Display, is_broken, read_display
 
 PROMPT = "Describe the video."
 # A picture may miss its moment by this much: Matroska and FLV round to milliseconds.
@@ -243,7 +243,8 @@ def open_video(path: Path) -> Video:
 
     try:
         decoder = VideoDecoder(path, dimension_order="NHWC")
-        streams = get_container_metadata(decoder._decoder).streams
+        container = get_container_metadata(decoder._decoder)
+        streams = container.streams
         moving = [s for s in streams if s.media_type == "video" and (s.num_frames or 0) > 1]
         if decoder.metadata.num_frames < 2 and moving:  # a cover picture
             best = max(moving, key=lambda s: s.num_frames)
@@ -264,6 +265,9 @@ def open_video(path: Path) -> Video:
     videos = [s.stream_index for s in streams if s.media_type == "video"]
     display = read_display(path, videos.index(about.stream_index))
     uneven = display.kind not in ("mp4", "avi", "ps") and abs(about.num_frames - (stop - begin) * rate) > 0.5
+    promised = container.duration_seconds_from_header or 0.0
+    if display.kind in ("matroska", "flv") and promised > stop - zero + 0.5 and is_broken(path, display.kind):
+        raise Damage(f"damaged: its pictures can be read up to {stop - zero:.2f} s only")
     turn = about.rotation or 0.0
     if abs(turn - 90 * round(turn / 90)) > 1 or (display.turned and about.rotation is None):
         raise Damage(f"its pictures are to be shown turned by {turn:g} degrees, which cannot be done; re-encode it")
@@ -283,7 +287,7 @@ def explain(message: str) -> str:
     for part, meaning in (
         ("libtorchcodec", "FFmpeg's libraries are not found; install FFmpeg 4 to 9"),
         ("Codec not found", "FFmpeg has no decoder for its codec; re-encode it"),
-        ("No valid stream", "no video in it"),
+        ("best video stream is unknown", "no video in it"),
         ("does not support seeking", "its container has no times; put it into another: ffmpeg -i FILE FILE.mp4"),
         ("Failed to find stream info", "cannot be decoded: no video in it, or damaged"),
     ):
@@ -387,14 +391,15 @@ def find_loss(video: Video, index: Index, moments: Tensor) -> float | None:
     """A moment for which packets are lost: its own, or some between the last key frame and it.
 
     Packets of MP4 and AVI stand in a table: none is lost unseen. Those of MPEG-PS have no dependable times; decoding
-    tells. Lost ones of Matroska leave something that cannot be read. Elsewhere a few gaps among many pictures of one
-    length count as a loss; more are a variable frame rate.
+    tells. Lost ones of Matroska and FLV leave something that cannot be read. In MPEG-TS, which comes at a constant rate,
+    a few gaps count as a loss; elsewhere, long ones do. Many gaps are a variable frame rate.
     """
-    gaps = index.begins.diff()
-    wide = gaps > index.lengths[:-1].clamp(min=index.step) + index.step / 2
-    if video.display.kind in ("mp4", "avi", "ps") or not wide.any():
+    kind, gaps = video.display.kind, index.begins.diff()
+    least = index.step / 2 if kind in ("matroska", "flv", "ts") else max(0.5, 2 * index.step)
+    wide = gaps > index.lengths[:-1].clamp(min=index.step) + least
+    if kind in ("mp4", "avi", "ps") or not wide.any():
         return None
-    lost = is_broken_matroska(video.path) if video.display.kind == "matroska" else float(wide.double().mean()) < 0.1
+    lost = is_broken(video.path, kind) if kind in ("matroska", "flv") else float(wide.double().mean()) < 0.1
     if not lost:
         return None
     ends = index.begins[:-1][wide] + index.step / 2  # of what is known before each gap
