@@ -13,7 +13,7 @@ import torch
 from pebble import ProcessExpired, ProcessPool
 
 import vp
-from data.clips import Clip, ClipError, Preparation, prepare
+from data.clips import Clip, ClipError, Preparation, named, prepare
 
 _make: Callable | None = None  # of a worker process: sent once, not with every clip
 
@@ -25,8 +25,10 @@ def _start_worker(make: Callable) -> None:
 
 
 def _work(clip: Clip, seed: Sequence[int]) -> bytes:
-    # Plain bytes, not shared memory: nothing that a killed worker still owns is left in the parent.
-    return pickle.dumps(_make(clip, seed=seed), pickle.HIGHEST_PROTOCOL)
+    # Plain bytes, not shared memory: nothing that a killed worker still owns is left in the parent. And errors in words:
+    # an exception of a library may not survive the way there.
+    with named(clip):
+        return pickle.dumps(_make(clip, seed=seed), pickle.HIGHEST_PROTOCOL)
 
 
 class ClipLoader:
@@ -124,16 +126,21 @@ class ClipLoader:
             self.position = place + 1
             if index in self.skipped:
                 continue
+            clip, example = self.clips[index], None
             try:
-                yield index, result()
+                with named(clip):
+                    try:
+                        example = result()
+                    except TimeoutError:
+                        hung = f"the decoder hung for {self.time_limit:g} s and was stopped"
+                        raise ClipError(f"{clip.where}: {clip.video}: {hung}") from None
+                    except ProcessExpired as error:
+                        crashed = f"the decoder crashed (exit code {error.exitcode})"
+                        raise ClipError(f"{clip.where}: {clip.video}: {crashed}") from None
             except ClipError as error:
                 self.skip(index, str(error))
-            except TimeoutError:
-                where = f"{self.clips[index].where}: {self.clips[index].video}"
-                self.skip(index, f"{where}: the decoder hung for {self.time_limit:g} s and was stopped")
-            except ProcessExpired as error:
-                where = f"{self.clips[index].where}: {self.clips[index].video}"
-                self.skip(index, f"{where}: the decoder crashed (exit code {error.exitcode})")
+            else:
+                yield index, example
 
     def submit(self, epoch: int, index: int):
         """A function that gives the example, being made by a worker or, without workers, when it is called."""
