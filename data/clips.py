@@ -60,14 +60,14 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextmanager
-def named(clip: "Clip") -> Iterator[None]:
-    """Whatever goes wrong with a clip in here is a ClipError with its place, its file and the reason."""
+def named(clip: "Clip", what: str = "it cannot be used") -> Iterator[None]:
+    """Whatever goes wrong with a clip in here is a ClipError with its place, its file, `what`, and the reason."""
     try:
         yield
     except ClipError:
         raise
     except Exception as error:
-        raise ClipError(f"{clip.where}: {clip.video}: it cannot be used: {reason_of(error)}") from None
+        raise ClipError(f"{clip.where}: {clip.video}: {what}: {reason_of(error)}") from None
 
 
 @dataclass
@@ -122,7 +122,9 @@ def read_record(line: str, where: str) -> dict:
     try:
         record = json.loads(line, object_pairs_hook=check_pairs, parse_int=read_integer)
     except RecursionError:
-        raise ClipError(f"{where}: not JSON that can be read (nested too deep); write one flat JSON object a line") from None
+        raise ClipError(
+            f"{where}: not JSON that can be read (nested too deep); write one flat JSON object a line"
+        ) from None
     except ValueError as error:
         raise ClipError(f"{where}: not JSON ({error}); write one JSON object a line") from None
     if not isinstance(record, dict):
@@ -156,7 +158,9 @@ def parse_record(record: dict, where: str, root: Path) -> Clip:
     if unknown := [name for name in record if name not in FIELDS]:
         near = {name: difflib.get_close_matches(name, FIELDS, 1) for name in unknown[:10]}
         hints = [f"did you mean '{near[name][0]}' for {name!r:.80}?" for name in near if near[name]]
-        listed = ", ".join(f"{name!r:.80}" for name in unknown[:10]) + f" and {len(unknown) - 10} more" * (len(unknown) > 10)
+        listed = ", ".join(f"{name!r:.80}" for name in unknown[:10]) + f" and {len(unknown) - 10} more" * (
+            len(unknown) > 10
+        )
         hints.append(f"known fields are {', '.join(FIELDS)}")
         names = f"field {listed} is unknown" if len(unknown) == 1 else f"fields {listed} are unknown"
         raise ClipError(f"{where}: {names}; {' '.join(hints)}")
@@ -209,6 +213,46 @@ def parse_record(record: dict, where: str, root: Path) -> Clip:
             raise wrong("truth", truth, mend)
     prompt = record.get("prompt", PROMPT)
     return Clip(video, record["caption"].strip(), where, prompt, record["start"], end, keywords, spans, truth)
+
+
+def count_tokens(tokenizer, text: str, limit: int) -> int:
+    """Tokens of a text, or, where it has more than `limit`, a number above it: no more of it is read than that takes."""
+    count = 0
+    for i in range(0, len(text), 2**16):
+        count += len(encode(tokenizer, text[i : i + 2**16]))
+        if count > limit:
+            break
+    return count
+
+
+def split_long(clips: Sequence[Clip], tokenizer, limit: int, captions: bool = True) -> tuple[list[Clip], list[str]]:
+    """The clips whose prompt and caption have at most `limit` tokens together, and a message for each of the others.
+
+    captions: count them; a model that only describes reads none. A text is tokenised only where its length leaves a
+    doubt: a character is at most four bytes, and a token at least one.
+    """
+
+    def field_too_long(clip: Clip) -> str | None:
+        texts = {"prompt": clip.prompt, "caption": clip.caption if captions else ""}
+        left = limit
+        if 4 * sum(map(len, texts.values())) > limit:
+            for name, text in texts.items():
+                left -= count_tokens(tokenizer, text, left)
+                if left < 0:
+                    return name
+        return None
+
+    kept, problems = [], []
+    what = "prompt and caption have" if captions else "the prompt has"
+    for clip in clips:
+        if (name := field_too_long(clip)) is None:
+            kept.append(clip)
+        else:
+            problems.append(
+                f"{clip.where}: {clip.video}: field '{name}': {what} more than {limit} tokens; shorten it, or raise "
+                "--max-text-tokens as far as the model's context allows"
+            )
+    return kept, problems
 
 
 def load_clips(annotations: Path, root: Path | None = None) -> tuple[list[Clip], list[str]]:
@@ -357,13 +401,23 @@ def decode_small(decoder, times: Sequence[float], side: int) -> tuple[Tensor, Te
 
 @dataclass
 class Preparation:
-    """How clips become examples: the processor of the model, and the sampling."""
+    """How clips become examples: the processor of the model, and the sampling. context: tokens that the model reads at
+    most, text and video together."""
 
     processor: object
     max_frames: int = 16
     fps: float | None = None
     jitter: bool = False
     max_pixels: int | None = None
+    context: int | None = None
+
+    def check_length(self, clip: Clip, tokens: int) -> None:
+        """Raise ClipError where a clip has more tokens than the model reads."""
+        if self.context is not None and tokens > self.context:
+            raise ClipError(
+                f"{clip.where}: {clip.video}: {tokens} tokens of video and text, and the model reads {self.context}; "
+                "lower --max-pixels or --max-frames, or shorten the text"
+            )
 
     @property
     def frames_per_slot(self) -> int:
@@ -428,6 +482,7 @@ def make_example(clip: Clip, frames: Frames, preparation: Preparation) -> vp.Exa
     inputs = process(processor, [chat(processor, clip.prompt)], [preparation.fit(frames)])
     prompt_ids, token_types = inputs["input_ids"][0], inputs["mm_token_type_ids"][0]
     answer = torch.tensor(encode(tokenizer, clip.caption) + tokenizer("<|im_end|>\n", add_special_tokens=False).input_ids)
+    preparation.check_length(clip, len(prompt_ids) + len(answer))
     slots = key_slots(clip, frames, preparation.frames_per_slot)
     return vp.Example(
         name=clip.where,

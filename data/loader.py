@@ -106,7 +106,8 @@ class ClipLoader:
             yield from ((epoch, int(i)) for i in indices)
 
     def examples(self, epochs: int | None = None) -> Iterator[tuple[int, vp.Example]]:
-        """(clip index, example), in an order that depends on the seed alone. Raises ClipError when too many are lost."""
+        """(clip index, example), in an order that depends on the seed alone. Raises ClipError when too many are lost, or,
+        without a number of epochs, when none is left."""
         self.start()
         draws = self.order() if epochs is None else itertools.takewhile(lambda d: d[0] < epochs, self.order())
         mine = (
@@ -121,6 +122,9 @@ class ClipLoader:
                 if index not in self.skipped:
                     ahead.append((place, index, self.submit(epoch, index)))
             if not ahead:
+                if epochs is None:
+                    listed = "".join(f"\n  {reason}" for reason in self.skipped.values())
+                    raise ClipError(f"none of {len(self.clips)} clips can be used:{listed}")
                 return
             place, index, result = ahead.popleft()
             self.position = place + 1
