@@ -45,7 +45,7 @@ def draw_sheets(clips: Sequence[Clip], preparation: Preparation, folder: Path, c
     for number, clip in enumerate(clips):
         step = preparation.frames_per_slot
         try:
-            with named(clip, "no sheet can be drawn"):
+            with named(clip, "drawing failed"):
                 frames = read_frames(clip, preparation.max_frames, preparation.fps, frames_per_slot=step)
                 example = make_example(clip, frames, preparation)
                 contact_sheet(clip, frames, example, folder / f"sheet-{number:03d}-{safe_name(clip.video.stem)}.png")
