@@ -22,9 +22,10 @@ the description), and similarity of the static part (all but that sentence).
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -35,17 +36,21 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+import vp
 from data import answers, benchmarks, predictions, probes, videolm
-from data.clips import PROMPT, Clip, ClipError, Preparation, load_clips, make_example, read_frames
+from data.clips import PROMPT, Clip, ClipError, Preparation, load_clips, make_example, named, read_frames, reason_of
 from data.cost import CostSettings, run_cost
 from data.loader import ClipLoader
+from data.memory import leave_out_long
 from data.models import gathered, load_model, load_plain, load_pretrained, save_model
 from data.report import ReportSettings, run_report
 from data.runs import describe_environment
 from data.score_report import read_results, show_comparison, show_scores
 from data.scoring import score_description
+from data.sheets import printable, warn
 
 
 @dataclass
@@ -75,6 +80,9 @@ class EvalSettings:
     max_pixels: int | None = None
     """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: the processor's
     own limit)."""
+    max_text_tokens: int | None = None
+    """Tokens of a clip's prompt, at most; a clip with more is skipped (default: what the model's context leaves beside the
+    video)."""
     workers: int = 1
     """Processes that decode ahead (0: none)."""
     time_limit: float = 60.0
@@ -179,13 +187,51 @@ class RunSettings:
     """Seconds after which a decoder counts as hung."""
 
 
+EVAL_TOKENS = 64  # the longest description of an evaluation in the middle of training
+
+
+def describe_batch(
+    lm: videolm.VideoLM, processor, group: Sequence[tuple[int, vp.Example]], max_new_tokens: int, temperature: float
+) -> list[tuple[str, str]]:
+    """Descriptions of the full video and of the twin of each (clip index, example)."""
+    numbers = None  # greedy
+    if temperature > 0:
+        draws = [np.random.default_rng([0, index]).random((2, max_new_tokens), np.float32) for index, _ in group]
+        numbers = torch.from_numpy(np.stack(draws))
+    examples = [example for _, example in group]
+    described, _ = lm.roll_out(examples, 1, 1, max_new_tokens, numbers, temperature or 1.0)
+    full, twin = (processor.batch_decode(t, skip_special_tokens=True) for t in described.tokens.unbind(1))
+    return list(zip(full, twin))
+
+
+def describe_group(
+    lm: videolm.VideoLM, loader: ClipLoader, processor, group: Sequence[tuple[int, vp.Example]], max_new_tokens: int,
+    temperature: float,
+) -> list[tuple[int, vp.Example, str, str]]:  # fmt: skip
+    """(clip index, example, description of the full video, of the twin). Where a batch fails, each clip is tried alone,
+    and skipped where it fails alone, too: one whose video is too large, say."""
+    try:
+        said = describe_batch(lm, processor, group, max_new_tokens, temperature)
+        return [(*pair, *texts) for pair, texts in zip(group, said)]
+    except Exception as error:
+        reason = reason_of(error)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(group) == 1:
+        clip = loader.clips[group[0][0]]
+        loader.skip(group[0][0], f"{clip.where}: {clip.video}: it cannot be described: {reason}")
+        return []
+    alone = (describe_group(lm, loader, processor, [pair], max_new_tokens, temperature) for pair in group)
+    return [row for rows in alone for row in rows]
+
+
 @torch.no_grad()  # not inference_mode: FSDP2 keeps buffers that it gathers here, and trains with them
 def evaluate(
     lm: videolm.VideoLM,
     preparation: Preparation,
     clips: Sequence[Clip],
     batch_size: int = 32,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = EVAL_TOKENS,
     workers: int = 0,
     time_limit: float = 60.0,
     temperature: float = 0.0,
@@ -194,14 +240,16 @@ def evaluate(
     """Describe every clip and its twin from one vision pass each, greedily or at a temperature, and average the scores.
 
     Twins are made from the truth's span where a clip has one, so that they are not as good as the finder. Clips that
-    cannot be decoded are listed under "skipped" and are in no average; clips without a twin have scores on full only.
+    cannot be read or described are listed under "skipped" and are in no average; clips without a twin have scores on full
+    only.
     The processes of an accelerator share the clips, and all of them get the results.
     """
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     spans = {i: [[c.truth["span"]]] * len(c.keywords) for i, c in enumerate(clips) if c.truth}
     clips = [Clip(**vars(c) | {"key_spans": spans.get(i, c.key_spans)}) for i, c in enumerate(clips)]
     actions = {c.truth["action"] for c in clips if c.truth}
-    loader = ClipLoader(clips, preparation, workers=workers, time_limit=time_limit, max_bad_share=1.0, shuffle=False,
+    shown = [replace(c, caption="") for c in clips]  # no model reads it here, however long it is
+    loader = ClipLoader(shown, preparation, workers=workers, time_limit=time_limit, max_bad_share=math.inf, shuffle=False,
                         rank=rank, world_size=world_size)  # fmt: skip
     rows = []
     training = lm.training
@@ -209,15 +257,8 @@ def evaluate(
     with loader, gathered(lm):
         stream = loader.examples(epochs=1)
         while group := list(islice(stream, batch_size)):
-            numbers = None  # greedy
-            if temperature > 0:
-                draws = [np.random.default_rng([0, index]).random((2, max_new_tokens), np.float32) for index, _ in group]
-                numbers = torch.from_numpy(np.stack(draws))
-            examples = [example for _, example in group]
-            described, _ = lm.roll_out(examples, 1, 1, max_new_tokens, numbers, temperature or 1.0)
-            said = described.tokens.unbind(1)
-            full, twin = (preparation.processor.batch_decode(t, skip_special_tokens=True) for t in said)
-            for (index, example), y, y_twin in zip(group, full, twin):
+            described = describe_group(lm, loader, preparation.processor, group, max_new_tokens, temperature)
+            for index, example, y, y_twin in described:
                 row = {
                     "index": index,
                     "clip": clips[index].where,
@@ -255,7 +296,7 @@ def evaluate(
 
 def show_results(results: dict, title: str, console: Console) -> None:
     """Print results as a table, and what was skipped by name."""
-    table = Table(title=f"{title}: {results['clips']} clips, {results['with twin']} with a twin")
+    table = Table(title=f"{escape(title)}: {results['clips']} clips, {results['with twin']} with a twin")
     for column in ("score", "full", "twin", "perception gap"):
         table.add_column(column, justify="left" if column == "score" else "right")
     for name, value in results["full"].items():
@@ -263,7 +304,7 @@ def show_results(results: dict, title: str, console: Console) -> None:
         table.add_row(name, f"{value:.3f}", *cells)
     console.print(table)
     for reason in results["skipped"]:
-        console.print(f"[yellow]skipped[/] {reason}", highlight=False)
+        warn(console, "skipped", reason)
 
 
 def show_change(before: dict, after: dict, console: Console) -> None:
@@ -292,17 +333,22 @@ def run_evaluation(settings: EvalSettings, console: Console) -> dict:
     clips, problems = load_clips(settings.data, settings.root)
     if settings.limit >= 0:
         clips = clips[: settings.limit]
-    preparation = Preparation(processor, settings.max_frames, settings.fps, max_pixels=settings.max_pixels)
-    s = settings
+    s, context = settings, lm.config.text_config.max_position_embeddings
+    preparation = Preparation(processor, s.max_frames, s.fps, max_pixels=s.max_pixels, context=context - s.max_new_tokens)
+    clips, too_long = leave_out_long(clips, preparation, s.max_text_tokens, captions=False)
+    problems += too_long
     results = evaluate(lm, preparation, clips, s.batch_size, s.max_new_tokens, s.workers, s.time_limit, s.temperature)
     results["skipped"] = problems + results["skipped"]
+    if not results["clips"]:
+        listed = "\n  ".join(results["skipped"][:10])
+        raise ClipError(f"{s.data}: no clip could be described:\n  {listed}")
     show_results(results, settings.model, console)
     model = Path(settings.model)
     out = settings.out or (model if (model / "checkpoint").exists() else Path("runs/eval"))
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "row.md").write_text(markdown_row(results, settings.model))
-    console.print(f"{out / 'results.json'}, {out / 'row.md'}", highlight=False)
+    console.print(f"{out / 'results.json'}, {out / 'row.md'}", highlight=False, markup=False)
     return results
 
 
@@ -313,21 +359,23 @@ def run_merge(settings: MergeSettings, console: Console) -> Path:
     if (settings.out / "config.json").exists():
         raise ValueError(f"--out {settings.out}: there is a model already; give another folder")
     save_model(settings.out, hf, processor, merged=True, adapter=False)
-    console.print(settings.out, highlight=False)
+    console.print(str(settings.out), highlight=False, markup=False)
     return settings.out
 
 
 def run_describe(settings: DescribeSettings, console: Console) -> str:
     """The command `python eval.py describe`."""
     lm, processor = load_model(settings.model)
-    clip = Clip(settings.video, "", "describe", settings.prompt)
-    preparation = Preparation(processor, settings.max_frames, settings.fps, max_pixels=settings.max_pixels)
-    frames = read_frames(clip, settings.max_frames, settings.fps, frames_per_slot=preparation.frames_per_slot)
-    example = make_example(clip, frames, preparation)
-    described = lm.describe([example], twin=False, max_new_tokens=settings.max_new_tokens)
+    s, clip = settings, Clip(settings.video, "", "describe", settings.prompt)
+    context = lm.config.text_config.max_position_embeddings - s.max_new_tokens
+    preparation = Preparation(processor, s.max_frames, s.fps, max_pixels=s.max_pixels, context=context)
+    with named(clip):
+        frames = read_frames(clip, s.max_frames, s.fps, frames_per_slot=preparation.frames_per_slot)
+        example = make_example(clip, frames, preparation)
+        described = lm.describe([example], twin=False, max_new_tokens=s.max_new_tokens)
     text = processor.batch_decode(described.tokens[0], skip_special_tokens=True)[0].strip()
     console.print(f"frames at {' '.join(f'{t:.2f}' for t in frames.timestamps)} s", highlight=False)
-    console.print(text, highlight=False)
+    console.print(printable(text), highlight=False, markup=False)
     return text
 
 
@@ -382,10 +430,9 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
     if s.twin and not any(part.spans for part in parts):
         raise ValueError("--twin: no question has key spans; give --key-spans FILE, as data.curate writes it")
     hf, processor = load_plain(s.model)
-    parts, marked = answers.drop_special(parts, processor)
+    left_out = []
     if probe:
         parts, left_out = probes.hide(parts, s.lengths, s.seed) if s.needle else probes.pair(parts, s.seed)
-        marked += left_out
     more = {"twin": s.twin, "probe": probe} | ({"lengths": s.lengths, "seed": s.seed} if probe else {})
     made_with = predictions.describe_run(benchmark, parts, hf, more)
     parts = parts[: s.limit] if s.limit >= 0 else parts
@@ -394,7 +441,7 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
     out = s.out or run / "-".join([s.benchmark, *(name for name, asked in apart.items() if asked)])
     lines, twin_lines, num_problems = answers.answer(
         hf, processor, benchmark, parts, folder, out, made_with, console, s.twin, s.batch_size, s.workers, s.time_limit,
-        [*benchmark.problems, *wrong_spans, *marked],
+        [*benchmark.problems, *wrong_spans, *left_out],
     )  # fmt: skip
     about = {"made with": made_with, "problems": (out / "problems.txt").read_text().splitlines()} | describe_environment()
     if probe:
@@ -414,7 +461,12 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
             answers.show_gap(gaps, console)
             results["perception gap"] = gaps
     (out / "results.json").write_text(json.dumps(results | about, indent=1) + "\n")
-    console.print(f"{out}: predictions.jsonl, results.json; problems.txt: {num_problems}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{out}: predictions.jsonl, results.json; problems.txt: {num_problems}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     return results
 
 

@@ -189,7 +189,7 @@ def report_needle(parts: Sequence[Part], lines: Lines, twin_lines: Lines | None,
         table.add_row(*cells)
     console.print(table)
     draw_curve(curves, out / "needle.png")
-    console.print(f"{out / 'needle.png'}", highlight=False, soft_wrap=True)
+    console.print(f"{out / 'needle.png'}", highlight=False, markup=False, soft_wrap=True)
     return {"curves": curves}
 
 
