@@ -27,14 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vp
+from data.files import ClipError, PathError, inside_root
 from data.finders import find_key_slots
+from data.foreign import check_annotations, other_fields
 
 PROMPT = "Describe the video."
 FIELDS = ("video", "caption", "prompt", "start", "end", "keywords", "key_spans", "truth")
-
-
-class ClipError(ValueError):
-    """A clip that cannot be used, and why, in words for the person who made the annotation file."""
 
 
 @dataclass
@@ -72,8 +70,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def parse_line(line: str, where: str, root: Path) -> Clip:
-    """Check one line. Raises ClipError naming the place, the field, what was found, and the mend."""
+def parse_line(line: str, where: str, root: Path, follow_links: bool = False) -> Clip:
+    """Check one line. Raises ClipError naming the place, the field, what was found, and the mend.
+
+    follow_links: links may leave the root, see `data.files.inside_root`.
+    """
 
     def wrong(name: str, found: object, mend: str) -> ClipError:
         shown = repr(found)
@@ -97,11 +98,9 @@ def parse_line(line: str, where: str, root: Path) -> Clip:
         if name in record and (not isinstance(record[name], str) or not record[name].strip()):
             raise wrong(name, record[name], "give a text that is not empty")
     try:
-        video = (root / record["video"]).resolve()
-    except (OSError, ValueError) as error:
-        raise wrong("video", record["video"], f"not a path ({error})") from None
-    if not video.is_relative_to(root.resolve()):
-        raise wrong("video", record["video"], f"it leaves the root {root}; move it there or name another root")
+        video = inside_root(record["video"], root, follow_links)
+    except PathError as error:
+        raise wrong("video", record["video"], str(error)) from None
     if record.get("start") is None:
         record["start"] = 0.0
     if not is_number(record["start"]) or record["start"] < 0:
@@ -137,16 +136,16 @@ def parse_line(line: str, where: str, root: Path) -> Clip:
     return Clip(video, record["caption"].strip(), where, prompt, record["start"], end, keywords, spans, truth)
 
 
-def load_clips(annotations: Path, root: Path | None = None) -> tuple[list[Clip], list[str]]:
+def load_clips(annotations: Path, root: Path | None = None, follow_links: bool = False) -> tuple[list[Clip], list[str]]:
     """Read an annotation file: its good clips, and a message for every line that had to be skipped.
 
-    root: the folder that the `video` paths are relative to and cannot leave (default: the file's own folder). Empty
-    lines are allowed. Raises ClipError where the file itself cannot be read, or holds no good clip at all.
+    root: the folder that the `video` paths are relative to and cannot leave (default: the file's own folder), but by links
+    with follow_links. Empty lines are allowed. Raises ClipError if the file itself cannot be read, is of another form (with
+    the command that converts it), or holds no good clip at all.
     """
     annotations = Path(annotations)
     root = Path(root) if root is not None else annotations.parent
-    if not annotations.is_file():
-        raise ClipError(f"{annotations}: no such file; give a JSONL file, one clip a line")
+    check_annotations(annotations, root)
     clips, problems = [], []
     with annotations.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -154,14 +153,16 @@ def load_clips(annotations: Path, root: Path | None = None) -> tuple[list[Clip],
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
-                    clips.append(parse_line(text, where, root))
+                    clips.append(parse_line(text, where, root, follow_links))
             except UnicodeDecodeError as error:
                 problems.append(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
             except ClipError as error:
                 problems.append(str(error))
     if not clips:
         shown = "\n  ".join(problems[:10]) or "it has no line"
-        raise ClipError(f"{annotations}: no usable clip among {len(problems)} lines:\n  {shown}")
+        raise ClipError(
+            f"{annotations}: no usable clip among {len(problems)} lines:\n  {shown}{other_fields(annotations, root)}"
+        )
     return clips, problems
 
 
