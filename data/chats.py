@@ -170,7 +170,7 @@ def chat_clip(entry: dict) -> ChatClip:
     others |= {kind for turn in turns for kind in turn.others}
     if not videos:
         reason = f"only {' and '.join(sorted(others))}" if others else "no video"
-        raise Unusable(reason, key, entry.get(key), "nothing; clips need a video")
+        raise Unusable(reason, key, entry.get(key) or pictures, "nothing; clips need a video")
     if len(videos) > 1:
         raise Unusable("more than one video", key, videos, "write a record for each video, with what is said about it")
     if others:

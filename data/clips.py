@@ -160,9 +160,8 @@ def load_clips(annotations: Path, root: Path | None = None, follow_links: bool =
                 problems.append(str(error))
     if not clips:
         shown = "\n  ".join(problems[:10]) or "it has no line"
-        raise ClipError(
-            f"{annotations}: no usable clip among {len(problems)} lines:\n  {shown}{other_fields(annotations, root)}"
-        )
+        shown += other_fields(annotations, root, FIELDS)
+        raise ClipError(f"{annotations}: no usable clip among {len(problems)} lines:\n  {shown}")
     return clips, problems
 
 

@@ -21,8 +21,8 @@ VIDEO_ENDINGS = (
     ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".mts", ".m2ts", ".m2t", ".trp", ".tp", ".tod", ".mpg", ".mpeg",
     ".mpe", ".m2p", ".m1v", ".m2v", ".mpv", ".mp2v", ".vob", ".vro", ".evo", ".mod", ".3gp", ".3g2", ".3gpp", ".f4v",
     ".flv", ".wmv", ".asf", ".wtv", ".dvr-ms", ".ogv", ".ogm", ".ogg", ".ogx", ".qt", ".mj2", ".mqv", ".m4s", ".ismv",
-    ".mk3d", ".mxf", ".gxf", ".nut", ".y4m", ".ivf", ".obu", ".dv", ".dif", ".divx", ".xvid", ".rm", ".rmvb", ".amv", ".nsv",
-    ".swf", ".bik", ".roq", ".mve", ".h264", ".264", ".hevc", ".265", ".mjpeg", ".mjpg", ".gif",
+    ".mk3d", ".mxf", ".gxf", ".nut", ".y4m", ".ivf", ".obu", ".dv", ".dif", ".divx", ".xvid", ".rm", ".rmvb", ".amv",
+    ".nsv", ".swf", ".bik", ".roq", ".mve", ".h264", ".264", ".hevc", ".265", ".mjpeg", ".mjpg", ".gif",
 )  # fmt: skip
 COMMON_ENDINGS = VIDEO_ENDINGS[:5]  # before the others, some of which sounds and previews have, too
 

@@ -114,7 +114,10 @@ def foreign_list(path: Path, root: Path, text: str) -> str | None:
     if lines[1:2] and lines[0].rstrip().endswith("]") and lines[1].lstrip().startswith("{"):
         return None
     try:
-        first = json.JSONDecoder().raw_decode(text[1:].lstrip())[0]
+        body = text[1:].lstrip()
+        first, end = json.JSONDecoder().raw_decode(body)
+        if body[end:].lstrip()[:1] not in ("", ",", "]"):
+            return None
     except (ValueError, RecursionError):
         first = {name: "" for name in ("conversations", "messages", "video", "caption") if f'"{name}"' in text}
     if not isinstance(first, dict):
@@ -189,12 +192,12 @@ def check_annotations(path: Path, root: Path) -> None:
         raise ClipError(f"{path}: {foreign}")
 
 
-def other_fields(path: Path, root: Path) -> str:
-    """What to do where the records of JSONL have usual fields of other names, or more of them; "" where they have not."""
+def other_fields(path: Path, root: Path, ours: tuple[str, ...]) -> str:
+    """What to do if the records of JSONL have the fields of a clip under other usual names, or more fields; else ""."""
     try:
         record = json.loads(next(read_lines(path), ("", ""))[1])
     except (ValueError, RecursionError):
         return ""
-    if not isinstance(record, dict) or guess_columns(list(record)) in (None, tuple(record)[:2]):
+    if not isinstance(record, dict) or not set(record) - set(ours) or not guess_columns(list(record)):
         return ""
     return f"\nIf its fields have other names, or more of them, {import_command(path, root, 'json', list(record))}"

@@ -134,7 +134,9 @@ class VideoIndex:
         self.root, self.follow_links, self.above = root, follow_links, root.resolve().parts
         self.files, self.links, self.notes = listing.files, listing.links, listing.notes
         if not self.files and self.links:
-            found = f"--videos {root}: its {len(self.links)} videos are links that leave it, as in a hub cache"
+            found = (
+                f"--videos {root}: it holds no video, but its {len(self.links)} links leave it, as those of a hub cache do"
+            )
             raise ClipError(f"{found}; give --follow-links too")
         if not self.files and not any(path.is_file() and not path.suffix for path in root.rglob("*")):
             raise ClipError(
