@@ -63,6 +63,8 @@ class EvalSettings:
     """Annotation file (JSONL)."""
     root: Path | None = None
     """Folder of the videos (default: the annotation file's)."""
+    follow_links: bool = False
+    """Read videos that are links to files outside the root, as all files of a hub cache are."""
     out: Path | None = None
     """Where results.json and row.md go (default: the run's folder, or runs/eval)."""
     limit: int = -1
@@ -136,6 +138,8 @@ class ScoreSettings:
     """Answer rule of the benchmark's authors, or one strict rule for all."""
     subtitles: bool = False
     """Video-MME: the predictions were made with subtitles."""
+    follow_links: bool = False
+    """Read videos that are links to files outside the root, as all files of a hub cache are."""
     text_encoder: str | None = None
     """dream-1k: a sentence-transformers model, directory or name on the hub."""
     compare: tuple[Path, Path] | None = None
@@ -159,6 +163,8 @@ class RunSettings:
     """Prompt, frames and answer rule of the benchmark's authors, or the same for all."""
     subtitles: bool = False
     """Video-MME: show the subtitles."""
+    follow_links: bool = False
+    """Read videos that are links to files outside the root, as all files of a hub cache are."""
     twin: bool = False
     """Ask the same about the twins, too: the perception gap by category."""
     key_spans: Path | None = None
@@ -330,7 +336,7 @@ def markdown_row(results: dict, title: str) -> str:
 def run_evaluation(settings: EvalSettings, console: Console) -> dict:
     """The command `python eval.py`."""
     lm, processor = load_model(settings.model)
-    clips, problems = load_clips(settings.data, settings.root)
+    clips, problems = load_clips(settings.data, settings.root, settings.follow_links)
     if settings.limit >= 0:
         clips = clips[: settings.limit]
     s, context = settings, lm.config.text_config.max_position_embeddings
@@ -391,7 +397,7 @@ def run_score(settings: ScoreSettings, console: Console) -> dict:
             raise ValueError(
                 f"--{name} is missing; give --benchmark, --root and --predictions, or --compare and two results"
             )
-    benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles)
+    benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles, s.follow_links)
     predictions, problems = benchmarks.read_predictions(s.predictions, benchmark)
     path = s.predictions.resolve() if s.predictions.is_dir() else s.predictions
     out = path.with_name(f"{path.name if path.is_dir() else path.stem}.{s.protocol}.json")
@@ -421,11 +427,11 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
         raise ValueError("--needle --diff: two probes; give one at a time")
     if s.diff and s.twin:
         raise ValueError("--diff --twin: the twin is part of the question; leave --twin out")
-    benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles)
+    benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles, s.follow_links)
     benchmark.num_frames = s.num_frames or benchmark.num_frames
     benchmark.max_pixels = s.max_pixels
     benchmark.max_new_tokens = s.max_new_tokens or benchmark.max_new_tokens
-    spans, wrong_spans = answers.read_key_spans(s.key_spans, folder) if s.key_spans else (None, [])
+    spans, wrong_spans = answers.read_key_spans(s.key_spans, folder, s.follow_links) if s.key_spans else (None, [])
     parts, probe = answers.group_questions(benchmark, spans), "needle" * s.needle + "diff" * s.diff
     if s.twin and not any(part.spans for part in parts):
         raise ValueError("--twin: no question has key spans; give --key-spans FILE, as data.curate writes it")

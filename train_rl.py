@@ -73,6 +73,8 @@ class Settings:
     """Annotation file, JSONL (default: the embedded world)."""
     root: Path | None = None
     """Folder of the videos (default: the annotation file's)."""
+    follow_links: bool = False
+    """Read videos that are links to files outside the root, as all files of a hub cache are."""
     eval_data: Path | None = None
     """Annotation file to evaluate on before and after (default: the world's test split, or none)."""
     out: Path = Path("runs/rl")
@@ -213,8 +215,8 @@ def main(settings: Settings) -> dict | None:
         raise ValueError(f"--batch-size {s.batch_size} is not a multiple of {world_size} processes")
     console = Console(quiet=not main_process)
     resumed = checkpoints.resume(s, FREE, world_size)
-    clips, problems = load_clips(s.data, s.root)
-    eval_clips, eval_problems = load_clips(s.eval_data, s.root) if s.eval_data else ([], [])
+    clips, problems = load_clips(s.data, s.root, s.follow_links)
+    eval_clips, eval_problems = load_clips(s.eval_data, s.root, s.follow_links) if s.eval_data else ([], [])
     num_prompts, G, G_twin = s.batch_size // world_size, s.num_rollouts, s.num_twin_rollouts
     processor = models.load_processor(s.model)
     architecture = memory.skeleton(s.model)

@@ -74,6 +74,8 @@ class Settings:
     """Annotation file, JSONL (default: the embedded world of data/world.py, made on the spot)."""
     root: Path | None = None
     """Folder of the videos (default: the annotation file's)."""
+    follow_links: bool = False
+    """Read videos that are links to files outside the root, as all files of a hub cache are."""
     eval_data: Path | None = None
     """Annotation file to evaluate on (default: the world's test split, or none)."""
     out: Path = Path("runs/sft")
@@ -194,8 +196,8 @@ def main(settings: Settings) -> dict | None:
         )
     console = Console(quiet=not main_process)
     resumed = checkpoints.resume(s, FREE, world_size)
-    clips, problems = load_clips(s.data, s.root)
-    eval_clips, eval_problems = load_clips(s.eval_data, s.root) if s.eval_data else ([], [])
+    clips, problems = load_clips(s.data, s.root, s.follow_links)
+    eval_clips, eval_problems = load_clips(s.eval_data, s.root, s.follow_links) if s.eval_data else ([], [])
     processor, contrastive = models.load_processor(s.model), s.contrastive_weight > 0
     architecture = memory.skeleton(s.model)
     context = architecture.config.text_config.max_position_embeddings

@@ -48,7 +48,8 @@ from data.clips import (
     read_record,
     reason_of,
 )
-from data.files import read_lines
+from data.files import inside_root, read_lines
+from data.foreign import check_annotations
 from data.formats import Question
 from data.loader import ClipLoader
 from data.predictions import Lines, Notes, open_run
@@ -115,13 +116,14 @@ def group_questions(benchmark: Benchmark, spans: Mapping[Path, list] | None = No
     return parts
 
 
-def read_key_spans(path: Path, root: Path) -> tuple[dict[Path, list], list[str]]:
+def read_key_spans(path: Path, root: Path, follow_links: bool = False) -> tuple[dict[Path, list], list[str]]:
     """Key spans by video, in seconds from the beginning of the file, and the lines that cannot be used, by name.
 
     path: JSONL as data/curate.py writes it, of which video, key_spans and start are used; videos are paths below root.
     """
     if not path.is_file():
         raise ClipError(f"--key-spans {path}: no such file; give lines with video and key_spans")
+    check_annotations(path, root)
     spans, problems = defaultdict(list), []
     for where, line in read_lines(path):
         try:
@@ -129,10 +131,10 @@ def read_key_spans(path: Path, root: Path) -> tuple[dict[Path, list], list[str]]
             if isinstance(record.get("key_spans"), list):
                 record.setdefault("keywords", ["event"] * len(record["key_spans"]))
                 record.setdefault("caption", "not given")
-            clip = parse_record(record, where, root)
+            clip = parse_record(record, where, root, follow_links)
             if not clip.key_spans:
                 raise ClipError(f"{where}: field 'key_spans' is missing; give the seconds of the event, like [[1.2, 1.9]]")
-            spans[clip.video] += [[clip.start + a, clip.start + b] for a, b in itertools.chain(*clip.key_spans)]
+            spans[clip.video.resolve()] += [[clip.start + a, clip.start + b] for a, b in itertools.chain(*clip.key_spans)]
         except ClipError as error:
             problems.append(str(error))
     return spans, problems
@@ -369,7 +371,7 @@ def answer(
                 for q, text, twin_text in itertools.zip_longest(part.questions, texts, twin_texts):
                     record = {
                         "id": q.id,
-                        "video": os.path.relpath(q.video.resolve(), root.resolve()),
+                        "video": os.path.relpath(inside_root(str(q.video.absolute()), root, True), root.resolve()),
                         "category": q.category,
                     }
                     share = {} if asked.share is None else {"event share": round(asked.share, 6)}

@@ -27,7 +27,7 @@ import numpy as np
 
 from data import scoring
 from data.clips import ClipError
-from data.files import read_json, read_lines
+from data.files import PathError, inside_root, read_json, read_lines
 from data.formats import CRASH, FORMATS, MOTIONBENCH, MVBENCH, TEMPCOMPASS, TVBENCH, Question, video_name
 from data.scoring import LETTERS
 
@@ -133,11 +133,14 @@ SELECT = (
 )
 
 
-def load_benchmark(name: str, root: Path, protocol: str = "official", subtitles: bool = False) -> Benchmark:
+def load_benchmark(
+    name: str, root: Path, protocol: str = "official", subtitles: bool = False, follow_links: bool = False
+) -> Benchmark:
     """Read a benchmark's files below root (clips: the JSONL file, or a folder with clips.jsonl).
 
     What cannot be used is in `problems`; of questions with the same id only the first is kept, and the others are problems.
-    Raises ClipError where the files hold no question at all, ValueError for an unknown name or protocol.
+    follow_links: videos may be links that leave the root. Raises ClipError where the files hold no question at all,
+    ValueError for an unknown name or protocol.
     """
     if name not in NAMES:
         raise ValueError(f"--benchmark {name}: unknown; give one of {', '.join(NAMES)}")
@@ -154,7 +157,14 @@ def load_benchmark(name: str, root: Path, protocol: str = "official", subtitles:
         shown = shown[:80] + "..." * (len(shown) > 80)
         problems.append(f"{where}: " + f"field '{name}': " * bool(name) + f"found {shown}; " * bool(shown) + mend)
 
-    for question in FORMATS[name](root, refuse, subtitles):
+    own = {"follow_links": follow_links} if name == "clips" else {}  # its reader judges the links itself, by line
+    for question in FORMATS[name](root, refuse, subtitles, **own):
+        try:
+            if not own:
+                inside_root(str(question.video.absolute()), root, follow_links)
+        except PathError as error:
+            refuse(question.id, "video", str(question.video), str(error))
+            continue
         if question.id in questions:
             refuse(question.id, "", "a second question of this id", "take one of them out; the first is kept")
         else:

@@ -30,9 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vp
+from data.files import ClipError, PathError, inside_root
 from data.finders import find_key_slots
+from data.foreign import check_annotations, other_fields
 from data.user_text import SEAM, disarm, encode, put_back, take_out
-from data.video import PROMPT, Clip, ClipError, Frames, read_frames
+from data.video import PROMPT, Clip, Frames, read_frames
 
 FIELDS = ("video", "caption", "prompt", "start", "end", "keywords", "key_spans", "truth", "frames_per_second")
 
@@ -110,15 +112,18 @@ def read_record(line: str, where: str) -> dict:
     return record
 
 
-def parse_line(line: str, where: str, root: Path) -> Clip:
-    """Check one line. Raises ClipError naming the place, the field, what was found, and the fix."""
+def parse_line(line: str, where: str, root: Path, follow_links: bool = False) -> Clip:
+    """Check one line. Raises ClipError naming the place, the field, what was found, and the fix.
+
+    follow_links: links may leave the root, see `data.files.inside_root`.
+    """
     try:
-        return parse_record(read_record(line, where), where, root)
+        return parse_record(read_record(line, where), where, root, follow_links)
     except RecursionError:
         raise ClipError(f"{where}: nested too deep; write one flat JSON object a line") from None
 
 
-def parse_record(record: dict, where: str, root: Path) -> Clip:
+def parse_record(record: dict, where: str, root: Path, follow_links: bool = False) -> Clip:
     """The clip of a line's JSON object, see `parse_line`."""
 
     def wrong(name: str, found: object, mend: str) -> ClipError:
@@ -145,11 +150,9 @@ def parse_record(record: dict, where: str, root: Path) -> Clip:
     if found := PLACED.search(record.get("prompt", PROMPT)):
         raise wrong("prompt", found[0].strip(), "leave it out; the video is put before the prompt by itself")
     try:
-        video = (root / record["video"]).resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise wrong("video", record["video"], f"not a path ({error})") from None
-    if not video.is_relative_to(root.resolve()):
-        raise wrong("video", record["video"], f"it leaves the root {root}; move it there or name another root")
+        video = inside_root(record["video"], root, follow_links)
+    except PathError as error:
+        raise wrong("video", record["video"], str(error)) from None
     if record.get("start") is None:
         record["start"] = 0.0
     if not is_number(record["start"]) or record["start"] < 0:
@@ -230,16 +233,16 @@ def split_long(clips: Sequence[Clip], tokenizer, limit: int, captions: bool = Tr
     return kept, problems
 
 
-def load_clips(annotations: Path, root: Path | None = None) -> tuple[list[Clip], list[str]]:
+def load_clips(annotations: Path, root: Path | None = None, follow_links: bool = False) -> tuple[list[Clip], list[str]]:
     """Read an annotation file: its good clips, and a message for every line that had to be skipped.
 
-    root: the folder that the `video` paths are relative to and cannot leave (default: the file's own folder). Empty
-    lines are allowed. Raises ClipError where the file itself cannot be read, or holds no good clip at all.
+    root: the folder that the `video` paths are relative to and cannot leave (default: the file's own folder), but by links
+    with follow_links. Empty lines are allowed. Raises ClipError if the file itself cannot be read, is of another form (with
+    the command that converts it), or holds no good clip at all.
     """
     annotations = Path(annotations)
     root = Path(root) if root is not None else annotations.parent
-    if not annotations.is_file():
-        raise ClipError(f"{annotations}: no such file; give a JSONL file, one clip a line")
+    check_annotations(annotations, root)
     clips, problems = [], []
     with annotations.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -247,13 +250,14 @@ def load_clips(annotations: Path, root: Path | None = None) -> tuple[list[Clip],
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
-                    clips.append(parse_line(text, where, root))
+                    clips.append(parse_line(text, where, root, follow_links))
             except UnicodeDecodeError as error:
                 problems.append(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
             except ClipError as error:
                 problems.append(str(error))
     if not clips:
         shown = "\n  ".join(problems[:10]) or "it has no line"
+        shown += other_fields(annotations, root, FIELDS)
         raise ClipError(f"{annotations}: no usable clip among {len(problems)} lines:\n  {shown}")
     return clips, problems
 

@@ -40,7 +40,9 @@ import vp
 from data import finders
 from data.clips import Clip, ClipError, Frames, Preparation, make_example, named, parse_line, read_frames, reason_of
 from data.curate_report import group_of, records_of, report
+from data.files import VIDEO_ENDINGS, list_files
 from data.fingerprints import Seen, file_hash, fingerprint, plain_hash
+from data.foreign import check_annotations
 from data.keywords import extract, keyword_prompt, looks_english, parse_keywords, rank
 from data.sheets import printable
 
@@ -76,6 +78,8 @@ class Settings:
     """Folder to write."""
     root: Path | None = None
     """Folder of the videos (default: the annotation file's)."""
+    follow_links: bool = False
+    """Read videos that are links to files outside the root, as all files of a hub cache are."""
     keywords: Literal["grammar", "model"] = "grammar"
     """Where keywords come from: the caption's grammar (spaCy), or the video-language model (--model)."""
     finders: tuple[Literal["motion", "clip", "self"], ...] = ("motion",)
@@ -283,7 +287,7 @@ def read_part(lines: Sequence[tuple[int, str]], s: Settings, root: Path, pool, m
     clips: list[Clip | None] = []
     for number, text in lines:
         try:
-            clips.append(parse_line(text, f"{s.captions}:{number}", root))
+            clips.append(parse_line(text, f"{s.captions}:{number}", root, s.follow_links))
             records.append({"line": number, "source": json.loads(text)})
         except ClipError as error:
             clips.append(None)
@@ -398,13 +402,11 @@ def excluded_clips(s: Settings) -> tuple[set[str], Seen]:
     files, seen = set(), Seen(s.duplicate_bits)
     for path in s.exclude:
         if path.is_dir():
-            videos = [
-                Clip(v, "", str(v))
-                for v in sorted(path.rglob("*"))
-                if v.suffix.lower() in (".mp4", ".mkv", ".webm", ".avi")
-            ]
+            below = list_files(path, VIDEO_ENDINGS, follow_links=True).files  # whatever is a copy is to be left out
+            videos = [Clip(path / v, "", str(path / v)) for v in below]
         else:
-            videos = [parse_line(text, f"{path}:{n}", path.parent) for n, text in lines_of(path)]
+            check_annotations(path, path.parent)
+            videos = [parse_line(text, f"{path}:{n}", path.parent, s.follow_links) for n, text in lines_of(path)]
         for clip in videos:
             try:
                 with named(clip):
@@ -494,8 +496,7 @@ def finish(parts: Sequence[Path], s: Settings, console: Console) -> Counter:
 def main(s: Settings, console: Console | None = None) -> Counter:
     """Curate; returns the counts."""
     console = console or Console()
-    if not s.captions.is_file():
-        raise ClipError(f"{s.captions}: no such file; give a JSONL file, one clip a line")
+    check_annotations(s.captions, s.root or s.captions.parent)
     if not s.finders:
         raise ValueError("--finders: name at least one of motion, clip, self")
     for needs, name in ((s.keywords == "model" or "self" in s.finders, "model"), ("clip" in s.finders, "clip_model")):
@@ -510,8 +511,9 @@ def main(s: Settings, console: Console | None = None) -> Counter:
         if reason != "kept":
             table.add_row(reason, str(count), REASONS[reason])
     console.print(table)
-    console.print(f"{s.out / 'report.html'}\npython train_sft.py --data {s.out / 'clips.jsonl'} --root "
-                  f"{s.root or s.captions.parent}", highlight=False, markup=False, soft_wrap=True)  # fmt: skip
+    root = f"{s.root or s.captions.parent}" + " --follow-links" * s.follow_links
+    command = f"python train_sft.py --data {s.out / 'clips.jsonl'} --root {root}"
+    console.print(f"{s.out / 'report.html'}\n{command}", highlight=False, markup=False, soft_wrap=True)
     return counts
 
 

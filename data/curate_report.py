@@ -72,7 +72,7 @@ def sample_sheet(record: dict, s: dict, folder: Path) -> str:
     root = s["root"] or s["captions"].parent
     source = record["source"] | {"keywords": [record["keywords"][j] for j in record["kept"]]}
     source |= {"key_spans": [record["key_spans"][j] for j in record["kept"]]}
-    clip = parse_line(json.dumps(source), f"{s['captions']}:{record['line']}", root)
+    clip = parse_line(json.dumps(source), f"{s['captions']}:{record['line']}", root, s["follow_links"])
     frames = read_frames(clip, 32, s["fps"])
     slots = [vp.span_slots(spans, frames.timestamps) for spans in clip.key_spans]
     none = torch.zeros(0, dtype=torch.long)

@@ -310,6 +310,8 @@ class BenchSettings:
     """Annotation file (JSONL) with keywords and key_spans."""
     root: Path | None = None
     """Folder of the videos (default: the annotation file's)."""
+    follow_links: bool = False
+    """Read videos that are links to files outside the root, as all files of a hub cache are."""
     model: str | None = None
     """Checkpoint of stage 1, for the finder self."""
     clip_model: str | None = None
@@ -332,7 +334,7 @@ def main(s: BenchSettings) -> None:
     wanted = ("motion", *(["self"] if s.model else []), *(["clip"] if s.clip_model else []))
     about = dict(finders=wanted, model=s.model, clip_model=s.clip_model, fps=s.fps, max_frames=s.max_frames)
     models = Models(CurateSettings(s.data, Path(), **about))
-    clips, problems = load_clips(s.data, s.root)
+    clips, problems = load_clips(s.data, s.root, s.follow_links)
     scores: dict[str, list[tuple[float, bool]]] = {}
     for clip in clips:
         try:

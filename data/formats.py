@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.clips import ClipError, load_clips
-from data.files import read_json, read_objects
+from data.files import PathError, inside_root, path_below, read_json, read_objects, with_any_ending
 from data.importers import is_seconds
 from data.scoring import LETTERS
 
@@ -94,17 +94,14 @@ MOTIONBENCH = ("Motion Recognition", "Motion-related Objects", "Location-related
 
 
 def below(root: Path, path: str, where: str, refuse: Refuse, name: str = "video") -> Path | None:
-    """The path below root that a record names, or None where it leaves root (and was refused)."""
+    """The path below root that a record names, or None if it leaves root (and was refused). Another video's ending than the
+    record's is fine. Links are for load_benchmark to judge."""
     try:
-        found = (root / path).resolve()
-        found.exists()  # raises where a name is too long for any file
-        if found.is_relative_to(root.resolve()):
-            return root / path
-        mend = f"it leaves the root {root}; move it there or name another root"
-    except (OSError, ValueError) as error:
-        mend = f"not a path ({error})"
-    refuse(where, name, path, mend)
-    return None
+        inside_root(path, root, follow_links=True)
+        return with_any_ending(root / path_below(path, root))
+    except PathError as error:
+        refuse(where, name, path, str(error))
+        return None
 
 
 def video_name(key: str) -> str:
@@ -360,11 +357,11 @@ def dream_1k(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]:
             yield Question(id, file, category, text, (), caption, record={"events": events or [caption]})
 
 
-def own_clips(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]:
+def own_clips(root: Path, refuse: Refuse, subtitles: bool, follow_links: bool = False) -> Iterator[Question]:
     """One's own clips, see data/clips.py: the root is a JSONL file, its videos below the same folder, or a folder with
     clips.jsonl. A clip is called by its video and part."""
-    path = root if root.suffix == ".jsonl" else root / "clips.jsonl"
-    clips, problems = load_clips(path)
+    path = root if root.is_file() else root / "clips.jsonl"
+    clips, problems = load_clips(path, follow_links=follow_links)
     for problem in problems:
         refuse(problem, "", "", "the line is skipped")
     seen = Counter()

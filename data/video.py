@@ -21,16 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.container import Display, is_broken, read_display
+from data.files import ClipError
 
 PROMPT = "Describe the video."
 # A picture may miss its moment by this much: Matroska and FLV round to milliseconds.
 TOLERANCE = 0.0015
 # Pixels that are nearly square are left alone; a shape beyond the second value is no shape but a fault of the file.
 NEARLY_SQUARE, MOST_STRETCHED = 0.01, 8
-
-
-class ClipError(ValueError):
-    """A clip that cannot be used, and why, in words for the person who made the annotation file."""
 
 
 @dataclass
