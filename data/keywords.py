@@ -8,6 +8,7 @@ as far as it is a list of phrases that stand in the caption.
 import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -36,18 +37,18 @@ TALK = words("""
     video camera clip scene footage shot view image frame screen picture caption text title credit film animation we
     you viewer narrator cameraman videographer speaker voice subtitle overlay
 """)
+# Small words that only English has; those of other languages; and those that say nothing, since both have them.
 ENGLISH = words("""
-    the a an and or of to in on at with his her its their is are was from into out up down off over by then while as
-    it he she they that this for who which there another two near after before around through
+    the and with his their from into down off then while they that this which another before after around through
+    behind under across onto over out up she he it its by of
 """)
-FOREIGN = (
-    words("""
-    der das und ein eine einen mit ist auf den dem von zu sich nicht le les un une des est dans avec et qui sur il
-    elle du au el los las una con que en del por para se su y lo di che gli sono uma com os na no do em het een van
-    op te som och ett
+FOREIGN = words("""
+    der das und ein eine einen einem ist auf dem von zu sich nicht le les un une des est dans avec et qui sur il elle du
+    au el los las una con en del por para se su y lo di gli sono um uma com os na em o het een op te som och ett la de que
+    dos duas due il i ang ng hai ek bir ve yang di dan seorang na je na w z si nu cu och på zwei deux
 """)
-    - ENGLISH
-)
+SHARED = words("van die den do no mit in on as is was so me he per")
+MOVING = "turn|swerve?|veer|lean|steer|move?|head|drift|pull|bank|roll|slide?|step|walk|runn?|go|look|drive?"
 EVENTS = (
     "a sudden event",
     "a brief action",
@@ -68,17 +69,37 @@ class Keyword:
 
 
 def looks_english(caption: str) -> bool:
-    """Whether a caption is in English, as far as its letters and small words tell; short ones get the benefit of doubt.
+    """Whether a caption is in English: most of its words stand in an English dictionary, and are no small words of others.
 
-    >>> looks_english("Man jumps."), looks_english("Ein Mann springt von der Mauer und läuft mit einem Hund weg.")
+    Names count neither way: capitalized words that are not known. "Un homme saute" has two words that English knows, too:
+    a foreign article before a small letter at the beginning counts twice. Ties are English if a word like "the" is there.
+    Raises ValueError with the command that installs what is missing.
+
+    >>> looks_english("A white van hits a van."), looks_english("Ein Mann springt")
     (True, False)
     """
     letters = [c for c in caption if c.isalpha()]
     if not letters or sum(not c.isascii() and ord(c) > 0x24F for c in letters) > 0.2 * len(letters):
         return False
-    words = re.findall(r"[^\W\d_]+", caption.lower())
-    english, foreign = (sum(w in some for w in words) for some in (ENGLISH, FOREIGN))
-    return foreign < 2 or english > 2 * foreign
+    try:
+        from simplemma import is_known
+    except ImportError:
+        raise ValueError("telling English captions from others needs simplemma: pip install simplemma==2.0.0") from None
+    tokens = list(dict.fromkeys(re.findall(r"[^\W\d_]+", unicodedata.normalize("NFC", caption))))
+    names_stand_out = any(word.islower() and len(word) > 1 for word in tokens)  # not in "A MAN JUMPS", "A Man Jumps"
+    english = foreign = typical = 0
+    for i, word in enumerate(tokens):
+        small = word.lower()
+        if small in FOREIGN and not (names_stand_out and len(word) > 1 and word.isupper()):
+            foreign += 2 if i == 0 and tokens[1:] and tokens[1].islower() else 1
+        elif len(word) == 1 or small in SHARED:
+            continue
+        elif is_known(small, "en"):
+            english += 1
+            typical += small in ENGLISH
+        elif word.islower() or not names_stand_out:
+            foreign += 1
+    return english + typical > foreign or (english + typical == foreign and typical > 0)
 
 
 @cache
@@ -199,13 +220,17 @@ def phrase_of(verb, longest: int = 7) -> tuple[int, int]:
     return verb.i, end
 
 
+def plain_for_the_parser(caption: str) -> str:
+    """A caption, as long as before, without what misleads the small model: capitals, and "left" where it is a side."""
+    caption = re.sub(r"\b[A-Z]{2,}\b", lambda m: m[0].lower(), caption)
+    return re.sub(rf"(?i)\b((?:{MOVING})(?:e?s|ing|ed)?) left\b", r"\1 east", caption)
+
+
 def extract(captions: Sequence[str], model: str = GRAMMAR) -> list[list[Keyword]]:
     """The event phrases of each caption, in order of appearance, by its grammar."""
     found = []
-    quiet = [
-        re.sub(r"\b[A-Z]{2,}\b", lambda m: m[0].lower(), caption) for caption in captions
-    ]  # capitals mislead the parser
-    for caption, doc in zip(captions, load_grammar(model).pipe(quiet)):
+    plain = [plain_for_the_parser(caption) for caption in captions]
+    for caption, doc in zip(captions, load_grammar(model).pipe(plain)):
         keywords = []
         for token in itertools.chain.from_iterable(x for x in doc.sents if not is_question(x)):
             hidden = is_hidden_verb(token)

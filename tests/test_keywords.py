@@ -58,6 +58,7 @@ def test_phrases_stand_in_the_caption_word_for_word():
         ("A tree stands next to a house.", []),
         ("Three bottles on the table.", []),
         ("", []),
+        ("A white van turns left and hits a black van.", ["turns left", "hits a black van"]),
     ],
 )
 def test_phrases_by_hand(caption, phrases):
@@ -128,6 +129,57 @@ def test_no_keyword_for_what_did_not_happen():
     found = keywords.extract([caption for caption, _ in NOT_HAPPENED])
     got = [(caption, [k.text for k in ks]) for (caption, _), ks in zip(NOT_HAPPENED, found)]
     assert got == NOT_HAPPENED
+
+
+ENGLISH = [
+    "A white van turns left and hits a black van.", "The van stops.", "White van hits black van.",
+    "A man looks at a van Gogh painting and falls.", "Van Gogh paints a sunflower.", "A truck overturns in Los Angeles.",
+    "Los Angeles traffic jam.", "Police car crashes in Los Gatos.", "The boxer gives the coup de grace.",
+    "A die rolls off the table.", "Two men die in the crash.", "Flowers die in the den.",
+    "A student at MIT throws a ball.", "MIT robot jumps.", "Rio de Janeiro bus overturns.",
+    "Tour de France rider crashes.", "Cyclist falls at Tour de France.", "No one moves.", "No cars stop.",
+    "Robert De Niro waves.", "En route, the bus brakes.", "A do not enter sign falls.", "Women do yoga and one falls.",
+    "A chef makes pain au chocolat.", "Oscar de la Hoya lands a punch.", "Leonardo da Vinci's machine flies.",
+    "Jean-Claude Van Damme kicks a man.", "Ludwig van Beethoven statue falls over.", "The den door opens.",
+    "The les Paul guitar falls.", "El Capitan climber slips.", "Las Vegas magician makes a coin disappear.",
+    "Der Spiegel magazine falls off a table.", "Une femme is a film in which a car explodes.",
+    "A woman in a café orders crème brûlée.", "The señor drinks a piña colada.", "A tuk-tuk overturns in Bangkok.",
+    "Lewis Hamilton overtakes Max Verstappen.", "TRUCK HITS BRIDGE", "A Truck Hits A Bridge",
+    "Zidane headbutts Materazzi.", "Pogba dabs", "A UN truck brakes.", "Vans race.", "A man dies.",
+    "He drops his croissant.", "Kobe dunks", "La Liga striker misses a penalty.", "De facto leader waves.",
+    "Person opens door",
+]  # fmt: skip
+FOREIGN = [
+    "El hombre salta", "Ein Mann springt", "Un homme saute", "De man springt", "L'uomo salta", "Seorang pria melompat",
+    "Adam atlıyor", "Bir adam duvardan atlar", "O homem pula", "Um homem salta", "Ek aadmi koodta hai",
+    "Aadmi deewar se kood raha hai", "Ein Mann springt von der Mauer und läuft mit einem Hund weg.",
+    "Une femme ouvre la porte et entre dans la maison.", "El perro salta sobre la mesa y come el pan.", "一个男人跳下墙。",
+    "Мужчина прыгает со стены.", "男が飛び降りる", "ผู้ชายกระโดด", "रेक आदमी कूदता है", "남자가 뛰어내린다", "رجل يقفز",
+    "Mężczyzna skacze", "Chłopiec rzuca piłkę", "En man hoppar", "En mand hopper", "Mies hyppää", "Muž skáče",
+    "Egy férfi ugrik", "Un bărbat sare", "Người đàn ông nhảy", "Isang lalaki ang tumalon", "Mwanamume anaruka",
+    "Lelaki itu melompat", "Wanita membuka pintu", "Kadın kapıyı açıyor", "Die Frau öffnet die Tür", "Das Auto bremst",
+    "Der Hund bellt", "Hund bellt", "Auto bremst", "Le chien aboie", "La voiture freine", "Il cane abbaia",
+    "La macchina frena", "Una donna apre la porta", "Una mujer abre la puerta", "El coche frena", "Perro ladra",
+    "O cachorro late", "A mulher abre a porta", "O carro freia", "De hond blaft", "Een vrouw opent de deur",
+    "De auto remt", "Kvinnan öppnar dörren", "Bilen bromsar", "Nainen avaa oven", "Kobieta otwiera drzwi",
+    "Samochód hamuje", "Mobil mengerem", "Anak itu jatuh", "Çocuk düştü", "Araba fren yapıyor", "Ladka gir gaya",
+    "Ladki darwaza kholti hai", "Gadi ruk gayi", "Ένας άντρας πηδάει", "גבר קופץ", "ছেলেটি লাফ দেয়", "Homem cai",
+    "Mann fällt", "Homme tombe", "Hombre cae", "Man valt", "Ein Auto hält an", "Ein Kind fällt vom Fahrrad",
+    "Das Kind rennt", "Ein Tiger rennt", "Hund rennt", "Le train passe", "Le bus tourne", "Il pleut",
+    "Femme ouvre porte", "La actriz cae", "Dos hombres pelean", "Una pelota rebota", "Mujer abre puerta", "A bola cai",
+    "Uma mulher abre a porta", "Um carro bate", "La ragazza ride", "Due uomini litigano", "De kat springt",
+    "Het kind rent", "De jongen valt", "En hund springer", "Bilen stannar", "Poika kaatuu", "Chłopiec biegnie",
+    "Pies szczeka", "Kutya ugat", "Un băiat cade", "Adam kapıyı açar", "Kucing melompat ke meja", "Mobil itu berhenti",
+    "Bola menggelinding", "Wanita itu tertawa", "Kutta bhaunkta hai", "Wo aadmi daud raha hai",
+    "Mwanamke anafungua mlango", "Con chó sủa", "Aja n gbo", "Otoko ga tobioriru", "Rajul yaqfiz", "狗跑", "개가 뛴다",
+    "कुत्ता दौड़ता है", "Ο σκύλος τρέχει",
+]  # fmt: skip
+
+
+def test_language_of_short_captions():
+    """Names and small words of other languages make no English caption foreign; a foreign one of three words is."""
+    assert [caption for caption in ENGLISH if not keywords.looks_english(caption)] == []
+    assert [caption for caption in FOREIGN if keywords.looks_english(caption)] == []
 
 
 @pytest.mark.parametrize(
