@@ -133,13 +133,16 @@ class ScoreSettings:
     root: Path | None = None
     """Folder of the benchmark as it was downloaded; clips: the JSONL file, or a folder with clips.jsonl."""
     predictions: Path | None = None
-    """Lines {"id", "response"} (.jsonl), {id: response} (.json), or VRU-Accident's own files or their folder."""
+    """Lines {"id", "response"} (.jsonl), {id: response} (.json), a run's folder, or the files, or a folder of them, that
+    the authors of VRU-Accident, TempCompass, Video-MME and MotionBench publish or ask for."""
     protocol: Literal["official", "ours"] = "official"
     """Answer rule of the benchmark's authors, or one strict rule for all."""
     subtitles: bool = False
     """Video-MME: the predictions were made with subtitles."""
     follow_links: bool = False
     """Read videos that are links to files outside the root, as all files of a hub cache are."""
+    videos: Path | None = None
+    """clips: folder that the paths of the videos are relative to (default: the JSONL file's)."""
     text_encoder: str | None = None
     """dream-1k: a sentence-transformers model, directory or name on the hub."""
     compare: tuple[Path, Path] | None = None
@@ -154,6 +157,8 @@ class RunSettings:
     """Which benchmark; clips: one's own annotation file."""
     root: Path
     """Folder of the benchmark as it was downloaded; clips: the JSONL file, or a folder with clips.jsonl."""
+    videos: Path | None = None
+    """clips: folder that the paths of the videos are relative to, data.curate's --root (default: the JSONL file's)."""
     model: str = "runs/sft"
     """A run's folder, a Hugging Face directory, or a name on the hub: any video-language model."""
     out: Path | None = None
@@ -184,7 +189,7 @@ class RunSettings:
     max_new_tokens: int | None = None
     """Longest answer (default: the protocol's)."""
     limit: int = -1
-    """Ask about the first so many videos only (-1: all)."""
+    """Ask about the first so many videos, or parts of videos, only (-1: all). --needle: so many clips, at all lengths."""
     batch_size: int = 4
     """Videos at a time; all questions about a video are asked at once."""
     workers: int = 1
@@ -392,25 +397,27 @@ def run_score(settings: ScoreSettings, console: Console) -> dict:
         compared = benchmarks.compare(*map(read_results, s.compare))
         show_comparison(compared, s.compare, console)
         return compared
-    for name in ("benchmark", "root", "predictions"):
-        if getattr(s, name) is None:
-            raise ValueError(
-                f"--{name} is missing; give --benchmark, --root and --predictions, or --compare and two results"
-            )
-    benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles, s.follow_links)
-    predictions, problems = benchmarks.read_predictions(s.predictions, benchmark)
+    missing = [f"--{name}" for name in ("benchmark", "root", "predictions") if getattr(s, name) is None]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)} missing; give --benchmark, --root and --predictions, or --compare and two results"
+        )
+    benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles, s.follow_links, s.videos)
+    responses, problems = predictions.read_predictions(s.predictions, benchmark)
     path = s.predictions.resolve() if s.predictions.is_dir() else s.predictions
     out = path.with_name(f"{path.name if path.is_dir() else path.stem}.{s.protocol}.json")
     if s.benchmark == "motionbench":
-        answers = out.with_suffix(".submission.json")
-        answers.write_text(json.dumps(benchmarks.submission(benchmark, predictions), indent=1) + "\n")
-        console.print(f"{answers}: for the leaderboard", highlight=False, markup=False, soft_wrap=True)
+        submission = out.with_suffix(".submission.json")
+        submission.write_text(json.dumps(benchmarks.submission(benchmark, responses), indent=1) + "\n")
+        console.print(f"{submission}: for the leaderboard", highlight=False, markup=False, soft_wrap=True)
+    if not any(q.id in responses for q in benchmark.questions if q.answer is not None):
+        raise ClipError(f"{s.predictions}: every question that it answers has a hidden answer; nothing can be scored")
     encoder = None
     if s.text_encoder is not None:
         from data.texts import TextEncoder  # late: only one benchmark needs it
 
         encoder = TextEncoder(s.text_encoder)
-    results = benchmarks.score(benchmark, predictions, encoder)
+    results = benchmarks.score(benchmark, responses, encoder)
     results |= {"problems": benchmark.problems + problems, "text encoder": s.text_encoder} | describe_environment()
     title = f"{s.benchmark}, {s.protocol}: {s.predictions.name}"
     report = show_scores(results, title, console)
@@ -420,35 +427,72 @@ def run_score(settings: ScoreSettings, console: Console) -> dict:
     return results
 
 
+def check_run(s: RunSettings) -> None:
+    """Raise ValueError that names every setting of `eval.py run` that cannot be."""
+    numbers = ("batch_size", "num_frames", "max_new_tokens", "max_pixels", "time_limit")
+    wrong = [name for name in numbers if getattr(s, name) is not None and not getattr(s, name) > 0]
+    problems = [f"--{name.replace('_', '-')} {getattr(s, name)}: give a number above 0" for name in wrong]
+    if s.limit != -1 and s.limit < 1:
+        problems.append(f"--limit {s.limit}: give a number above 0, or -1 for all")
+    if s.workers < 0:
+        problems.append(f"--workers {s.workers}: give 0 or more")
+    if not s.lengths or min(s.lengths) < 1 or len(set(s.lengths)) < len(s.lengths):
+        problems.append(f"--lengths {' '.join(map(str, s.lengths))}: give different whole numbers of clips, each 1 or more")
+    if s.needle and s.diff:
+        problems.append("--needle --diff: two probes; give one at a time")
+    if s.diff and s.twin:
+        problems.append("--diff --twin: the twin is part of the question; leave --twin out")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def first_parts(parts: Sequence[answers.Part], limit: int) -> list[answers.Part]:
+    """All that is asked about the first `limit` videos, or parts of videos (-1: about all)."""
+    keys = [(part.video, part.start, part.end) for part in parts]
+    kept = set(list(dict.fromkeys(keys))[: None if limit < 0 else limit])
+    return [part for part, key in zip(parts, keys) if key in kept]
+
+
 def run_benchmark(settings: RunSettings, console: Console) -> dict:
     """The command `python eval.py run`: predictions as they come, then results.json and what it shows."""
-    s, folder = settings, settings.root if settings.root.is_dir() else settings.root.parent
-    if s.needle and s.diff:
-        raise ValueError("--needle --diff: two probes; give one at a time")
-    if s.diff and s.twin:
-        raise ValueError("--diff --twin: the twin is part of the question; leave --twin out")
-    benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles, s.follow_links)
+    s = settings
+    check_run(s)
+    folder = s.videos or (s.root if s.root.is_dir() else s.root.parent)
+    benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles, s.follow_links, s.videos)
     benchmark.num_frames = s.num_frames or benchmark.num_frames
     benchmark.max_pixels = s.max_pixels
     benchmark.max_new_tokens = s.max_new_tokens or benchmark.max_new_tokens
     spans, wrong_spans = answers.read_key_spans(s.key_spans, folder, s.follow_links) if s.key_spans else (None, [])
     parts, probe = answers.group_questions(benchmark, spans), "needle" * s.needle + "diff" * s.diff
+    if probe:
+        probes.own_clips(parts, probe)  # refuses what has none, before the model is loaded
     if s.twin and not any(part.spans for part in parts):
         raise ValueError("--twin: no question has key spans; give --key-spans FILE, as data.curate writes it")
-    hf, processor = load_plain(s.model)
-    left_out = []
-    if probe:
-        parts, left_out = probes.hide(parts, s.lengths, s.seed) if s.needle else probes.pair(parts, s.seed)
-    more = {"twin": s.twin, "probe": probe} | ({"lengths": s.lengths, "seed": s.seed} if probe else {})
-    made_with = predictions.describe_run(benchmark, parts, hf, more)
-    parts = parts[: s.limit] if s.limit >= 0 else parts
     run = Path(s.model) if (Path(s.model) / "checkpoint").exists() else Path("runs/answers")
     apart = {"ours": s.protocol == "ours", "subtitles": s.subtitles, "twin": s.twin, probe: bool(probe)}
     out = s.out or run / "-".join([s.benchmark, *(name for name, asked in apart.items() if asked)])
+    asked_about = list(dict.fromkeys(part.video for part in first_parts(parts, s.limit)))
+    if not any(video.exists() for video in asked_about) and not (out / "predictions.jsonl").exists():
+        hint = "; give --videos, the folder that their paths are relative to" if s.benchmark == "clips" else ""
+        raise ClipError(f"none of the {len(asked_about)} videos exists, the first is {asked_about[0]}{hint}")
+    hf, processor = load_plain(s.model)
+    more = {"twin": s.twin, "probe": probe} | ({"lengths": s.lengths, "seed": s.seed} if probe else {})
+    made_with = predictions.describe_run(benchmark, parts, hf, more)
+    if s.needle:
+        parts, left_out = probes.hide(parts, s.lengths, s.seed, None if s.limit < 0 else s.limit)
+    else:
+        parts, left_out = probes.pair(parts, s.seed) if s.diff else (parts, [])
+        parts = first_parts(parts, s.limit)
+    if not parts:
+        listed = "\n  ".join(left_out[:10])
+        raise ClipError(f"no question of {s.benchmark} can be asked:\n  {listed}")
     lines, twin_lines, num_problems = answers.answer(
         hf, processor, benchmark, parts, folder, out, made_with, console, s.twin, s.batch_size, s.workers, s.time_limit,
         [*benchmark.problems, *wrong_spans, *left_out],
     )  # fmt: skip
+    asked = [q for part in parts for q in part.questions]
+    if not any(q.id in lines.records for q in asked):
+        raise ClipError(f"no question could be answered: {out / 'problems.txt'} says why; the same command tries again")
     about = {"made with": made_with, "problems": (out / "problems.txt").read_text().splitlines()} | describe_environment()
     if probe:
         report = probes.report_needle if s.needle else probes.report_differences
@@ -456,16 +500,20 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
     elif s.benchmark == "dream-1k":
         console.print("score them with `eval.py score --text-encoder`, by an encoder of your choice", highlight=False)
         results = {}
+    elif all(q.answer is None for q in asked):
+        console.print("the answers of all questions asked are hidden: nothing is scored", style="yellow", highlight=False)
+        results = {}
     else:
         if s.limit >= 0:
-            benchmark.questions = [q for part in parts for q in part.questions]
+            benchmark.questions = asked
         results = benchmarks.score(benchmark, lines.responses())
+        results["counts"]["missing videos"] = sum(not video.exists() for video in asked_about)
         shown = show_scores(results | {"problems": []}, f"{s.benchmark}, {s.protocol}: {s.model}", console)
-        (out / "results.md").write_text(shown)
         if twin_lines:
             gaps = answers.perception_gap(benchmark, lines.responses(), twin_lines.responses())
-            answers.show_gap(gaps, console)
+            shown += answers.show_gap(gaps, console)
             results["perception gap"] = gaps
+        (out / "results.md").write_text(shown, "utf-8")
     (out / "results.json").write_text(json.dumps(results | about, indent=1) + "\n")
     console.print(
         f"{out}: predictions.jsonl, results.json; problems.txt: {num_problems}",
@@ -495,3 +543,7 @@ if __name__ == "__main__":
             run_evaluation(tyro.cli(EvalSettings, description=__doc__), console)
     except (ClipError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        goes_on = "; what is answered is kept, and the same command goes on" if sys.argv[1:2] == ["run"] else ""
+        print(f"stopped{goes_on}", file=sys.stderr)
+        sys.exit(130)  # the code of a command that Ctrl-C ended

@@ -53,7 +53,8 @@ from data.foreign import check_annotations
 from data.formats import Question
 from data.loader import ClipLoader
 from data.predictions import Lines, Notes, open_run
-from data.score_report import percent
+from data.score_report import markdown_table, percent
+from data.sheets import printable
 from data.user_text import encode_rendered
 
 SHARING = ("qwen2_5_vl", "qwen3_vl")  # the families that VideoLM is tested with and whose prefixes can be shared
@@ -396,9 +397,12 @@ def answer(
 def perception_gap(benchmark: Benchmark, full: Mapping[str, str], twin: Mapping[str, str]) -> dict[str, dict]:
     """Full against twin, overall and by category, on the questions that have a twin: see `data.benchmarks.compare`.
 
-    Of each score, `b` is that on the full videos, `a` that on the twins, and `difference` the perception gap.
+    Of each score, `b` is that on the full videos, `a` that on the twins, and `difference` the perception gap. {} if no
+    question with a public answer has a twin.
     """
-    benchmark = replace(benchmark, questions=[q for q in benchmark.questions if q.id in twin])
+    benchmark = replace(benchmark, questions=[q for q in benchmark.questions if q.id in twin and q.answer is not None])
+    if not benchmark.questions:
+        return {}
     results, gaps = [score(benchmark, said) for said in (twin, full)], {}
     categories = list(dict.fromkeys(row["category"] for row in results[0]["rows"]))
     for category in ("overall", *(categories if len(categories) > 1 else ())):
@@ -407,18 +411,21 @@ def perception_gap(benchmark: Benchmark, full: Mapping[str, str], twin: Mapping[
     return gaps
 
 
-def show_gap(gaps: Mapping[str, dict], console: Console) -> None:
-    """Print `perception_gap` as a table, in percent."""
-    table = Table("", "score", "questions", "full", "twin", "perception gap", "p", title="perception gap")
+def show_gap(gaps: Mapping[str, dict], console: Console) -> str:
+    """Print `perception_gap` as a table, in percent; returns it as Markdown."""
+    if not gaps:
+        line = "no perception gap: no twin could be made of a question with a public answer; problems.txt says why"
+        console.print(line, style="yellow", highlight=False, soft_wrap=True)
+        return f"\n{line}\n"
+    head, rows = ["", "score", "questions", "full", "twin", "perception gap", "p"], []
     for category, compared in gaps.items():
         for name, s in compared["scores"].items():
             gap = percent({"value": s["difference"], "low": s["low"], "high": s["high"]})
-            cells = [
-                str(s["won"] + s["lost"] + s["tied"]),
-                f"{100 * s['b']:.2f}",
-                f"{100 * s['a']:.2f}",
-                gap,
-                f"{s['p']:.4f}",
-            ]
-            table.add_row(escape(category), escape(name), *cells)
+            number = str(s["won"] + s["lost"] + s["tied"])
+            values = [f"{100 * s['b']:.2f}", f"{100 * s['a']:.2f}", gap, f"{s['p']:.4f}"]
+            rows.append([printable(category), name, number, *values])
+    table = Table(*head, title="perception gap")
+    for row in rows:
+        table.add_row(*map(escape, row))
     console.print(table)
+    return f"\nperception gap: full minus twin, percent\n\n{markdown_table(head, rows)}"

@@ -139,9 +139,9 @@ def parse_record(record: dict, where: str, root: Path, follow_links: bool = Fals
         hints.append(f"known fields are {', '.join(FIELDS)}")
         names = f"field {listed} is unknown" if len(unknown) == 1 else f"fields {listed} are unknown"
         raise ClipError(f"{where}: {names}; {' '.join(hints)}")
-    for name in ("video", "caption"):
-        if name not in record:
-            raise ClipError(f"{where}: field '{name}' is missing; every clip needs a video and a caption")
+    if missing := [f"'{name}'" for name in ("video", "caption") if name not in record]:
+        what = f"field {missing[0]} is" if len(missing) == 1 else f"fields {' and '.join(missing)} are"
+        raise ClipError(f"{where}: {what} missing; every clip needs a video and a caption")
     for name in ("video", "caption", "prompt"):
         if name in record and (not isinstance(record[name], str) or not record[name].strip()):
             raise wrong(name, record[name], "give a text that is not empty")
