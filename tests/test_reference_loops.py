@@ -36,6 +36,7 @@ import train_rl
 import train_sft
 from data.tiny import build_tiny
 from data.world import draw_clip
+from tests.mutations import FAULTS, HERE
 
 NUM_SLOTS, FPS = 5, 8.0  # a clip of this test: 10 frames, two in a slot
 BANNED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|endoftext|>")
@@ -540,3 +541,11 @@ def test_stage_2(case, folder, stories, qwen2_5_learned):
     if case == "similarity":  # groups without spread are left out, their KL to the reference, too
         assert any(line["rollout/no_spread"] > 0 for line in expected)
     check_weights(before, weights(load(s.out / "checkpoint")[0]), weights(model))
+
+
+def test_faults_can_be_planted():
+    """`tests.mutations` finds the text of each fault exactly once, and has a test for it."""
+    cases = {f"stage_1[{case}]" for case in SFT_CASES} | {f"stage_2[{case}]" for case in RL_CASES}
+    for fault in FAULTS:
+        assert (HERE / fault.file).read_text().count(fault.old) == 1, f"{fault.file}: {fault.name}"
+        assert fault.case in cases
