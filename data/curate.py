@@ -16,7 +16,6 @@ clips.jsonl or in rejected.jsonl, with its reason.
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import sys
@@ -41,6 +40,7 @@ from data.clips import Clip, ClipError, Frames, Preparation, make_example, parse
 from data.curate_report import group_of, records_of, report
 from data.fingerprints import Seen, file_hash, fingerprint, plain_hash
 from data.keywords import extract, keyword_prompt, looks_english, parse_keywords, rank
+from data.loader import worker_context
 
 REASONS = {
     "malformed": "the line cannot be read",
@@ -325,9 +325,7 @@ def make_parts(s: Settings, console: Console) -> list[Path]:
     pool = None
     if s.workers and not set(s.finders) & {"clip", "self"}:
         os.environ["PYTHONWARNINGS"] = "ignore::RuntimeWarning:runpy"  # workers look at the main module once more
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["data.curate"])
-        pool = ProcessPool(s.workers, initializer=_start_worker, initargs=(s,), context=context)
+        pool = ProcessPool(s.workers, initializer=_start_worker, initargs=(s,), context=worker_context("data.curate"))
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),
