@@ -34,6 +34,7 @@ VISION_LINEARS = r".*visual\.blocks.*\.(qkv|proj|gate_proj|up_proj|down_proj|lin
 
 LARGEST_FILE = "2GB"  # of a checkpoint's weights; as much memory is taken while one is written
 
+ADAPTER_FILE = "adapter_model.safetensors"
 SMALL_MODEL = 20e6  # parameters
 
 
@@ -110,34 +111,39 @@ def load_pretrained(
         base = (
             json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] if adapter_only else source
         )
-        hf, found = AutoModelForImageTextToText.from_pretrained(base, output_loading_info=True, **more)
+        hf, found = AutoModelForImageTextToText.from_pretrained(
+            base, output_loading_info=True, ignore_mismatched_sizes=True, **more
+        )  # mismatched or missing, all are refused below, and by name
     except (OSError, SafetensorError) as error:
         raise ValueError(f"--model {model}: {str(error).strip().splitlines()[0]}") from None
     refuse_other_weights(base, found)
     if adapter_only:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
 
-        hf = PeftModel.from_pretrained(hf, adapter)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # peft only warns of keys that it lacks
+            hf = PeftModel.from_pretrained(hf, adapter)
+        needed, there = (weights.keys() for weights in (get_peft_model_state_dict(hf), load_file(adapter / ADAPTER_FILE)))
+        refuse_other_weights(adapter, {"missing_keys": needed - there, "unexpected_keys": there - needed})
     for module in hf.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes 0.50 repacks 4-bit weights for inference on a CPU,
             module.support_avx512bf16_for_cpu = False  # and from then on they have no backward pass
     return hf.to(device) if device and quantize == "none" else hf, load_processor(model)
 
 
-def refuse_other_weights(source: str, found: Mapping) -> None:
+def refuse_other_weights(source: str | Path, found: Mapping) -> None:
     """Raise ValueError if a checkpoint's weights are not exactly the model's: what is missing would be random numbers.
 
     found: what transformers says of the loading.
     """
     wrong = []
     for what in ("missing", "unexpected", "mismatched"):
-        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found[f"{what}_keys"])
+        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found.get(f"{what}_keys", ()))
         more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
         wrong += [f"{what}: {', '.join(keys[:5])}{more}"] if keys else []
     if wrong:
         raise ValueError(
-            f"--model {source}: its weights (*.safetensors) are not those of its config.json; {'; '.join(wrong)}. Was it "
-            "saved whole, and by transformers 4.57 or later?"
+            f"--model {source}: its weights (*.safetensors) are not those that its configuration asks for; "
+            f"{'; '.join(wrong)}. Give a checkpoint that is whole, with the config.json that was saved with it"
         )
 
 
