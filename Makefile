@@ -16,11 +16,15 @@ test: setup
 setup: .venv/ready
 
 # One thing that pip cannot bring is FFmpeg, whose libraries torchcodec decodes with; Debian splits venv off, too.
-.venv/ready: requirements.txt
+# The oldest and the newest transformers that are promised lie beside the pinned one, for tests/test_platforms.py.
+.venv/ready: requirements.txt Makefile
 	@if ! command -v ffmpeg >/dev/null || ! $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
-	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q ffmpeg python3-venv; \
+	  if ! command -v apt-get >/dev/null; then echo "FFmpeg or venv is missing. On macOS run: brew install ffmpeg"; exit 1; \
+	  elif [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q ffmpeg python3-venv; \
 	  elif sudo -n true 2>/dev/null; then sudo apt-get update -q && sudo apt-get install -y -q ffmpeg python3-venv; \
 	  else echo "FFmpeg or venv is missing. Run: sudo apt-get install ffmpeg python3-venv"; exit 1; fi; fi
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -r requirements.txt
+	for version in 5.18.0 5.24.0; do \
+	  $(BIN)/pip install -q --no-deps --upgrade --target .venv/transformers-$$version transformers==$$version || exit 1; done
 	touch $@

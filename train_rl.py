@@ -231,6 +231,7 @@ def main(settings: Settings) -> dict | None:
         new_tokens=s.max_new_tokens, reference=s.beta > 0 and not s.lora_rank,
     )  # fmt: skip
     adapters = dict(quantize=s.quantize, lora_rank=s.lora_rank, freeze_vision=not s.train_vision)
+    models.choose_threads(architecture, device)
     console.print(memory.check_memory(architecture, load, vars(s) | adapters, device, s.memory_gb, world_size))
     held = memory.held_bytes(device)  # before there is a model
     hf = models.load_trainable(s.model, *adapters.values(), s.gradient_checkpointing, device, resumed.path)
@@ -270,7 +271,8 @@ def main(settings: Settings) -> dict | None:
         console.print("[yellow]this model has layers of linear attention: its prefix is repeated for every rollout")
 
     def save(step: int, merged: bool) -> None:
-        mine = {"loader": at, "pending": [{name: float(v) for name, v in record.items()} for record in pending]}
+        kept = [{n: float(v) for n, v in record.items() if not n.startswith("perf/")} for record in pending]
+        mine = {"loader": at, "pending": kept}  # how fast this process was says nothing of the one that goes on
         more = {"before": before, "bad_steps": bad_steps.item(), "bad_in_a_row": bad_in_a_row.item()}
         checkpoints.save(s, step, lm, processor, optimizer, schedule, accelerator, mine, more, merged)
 
@@ -307,10 +309,10 @@ def main(settings: Settings) -> dict | None:
     bad_steps = torch.tensor(resumed.state.get("bad_steps", 0.0), device=device)
     bad_in_a_row = torch.tensor(resumed.state.get("bad_in_a_row", 0.0), device=device)
     began = time.perf_counter()
-    memory.held_bytes(device)  # loading is over: what counts from here on is the peak of a step
+    peak = memory.PeakMemory(device)  # loading is over: what counts from here on is the peak of a step
     explained = memory.out_of_memory_explained(architecture, load, vars(s) | adapters, device, rescue, world_size)
     live_table = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
-    with loader, explained, live_table as live:
+    with loader, explained, peak, live_table as live:
         for step in range(resumed.step + 1, s.steps + 1):
             clock = {"data": time.perf_counter()}
             drawn, places, lost = [], [], None
@@ -422,8 +424,7 @@ def main(settings: Settings) -> dict | None:
                 optimizer.zero_grad()
             at = loader.state()
             if step == resumed.step + 1:
-                gib = (memory.peak_bytes(device) - held) / 2**30
-                console.print(f"memory, measured: {gib:.2f} GiB at the peak of the first step")
+                console.print(memory.measured(peak.stop(), held))
             clock["end"] = time.perf_counter()
 
             # --- log: means over prompts, and over the tokens that were updated on

@@ -208,6 +208,7 @@ def main(settings: Settings) -> dict | None:
     problems, eval_problems = problems + too_long, eval_problems + eval_too_long
     twin_layers = (s.contrastive_layer or architecture.config.text_config.num_hidden_layers // 2) * contrastive
     load = memory.Load(s.micro_batch_size, *memory.longest(clips, steady), twin_layers)
+    models.choose_threads(architecture, device)
     console.print(memory.check_memory(architecture, load, vars(s), device, s.memory_gb, world_size))
     held = memory.held_bytes(device)  # before there is a model
     adapters = s.quantize, s.lora_rank, s.freeze_vision
@@ -264,16 +265,16 @@ def main(settings: Settings) -> dict | None:
     examples, at, step = loader.examples(), loader.state(), resumed.step
     num_micro = s.batch_size // (s.micro_batch_size * world_size)
     pending = [torch.tensor(line, device=device) for line in saved.get("pending", [])]
-    results, metrics, tokens_seen = None, {}, 0
+    results, metrics, tokens_seen, steps_seen = None, {}, 0, 0  # seen: by this process, since the last line
     bad_steps = torch.tensor(resumed.state.get("bad_steps", 0.0), device=device)
     bad_in_a_row = torch.tensor(resumed.state.get("bad_in_a_row", 0.0), device=device)
     if resumed.step and evaluates(resumed.step):  # it may have been killed in the middle of that
         evaluation(resumed.step, s.eval_clips)
     began = mark = time.perf_counter()
-    memory.held_bytes(device)  # loading is over: what counts from here on is the peak of a step
+    peak = memory.PeakMemory(device)  # loading is over: what counts from here on is the peak of a step
     explained = memory.out_of_memory_explained(architecture, load, vars(s), device, rescue, world_size)
     live_table = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
-    with loader, explained, live_table as live:
+    with loader, explained, peak, live_table as live:
         for step in range(resumed.step + 1, s.steps + 1):
             # All micro-batches are collated first, so that losses are divided by the counts of the whole step.
             batches, lost = [], None
@@ -310,17 +311,17 @@ def main(settings: Settings) -> dict | None:
             optimizer.zero_grad()
             at = loader.state()
             if step == resumed.step + 1:
-                gib = (memory.peak_bytes(device) - held) / 2**30
-                console.print(f"memory, measured: {gib:.2f} GiB at the peak of the first step")
+                console.print(memory.measured(peak.stop(), held))
 
             # --- log: the device is read only here
             pending.append(torch.cat([losses, grad_norm.view(1), optimizer.found_inf.view(1)]))
             tokens_seen += sum(b.input_ids.numel() for b in batches) * world_size
+            steps_seen += 1
             if step % s.log_every == 0 or step == s.steps:
                 values = torch.stack(pending).float()
                 means = values[values[:, -1] == 0].mean(0).tolist()  # of the steps that counted
                 now = time.perf_counter()
-                seconds = (now - mark) / len(pending)
+                seconds = (now - mark) / steps_seen  # not `pending`, which holds steps from before a --resume
                 metrics = {"step": step, "loss/lm": means[0]}
                 if contrastive:
                     names = ("loss/contrastive", "contrastive/positives", "contrastive/negatives")
@@ -329,7 +330,7 @@ def main(settings: Settings) -> dict | None:
                 metrics |= {"grad_norm": means[4], "lr": schedule.get_last_lr()[0], "bad_steps": bad_steps.item()}
                 metrics |= {"perf/step_seconds": seconds, "perf/tokens_per_second": tokens_seen / (now - mark)}
                 metrics["data/skipped"] = sum(runs.agree([len(loader.skipped)], peers))
-                pending, tokens_seen, mark = [], 0, now
+                pending, tokens_seen, steps_seen, mark = [], 0, 0, now
                 log.write(metrics)
                 left = (s.steps - step) * (now - began) / (step - resumed.step)
                 if live:

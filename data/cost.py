@@ -1,6 +1,7 @@
 """What the method costs: a training step with and without twins; rollouts, updates and questions with shared prefixes."""
 
 import json
+import math
 import multiprocessing
 import statistics
 import time
@@ -16,7 +17,7 @@ import vp
 from data import videolm
 from data.clips import PROMPT, Preparation, chat, load_clips
 from data.loader import ClipLoader
-from data.memory import held_bytes, peak_bytes
+from data.memory import PeakMemory, held_bytes
 from data.models import load_model
 from data.runs import describe_environment
 from data.tiny import build_tiny
@@ -205,15 +206,16 @@ def question_jobs(settings: CostSettings) -> dict:
 JOBS = {"stage-1": step_jobs, "stage-2": cost_jobs, "questions": question_jobs}
 
 
-def peak_of_job(settings: CostSettings, name: str) -> int:
-    """Peak memory of one run above what was held before; in a process of its own on the CPU."""
+def peak_of_job(settings: CostSettings, name: str) -> float:
+    """Peak memory of one run above what was held before, NaN if not known; in a process of its own on the CPU."""
     job = JOBS[settings.what](settings)[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         job()
     held = held_bytes(device)
-    job()
-    return peak_bytes(device) - held
+    with PeakMemory(device) as peak:
+        job()
+    return peak.stop() - held
 
 
 def run_cost(settings: CostSettings, console: Console) -> dict:
@@ -232,12 +234,12 @@ def run_cost(settings: CostSettings, console: Console) -> dict:
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             peaks = pool.starmap(peak_of_job, [(settings, plain), (settings, shared)], chunksize=1)
         medians = [statistics.median(seconds[n]) for n in (plain, shared)]
-        record[shared] = {"plain seconds": medians[0], "shared seconds": medians[1], "plain bytes": peaks[0],
-                          "shared bytes": peaks[1]}  # fmt: skip
+        known = not any(map(math.isnan, peaks))
+        record[shared] = {"plain seconds": medians[0], "shared seconds": medians[1]}
+        record[shared] |= {"plain bytes": peaks[0], "shared bytes": peaks[1]} if known else {}
         for name, t, peak in zip((plain, shared), medians, peaks):
-            rows.append(
-                f"| {name} | {1e3 * t:.0f} ms | {medians[0] / t:.1f} | {peak / 2**20:.0f} MiB | {peak / peaks[0]:.2f} |"
-            )
+            bytes_cells = f"{peak / 2**20:.0f} MiB | {peak / peaks[0]:.2f}" if known else "not known | not known"
+            rows.append(f"| {name} | {1e3 * t:.0f} ms | {medians[0] / t:.1f} | {bytes_cells} |")
     about = describe_environment()
     report = "\n".join([
         f"| {settings.what} | time (median) | times faster | peak memory | of the plain way |", "|---" * 5 + "|", *rows,

@@ -16,7 +16,6 @@ clips.jsonl or in rejected.jsonl, with its reason.
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import sys
@@ -44,6 +43,7 @@ from data.files import VIDEO_ENDINGS, list_files
 from data.fingerprints import Seen, file_hash, fingerprint, plain_hash
 from data.foreign import check_annotations
 from data.keywords import extract, keyword_prompt, looks_english, parse_keywords, rank
+from data.loader import worker_context
 from data.sheets import printable
 
 LONGEST_CAPTION = 20_000  # characters; spaCy takes a megabyte of memory for every thousand
@@ -349,9 +349,7 @@ def make_parts(s: Settings, console: Console) -> list[Path]:
     pool = None
     if s.workers and not set(s.finders) & {"clip", "self"}:
         os.environ["PYTHONWARNINGS"] = "ignore::RuntimeWarning:runpy"  # workers look at the main module once more
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["data.curate"])
-        pool = ProcessPool(s.workers, initializer=_start_worker, initargs=(s,), context=context)
+        pool = ProcessPool(s.workers, initializer=_start_worker, initargs=(s,), context=worker_context("data.curate"))
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),

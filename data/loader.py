@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import pickle
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError
@@ -29,6 +30,16 @@ def _work(clip: Clip, seed: Sequence[int]) -> bytes:
     # an exception of a library may not survive the way there.
     with named(clip):
         return pickle.dumps(_make(clip, seed=seed), pickle.HIGHEST_PROTOCOL)
+
+
+def worker_context(module: str) -> multiprocessing.context.BaseContext:
+    """How worker processes start: forked from a server that has loaded `module`, so that a new one is there at once. On
+    macOS each starts by itself, since libraries of the system do not survive a fork."""
+    if sys.platform == "darwin":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    return context
 
 
 class ClipLoader:
@@ -68,8 +79,7 @@ class ClipLoader:
     def start(self) -> None:
         """Start the workers, if there are any, ahead of the first clip."""
         if self.workers and self.pool is None:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["data.loader"])
+            context = worker_context("data.loader")
             self.pool = ProcessPool(self.workers, initializer=_start_worker, initargs=(self.make,), context=context)
 
     def state(self) -> dict:

@@ -4,11 +4,12 @@ It counts what grows: weights, gradients and optimizer, activations kept for the
 layer, the rollouts' cache. What it leaves out (allocator's fragments, the CUDA context) is covered by SLACK.
 """
 
+import math
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import psutil
 import torch
@@ -141,29 +142,72 @@ def estimate(hf: nn.Module, load: Load, settings: Mapping, gpu: bool, num_proces
 
 
 def available(device: torch.device) -> float:
-    """Bytes that this process may still take on a device, what it holds already included."""
+    """Bytes that this process may still take on a device, what it holds included; NaN if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    try:
+        return psutil.virtual_memory().available + resident_bytes()
+    except (psutil.Error, OSError):
+        return math.nan
 
 
-def resident_bytes(name: str) -> int:
-    """VmRSS, memory of this process now, or VmHWM, its peak; Linux only."""
-    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+def resident_bytes() -> float:
+    """Memory of this process now; NaN if the system does not say."""
+    try:
+        return psutil.Process().memory_info().rss
+    except (psutil.Error, OSError):
+        return math.nan
 
 
-def held_bytes(device: torch.device) -> int:
-    """What this process holds on a device now: tensors on a GPU, all memory on a CPU. From here on a new peak counts."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    return resident_bytes("VmRSS")
+def held_bytes(device: torch.device) -> float:
+    """What this process holds on a device now: tensors on a GPU, all memory on a CPU. NaN if the system does not say."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most it has held since `held_bytes` was last called."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM")
+class PeakMemory:
+    """The most that this process holds on a device until `stop`, which may be called again and ends with the `with` block.
+
+    Only Linux tells a peak that starts anew, so on a CPU a thread looks every 2 ms; what is held for less is not seen.
+    On a GPU torch counts every byte. NaN if the system does not say.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.peak, self.done = device, held_bytes(device), threading.Event()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.thread = None
+        if device.type != "cuda" and not math.isnan(self.peak):
+            self.thread = threading.Thread(target=self.watch, daemon=True)
+            self.thread.start()
+
+    def watch(self) -> None:
+        """Look until it is over."""
+        while not self.done.wait(0.002):
+            self.peak = max(self.peak, resident_bytes())
+
+    def stop(self) -> float:
+        """The peak in bytes."""
+        if self.thread is not None:
+            self.done.set()
+            self.thread.join()
+            self.thread = None
+        elif self.device.type == "cuda" and not self.done.is_set():
+            self.peak = torch.cuda.max_memory_allocated(self.device)
+        self.done.set()
+        return self.peak
+
+    def __enter__(self) -> "PeakMemory":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+
+def measured(peak: float, held: float) -> str:
+    """The line that tells how much a run took in truth. held: what there was before it."""
+    if math.isnan(peak - held):
+        return "memory, measured: not known on this system"
+    return f"memory, measured: {(peak - held) / GIB:.2f} GiB at the peak of the first step"
 
 
 def lighter(hf: nn.Module, settings: Mapping, load: Load) -> dict[str, tuple[dict, Load]]:
@@ -240,7 +284,10 @@ def out_of_memory_explained(
 def check_memory(
     hf: nn.Module, load: Load, settings: Mapping, device: torch.device, limit_gb: float | None, num_processes: int = 1
 ) -> Table:
-    """A table of the estimate. Raises ValueError where it is more than there is, with the three settings that save most."""
+    """A table of the estimate. Raises ValueError where it is more than there is, with the three settings that save most.
+
+    If the system does not say what there is, that is NaN, which nothing is more than, and the run starts.
+    """
     gpu = device.type == "cuda"
     parts = estimate(hf, load, settings, gpu, num_processes)
     total, limit = SLACK * sum(parts.values()), limit_gb * GIB if limit_gb else available(device)
@@ -251,7 +298,8 @@ def check_memory(
             + advice(hf, load, settings, gpu, limit, num_processes)
             + "\nTo try it all the same, raise --memory-gb"
         )
-    table = Table(title=f"memory, estimated: {total / GIB:.2f} GiB of {limit / GIB:.1f}")
+    there_is = "an amount that is not known on this system" if math.isnan(limit) else f"{limit / GIB:.1f}"
+    table = Table(title=f"memory, estimated: {total / GIB:.2f} GiB of {there_is}")
     table.add_column("part")
     table.add_column("GiB", justify="right")
     for name, value in parts.items():

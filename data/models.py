@@ -5,6 +5,7 @@ architecture with random weights for measuring speed and memory where nothing ca
 """
 
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from accelerate.hooks import attach_align_device_hook
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,6 +33,9 @@ LANGUAGE_LINEARS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 VISION_LINEARS = r".*visual\.blocks.*\.(qkv|proj|gate_proj|up_proj|down_proj|linear_fc1|linear_fc2)"
 
 LARGEST_FILE = "2GB"  # of a checkpoint's weights; as much memory is taken while one is written
+
+ADAPTER_FILE = "adapter_model.safetensors"
+SMALL_MODEL = 20e6  # parameters
 
 
 def find_checkpoint(model: str | Path) -> str:
@@ -55,6 +60,13 @@ def choose_attention() -> str:
             if at_hand():
                 return f"flash_attention_{version}"
     return "sdpa"
+
+
+def choose_threads(hf: nn.Module, device: torch.device | str) -> None:
+    """One thread for a small model on a CPU, unless OMP_NUM_THREADS asks for another number: on tensors this small threads
+    mostly wait for each other, and on a busy machine for seconds a step."""
+    if torch.device(device).type == "cpu" and num_parameters(hf) < SMALL_MODEL and not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(1)
 
 
 def nf4_config() -> BitsAndBytesConfig:
@@ -99,13 +111,19 @@ def load_pretrained(
         base = (
             json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] if adapter_only else source
         )
-        hf = AutoModelForImageTextToText.from_pretrained(base, **more)
-    except OSError as error:
+        hf, found = AutoModelForImageTextToText.from_pretrained(
+            base, output_loading_info=True, ignore_mismatched_sizes=True, **more
+        )  # mismatched or missing, all are refused below, and by name
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"--model {model}: {str(error).strip().splitlines()[0]}") from None
+    refuse_other_weights(base, found)
     if adapter_only:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
 
-        hf = PeftModel.from_pretrained(hf, adapter)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # peft only warns of keys that it lacks
+            hf = PeftModel.from_pretrained(hf, adapter)
+        needed, there = (weights.keys() for weights in (get_peft_model_state_dict(hf), load_file(adapter / ADAPTER_FILE)))
+        refuse_other_weights(adapter, {"missing_keys": needed - there, "unexpected_keys": there - needed})
     positions.use_published_positions(hf.get_base_model() if hasattr(hf, "get_base_model") else hf)
     for module in hf.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes 0.50 repacks 4-bit weights for inference on a CPU,
@@ -113,11 +131,29 @@ def load_pretrained(
     return hf.to(device) if device and quantize == "none" else hf, load_processor(model)
 
 
+def refuse_other_weights(source: str | Path, found: Mapping) -> None:
+    """Raise ValueError if a checkpoint's weights are not exactly the model's: what is missing would be random numbers.
+
+    found: what transformers says of the loading.
+    """
+    wrong = []
+    for what in ("missing", "unexpected", "mismatched"):
+        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found.get(f"{what}_keys", ()))
+        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+        wrong += [f"{what}: {', '.join(keys[:5])}{more}"] if keys else []
+    if wrong:
+        raise ValueError(
+            f"--model {source}: its weights (*.safetensors) are not those that its configuration asks for; "
+            f"{'; '.join(wrong)}. Give a checkpoint that is whole, with the config.json that was saved with it"
+        )
+
+
 def load_plain(model: str) -> tuple[torch.nn.Module, object]:
     """A Hugging Face model on the best device at hand, and its processor."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     hf, processor = load_pretrained(model, dtype)
+    choose_threads(hf, device)
     return hf.to(device).eval(), processor
 
 
@@ -144,7 +180,7 @@ def load_trainable(
     if hasattr(hf, "get_base_model"):
         raise ValueError(f"--model {model} is an adapter; fold it in first: python eval.py merge {model}")
     if gradient_checkpointing:
-        hf.activation_checkpointing_enable()
+        (getattr(hf, "activation_checkpointing_enable", None) or hf.gradient_checkpointing_enable)()  # until 5.22
         hf.enable_input_require_grads()
     if freeze_vision:
         hf.model.visual.requires_grad_(False)
@@ -263,6 +299,22 @@ class MergedWeights(Mapping):
         return sum(1 for _ in self)
 
 
+def add_old_names(path: Path) -> None:
+    """Say in a config.json or tokenizer_config.json what transformers 4.57 looks for, too, by the names that it had.
+
+    Without them it finds no rotary positions, and ties no head: that of a tied model would be random, without an error.
+    """
+    config = json.loads(path.read_text("utf-8"))
+    text = config.get("text_config", {})
+    if "rope_parameters" in text:
+        rope = dict(text["rope_parameters"])
+        text |= {"tie_word_embeddings": config.get("tie_word_embeddings", False), "rope_theta": rope.pop("rope_theta")}
+        text["rope_scaling"] = rope
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
 def save_model(
     folder: Path, hf: nn.Module, processor, merged: bool, adapter: bool = True, state: dict[str, Tensor] | None = None
 ) -> None:
@@ -284,6 +336,8 @@ def save_model(
         attach_align_device_hook(plain, offload=True, weights_map=MergedWeights(hf, state))
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # "offloaded modules: mind the memory"
             plain.save_pretrained(folder, max_shard_size=LARGEST_FILE)
+        add_old_names(folder / "config.json")
     if adapted and adapter:
         hf.save_pretrained(folder / "adapter", state_dict=state)
     processor.save_pretrained(folder)
+    add_old_names(folder / "tokenizer_config.json")

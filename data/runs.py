@@ -36,7 +36,7 @@ def describe_environment() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": gpu or f"CPU, {torch.get_num_threads()} threads",
+        "device": gpu or f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}",
     }
 
 

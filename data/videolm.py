@@ -309,7 +309,7 @@ class VideoLM(nn.Module):
         the first l layers only. Without `contrastive` nothing of that is computed.
         """
         video = self.encode_video(batch)
-        keep = [self.contrastive_layer] if contrastive else False
+        keep = [self.contrastive_layer - 1, self.contrastive_layer] if contrastive else False
         full = self.base.model(
             **self.inputs(batch, video), position_ids=batch.position_ids, output_hidden_states=keep, use_cache=False
         )
@@ -322,7 +322,9 @@ class VideoLM(nn.Module):
             return SFTOutput(lm_loss, lm_loss.new_zeros(()), {})
 
         prefix = slice(0, batch.prefix_length)
-        h = full.hidden_states[self.contrastive_layer][:, prefix].flatten(0, 1).index_select(0, batch.key_rows)  # (N, D)
+        # transformers counts the embeddings among the states from 5.23 on
+        layer = self.contrastive_layer - (len(full.hidden_states) == len(self.base.model.language_model.layers))
+        h = full.hidden_states[layer][:, prefix].flatten(0, 1).index_select(0, batch.key_rows)  # (N, D)
         h_twin = None
         if twin_negatives:
             cut = self.inputs(batch, self.gather_video(video, batch.twin_index))
