@@ -1,5 +1,5 @@
 """Chats: the records that other trainers of video-language models read (LLaVA, ms-swift, OpenAI, TRL), and the one clip
-that each of them makes. data/importers.py reads the files."""
+that each of them makes. data/curation/importers.py reads the files."""
 
 import re
 from dataclasses import dataclass, field

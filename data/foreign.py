@@ -1,5 +1,5 @@
 """What a file is that is handed over as an annotation file and is none: the first bytes or the first record tell, and the
-answer is one message with the command of data/importers.py that makes clips of it."""
+answer is one message with the command of data/curation/importers.py that makes clips of it."""
 
 import csv
 import json
@@ -58,7 +58,7 @@ def guess_columns(names: list[str]) -> tuple[str, str] | None:
 def import_command(path: Path, root: Path, importer: str, names: list[str] | None = None) -> str:
     """The command that makes clips of a file. names: its columns or fields, where they are to be named."""
     out = path.with_name("clips.jsonl" if path.name != "clips.jsonl" else "clips-imported.jsonl")
-    words = ["python", "-m", "data.importers", importer, str(path), "--videos", str(root), "--out", str(out)]
+    words = ["python", "-m", "data.curation.importers", importer, str(path), "--videos", str(root), "--out", str(out)]
     if names is not None:
         video, caption = guess_columns(names) or ("NAME", "NAME")
         words += [*(("--video-column", video) if video != "video" else ())]
@@ -182,7 +182,7 @@ def foreign_text(path: Path, root: Path, text: str) -> str | None:
 def check_annotations(path: Path, root: Path) -> None:
     """Raise ClipError if an annotation file is missing or of another form than clips.jsonl: what it is, what to do."""
     if path.is_dir():
-        folder = shlex.join(["python", "-m", "data.importers", "folder", str(path), "--videos", str(root)])
+        folder = shlex.join(["python", "-m", "data.curation.importers", "folder", str(path), "--videos", str(root)])
         raise ClipError(
             f"{path}: this is a folder; give the JSONL file. Videos with .txt captions beside them:\n  {folder}"
         )

@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -42,6 +43,15 @@ def worker_context(module: str) -> multiprocessing.context.BaseContext:
     return context
 
 
+@dataclass
+class Taken:
+    """An example, the index of its clip, and how far the order of clips was used up when it was taken."""
+
+    index: int
+    example: vp.Example
+    place: int
+
+
 class ClipLoader:
     """An endless, seeded stream of examples that survives every clip, and goes on where it stopped.
 
@@ -75,6 +85,7 @@ class ClipLoader:
         self.time_limit, self.max_bad_share, self.workers = time_limit, max_bad_share, workers
         self.skipped: dict[int, str] = {}
         self.pool = None
+        self.stream: Iterator | None = None  # of `take`
 
     def start(self) -> None:
         """Start the workers, if there are any, ahead of the first clip."""
@@ -155,6 +166,12 @@ class ClipLoader:
                 self.skip(index, str(error))
             else:
                 yield index, example
+
+    def take(self, count: int) -> list["Taken"]:
+        """The next `count` examples. Raises ClipError, see `examples`."""
+        if self.stream is None:
+            self.stream = self.examples()
+        return [Taken(*next(self.stream), self.position) for _ in range(count)]
 
     def submit(self, epoch: int, index: int):
         """A function that gives the example, being made by a worker or, without workers, when it is called."""

@@ -27,11 +27,13 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from data import answers, cost, probes, videolm
-from data.answers import common_prefix, group_questions, make_asked, read_part, share_prompt
-from data.benchmarks import Benchmark, load_benchmark, prompt
+from data import videolm
+from data.benchmarks import ask as answers
+from data.benchmarks.ask import common_prefix, group_questions, make_asked, read_part, share_prompt
+from data.benchmarks.formats import Question
+from data.benchmarks.questions import Benchmark, load_benchmark, probes, prompt
 from data.clips import Clip, ClipError, Preparation, load_clips, read_frames
-from data.formats import Question
+from data.measure import cost
 from data.tiny import build_tiny, train_tokenizer
 from eval import RunSettings, run_benchmark
 from tests.helpers import degraded, plain_inputs, published_positions
@@ -340,7 +342,7 @@ def test_a_finished_run_asks_nothing(undisturbed, tmp_path, monkeypatch):
 
 KILL = """
 import json, os, runpy, signal, sys
-from data import answers
+from data.benchmarks import ask as answers
 add, left = answers.Lines.add, int(sys.argv[1])
 def add_or_die(self, record):
     global left

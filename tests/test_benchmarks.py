@@ -19,12 +19,11 @@ import torch
 from rich.console import Console
 
 import eval as evaluation
-from data import scoring
-from data.benchmarks import ABOUT, NAMES, Benchmark, compare, load_benchmark, prompt, score, submission
+from data.benchmarks.formats import split_options
+from data.benchmarks.predictions import read_predictions
+from data.benchmarks.questions import ABOUT, NAMES, Benchmark, compare, load_benchmark, prompt, score, scoring, submission
+from data.benchmarks.scoring import intervals, permutation_test, read_letter, read_yes_no
 from data.clips import ClipError
-from data.formats import split_options
-from data.predictions import read_predictions
-from data.scoring import intervals, permutation_test, read_letter, read_yes_no
 from data.texts import EmbeddedText
 from data.tiny import build_text_encoder
 

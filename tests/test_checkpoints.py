@@ -18,13 +18,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, get_cosine_schedule_with_warmup
 
-from data import checkpoints, models, videolm
+from data import videolm
+from data.run import checkpoints, merge, models
 
 
 def save(folder: Path, step: int, lm: videolm.VideoLM, processor, merged: bool = True) -> None:
     """A checkpoint as the train scripts write it."""
     with checkpoints.whole_or_nothing(folder, step) as partial:
-        models.save_model(partial, lm.hf, processor, merged)
+        merge.save_model(partial, lm.hf, processor, merged)
         checkpoints.save_file(lm.heads.state_dict(), partial / "heads.safetensors")
         checkpoints.save_state(partial, {"a/step": torch.tensor(float(step))}, {"step": step})
 
@@ -147,7 +148,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, damage):
 
 DISK = """
 import resource, sys, torch
-from data import checkpoints
+from data.run import checkpoints
 from pathlib import Path
 out, size = Path(sys.argv[1]), int(sys.argv[2])
 if len(sys.argv) > 3:
@@ -285,9 +286,9 @@ def test_a_merge_holds_one_file_of_weights_at_a_time(checkpoint, tmp_path, monke
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)
     own = {t.data_ptr() for t in hf.state_dict().values()}
-    made, most, make = [], 0, models.MergedWeights.__getitem__
+    made, most, make = [], 0, merge.MergedWeights.__getitem__
 
-    def make_and_count(merged: models.MergedWeights, name: str) -> torch.Tensor:
+    def make_and_count(merged: merge.MergedWeights, name: str) -> torch.Tensor:
         nonlocal most
         weight = make(merged, name)
         if weight.data_ptr() not in own:
@@ -296,12 +297,12 @@ def test_a_merge_holds_one_file_of_weights_at_a_time(checkpoint, tmp_path, monke
         return weight
 
     processor = AutoProcessor.from_pretrained(checkpoint)
-    models.save_model(tmp_path / "one", hf, processor, merged=True, adapter=False)
-    monkeypatch.setattr(models.MergedWeights, "__getitem__", make_and_count)
+    merge.save_model(tmp_path / "one", hf, processor, merged=True, adapter=False)
+    monkeypatch.setattr(merge.MergedWeights, "__getitem__", make_and_count)
     monkeypatch.setattr(models, "LARGEST_FILE", 200_000)
-    models.save_model(tmp_path / "many", hf, processor, merged=True, adapter=False)
+    merge.save_model(tmp_path / "many", hf, processor, merged=True, adapter=False)
     files = sorted((tmp_path / "many").glob("*.safetensors"))
-    assert len(files) > 3 and 0 < most <= 200_000 < sum(w.nbytes for w in models.MergedWeights(hf).values()) / 4
+    assert len(files) > 3 and 0 < most <= 200_000 < sum(w.nbytes for w in merge.MergedWeights(hf).values()) / 4
     one, many = load_file(tmp_path / "one/model.safetensors"), {}
     for file in files:
         many |= load_file(file)

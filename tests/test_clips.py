@@ -35,7 +35,7 @@ from data.clips import (
     split_long,
 )
 from data.loader import ClipLoader
-from data.sizes import random_processor
+from data.run.sizes import random_processor
 from data.tiny import build_tiny
 from data.user_text import SEAM, encode, encode_plain
 from data.video import sample_times

@@ -17,9 +17,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from data import curate, finders
 from data.clips import Clip, ClipError, Frames, load_clips
-from data.curate_report import group_of
+from data.curation import curate, finders
+from data.curation.page import group_of
 from tests.test_clips import write_video
 from tests.test_scripts import HERE, run
 
@@ -491,7 +491,19 @@ def test_a_kill_changes_no_byte(world, tmp_path):
     undisturbed = tmp_path / "whole"
     curated(path, undisturbed, part_lines=4)
     out, chooser = tmp_path / "killed", random.Random(1)
-    command = [sys.executable, "-m", "data.curate", path, out, "--workers", "1", "--part-lines", "4", "--samples", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "data.curation.curate",
+        path,
+        out,
+        "--workers",
+        "1",
+        "--part-lines",
+        "4",
+        "--samples",
+        "2",
+    ]
     env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     kills = 0
     for _ in range(3):
@@ -522,7 +534,7 @@ def test_a_kill_changes_no_byte(world, tmp_path):
 def test_bad_settings_are_one_line(world, tmp_path, arguments, message):
     """The name, what is missing; no traceback."""
     one = write(world / "single.jsonl", world_lines(world, 1))
-    done = run("-m", "data.curate", *[a.format(one=one) for a in arguments], check=False, cwd=tmp_path)
+    done = run("-m", "data.curation.curate", *[a.format(one=one) for a in arguments], check=False, cwd=tmp_path)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 

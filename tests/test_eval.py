@@ -7,10 +7,11 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import eval as evaluation
-from data import cost, videolm
+from data import videolm
+from data.benchmarks.scoring import score_description
 from data.clips import Clip, Preparation, load_clips
-from data.models import load_model
-from data.scoring import score_description
+from data.measure import cost
+from data.run.models import load_model
 from data.world import ACTIONS
 
 ALL = set(ACTIONS)

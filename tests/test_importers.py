@@ -15,8 +15,8 @@ import tyro
 from rich.console import Console
 
 from data.clips import Clip, ClipError, load_clips, read_frames
+from data.curation.importers import IMPORTERS, Format, Settings, run_import
 from data.files import PathError, inside_root
-from data.importers import IMPORTERS, Format, Settings, run_import
 
 HERE = Path(__file__).parent.parent
 
@@ -568,7 +568,8 @@ def test_a_foreign_file_is_named_with_its_command(tmp_path):
         with pytest.raises(ClipError) as caught:
             load_clips(folder / name)
         message = str(caught.value)
-        command = f"python -m data.importers {importer} '{folder / name}' --videos '{folder}' --out '{folder}/clips.jsonl'"
+        importers = "python -m data.curation.importers"
+        command = f"{importers} {importer} '{folder / name}' --videos '{folder}' --out '{folder}/clips.jsonl'"
         assert command + "".join(f" {m}" for m in more) in message, (name, message)
         assert message.count("\n") <= 6 and f"go on with --data '{folder}/clips.jsonl'" in message
         if importer not in ("json", "csv", "llava", "swift", "messages", "parquet") or "NAME" in message:
@@ -612,8 +613,8 @@ def test_a_bad_first_line_is_not_taken_for_a_foreign_file(tmp_path):
 
 def test_scripts_name_a_foreign_file(tmp_path):
     """Curation and benchmarks of one's own clips say the same as the train scripts."""
-    from data import curate
-    from data.benchmarks import load_benchmark
+    from data.benchmarks.questions import load_benchmark
+    from data.curation import curate
 
     files(tmp_path, "a.mp4")
     (tmp_path / "chat.json").write_text(json.dumps([LLAVA[0][0]]))
@@ -693,7 +694,7 @@ def test_links_of_a_hub_cache(tmp_path):
 
 def test_links_in_importers_and_curation(tmp_path):
     """Importers and curation name the links, and follow them where they are told to; circles of links end."""
-    from data import curate
+    from data.curation import curate
 
     root, blob = hub_cache(tmp_path / "cache")
     source, quiet = tmp_path / "t.csv", Console(quiet=True)
@@ -721,7 +722,7 @@ def test_links_in_importers_and_curation(tmp_path):
 
 def test_links_in_benchmarks(tmp_path):
     """A benchmark's videos may be links with --follow-links; another ending than the authors' is found."""
-    from data.benchmarks import load_benchmark
+    from data.benchmarks.questions import load_benchmark
 
     root, blob = hub_cache(tmp_path / "cache")
     (root / "MetaData" / "DoTA").mkdir(parents=True)
@@ -846,7 +847,17 @@ def test_command(tmp_path):
     env = os.environ | {"PYTHONPATH": str(HERE), "COLUMNS": "120"}
 
     def run(form: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "data.importers", form, "[b]t.csv", "--videos", "v", "--out", "new/clips.jsonl"]
+        command = [
+            sys.executable,
+            "-m",
+            "data.curation.importers",
+            form,
+            "[b]t.csv",
+            "--videos",
+            "v",
+            "--out",
+            "new/clips.jsonl",
+        ]
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
 
     done = run("csv")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import keywords
+from data.curation import keywords
 
 KEY = [json.loads(x) for x in (Path(__file__).parent / "keywords_key.jsonl").open()]
 

@@ -11,8 +11,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import train_rl
 import train_sft
-from data import memory, models, sizes, videolm
+from data import videolm
 from data.clips import Preparation, load_clips, prepare
+from data.run import memory, models, sizes
 
 CPU = torch.device("cpu")
 

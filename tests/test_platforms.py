@@ -23,7 +23,11 @@ from transformers import AutoModelForImageTextToText
 import data
 import train_rl
 import train_sft
-from data import cost, curate, loader, memory, models, runs, sizes, videolm
+from data import loader, videolm
+from data.curation import curate
+from data.measure import cost
+from data.run import log as runs
+from data.run import memory, merge, models, processes, sizes
 
 HERE = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -163,8 +167,8 @@ def test_the_cpu_is_used_where_there_is_mps(monkeypatch):
     seen = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(runs, "Accelerator", lambda **more: seen.update(more) or Accelerator(**more))
-    assert runs.start_processes().device == CPU and seen["cpu"] is True
+    monkeypatch.setattr(processes, "Accelerator", lambda **more: seen.update(more) or Accelerator(**more))
+    assert processes.start_processes().device == CPU and seen["cpu"] is True
 
 
 @pytest.mark.parametrize(
@@ -188,7 +192,7 @@ ours = [f"data.{module.name}" for module in pkgutil.iter_modules([f"{sys.argv[1]
 for name in ["vp", "eval", "train_sft", "train_rl", *ours]:
     importlib.import_module(name)
 assert "torchcodec" not in sys.modules
-from data import models
+from data.run import models
 hf = models.load_trainable(sys.argv[2], "none", 0, False, True, torch.device("cpu"))
 torch.manual_seed(0)
 lm = importlib.import_module("vp").VideoLM(hf).train()
@@ -257,7 +261,7 @@ def test_weights_that_do_not_fit_are_refused(qwen2_5, tmp_path, case):
 def test_an_adapter_that_does_not_fit_is_refused(qwen2_5, tmp_path):
     """peft warns of a missing part, and goes on without it; of others it says nothing."""
     hf = models.load_trainable(str(qwen2_5), "none", 2, True, False, CPU)
-    models.save_model(tmp_path, hf, models.load_processor(qwen2_5), merged=False)
+    merge.save_model(tmp_path, hf, models.load_processor(qwen2_5), merged=False)
     models.load_pretrained(tmp_path, torch.float32)
     file = tmp_path / "adapter" / models.ADAPTER_FILE
     weights = load_file(file)
@@ -270,7 +274,7 @@ def test_an_adapter_that_does_not_fit_is_refused(qwen2_5, tmp_path):
 def test_checkpoints_say_what_older_transformers_look_for(checkpoint, tmp_path):
     """4.57 reads three things by other names; without them it stops, or has a random head. They change nothing for 5."""
     hf, processor = models.load_pretrained(str(checkpoint), torch.float32)
-    models.save_model(tmp_path, hf, processor, merged=True)
+    merge.save_model(tmp_path, hf, processor, merged=True)
     text = json.loads((tmp_path / "config.json").read_text())["text_config"]
     assert text["tie_word_embeddings"] is True and text["rope_theta"] == 10000.0
     assert text["rope_scaling"]["mrope_section"] == [4, 6, 6] and text["rope_scaling"]["rope_type"] == "default"

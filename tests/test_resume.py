@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 import train_sft
-from data import models, videolm
+from data import videolm
+from data.run import models
 from tests.test_scripts import HERE, run
 
 # Runs a script that is killed, as by kill -9, a given number of seconds after its log has reached a step.
@@ -187,7 +188,7 @@ def test_bad_steps_are_skipped_and_counted(in_process):
 
 def test_too_many_bad_steps_end_the_run_with_what_was_good(in_process, qwen2_5, tmp_path):
     """A number in a row stops it, in plain words, with the last good weights saved; fewer in a row do not."""
-    with pytest.raises(ValueError, match="3 steps in a row; none of them changed the weights"):
+    with pytest.raises(ValueError, match="3 updates in a row; none of them changed the weights"):
         in_process(dict.fromkeys(range(1, 9), math.nan), max_bad_steps=3)
     saved = load_file(Path(models.find_checkpoint(tmp_path / "o")) / "model.safetensors")
     before = load_file(qwen2_5 / "model.safetensors")
@@ -211,7 +212,7 @@ def test_out_of_memory_is_explained_and_saves(in_process, world, qwen2_5, tmp_pa
     with pytest.raises(ValueError, match="out of memory") as caught:
         train_sft.main(train_sft.Settings(data=world / "train.jsonl", out=tmp_path / "o", **settings))
     message = str(caught.value)
-    assert message.count("\n  --") == 3 and "\n  --lora-rank 16: " in message and "go on from it" in message
+    assert message.count("\n  --") == 3 and "\n  --lora-rank 16: " in message and "continue from it" in message
     assert (tmp_path / "o/checkpoint").resolve().name == "checkpoint-000003"
     assert (tmp_path / "o/checkpoint/model.safetensors").exists()
 

@@ -14,9 +14,10 @@ from PIL import Image
 from transformers import AutoProcessor
 
 import vp
-from data import runs
 from data.clips import Preparation, load_clips, prepare, read_frames
-from data.sheets import contact_sheet
+from data.run import log as runs
+from data.run.settings import changed_settings
+from data.run.sheets import contact_sheet
 
 HERE = Path(__file__).parent.parent
 
@@ -57,8 +58,8 @@ def test_changed_settings_are_named():
         log_every: int = 1
 
     before = {"learning_rate": 1e-3, "out": "a", "log_every": 1}
-    assert runs.changed_settings(Some(log_every=5), before, ["log_every"]) == []
-    assert runs.changed_settings(Some(2e-3), before, []) == ["--learning-rate was 0.001, is 0.002"]
+    assert changed_settings(Some(log_every=5), before, ["log_every"]) == []
+    assert changed_settings(Some(2e-3), before, []) == ["--learning-rate was 0.001, is 0.002"]
 
 
 @pytest.mark.parametrize("frames", [6, 16, 40])

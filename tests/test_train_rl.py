@@ -97,7 +97,7 @@ def test_same_seed_same_weights_and_micro_batches(tmp_path, data):
         ["--beta", 0, "--reward", "similarity", "--num-twin-rollouts", 0],
         ["--epochs", 2, "--divide-by-spread", "--loss-level", "sequence", "--reward", "pooled"],
         ["--lora-rank", 4, "--learning-rate", 1e-2, "--reward", "recall"],
-        ["--train-vision", "--max-new-tokens", 3],
+        ["--no-freeze-vision", "--max-new-tokens", 3],
     ],
 )
 def test_every_road_runs(tmp_path, data, more):
@@ -108,7 +108,7 @@ def test_every_road_runs(tmp_path, data, more):
     assert ("--beta" in more) == all(line["policy/kl"] == 0 for line in lines)
     before, after = load_file(Path(data[1]) / "model.safetensors"), weights(tmp_path / "o")
     moved = {k for k in after if k in before and not torch.equal(before[k], after[k])}
-    assert moved and any("visual" in k for k in moved) == ("--train-vision" in more)
+    assert moved and any("visual" in k for k in moved) == ("--no-freeze-vision" in more)
 
 
 def test_linear_attention_falls_back_and_says_so(tmp_path, data):

@@ -6,7 +6,7 @@ import torch
 
 import vp
 from data.clips import load_clips, read_frames
-from data.finders import find_key_slots
+from data.key_slots import find_key_slots
 from data.world import draw_clip
 
 

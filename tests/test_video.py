@@ -16,7 +16,7 @@ from torchcodec.encoders import VideoEncoder
 import vp
 from data import video
 from data.clips import Clip, ClipError, Frames, load_clips, parse_line, read_frames
-from data.fingerprints import fingerprint
+from data.curation.fingerprints import fingerprint
 
 MOMENTS = [0.125 + 0.25 * i for i in range(16)]  # the middles of 16 shares of 4 s
 

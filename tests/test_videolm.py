@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 from data import videolm
 from data.clips import Preparation, make_example, prepare, read_frames
-from data.models import MergedWeights
+from data.run.merge import MergedWeights
 from tests.helpers import degraded, plain_forward, plain_inputs
 
 

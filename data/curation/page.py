@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 import vp
-from data import finders
 from data.clips import Frames, parse_line, read_frames
-from data.sheets import contact_sheet
+from data.curation import finders
+from data.run.sheets import contact_sheet
 
 DURATIONS = (3.0, 6.0, 12.0, 30.0, 60.0, math.inf)
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from data.cost import step_seconds
+from data.measure.cost import step_seconds
 
 HERE = Path(__file__).parent.parent
 

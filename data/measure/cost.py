@@ -17,9 +17,9 @@ import vp
 from data import videolm
 from data.clips import PROMPT, Preparation, chat, load_clips
 from data.loader import ClipLoader
-from data.memory import PeakMemory, held_bytes
-from data.models import load_model
-from data.runs import describe_environment
+from data.run.log import describe_environment
+from data.run.memory import PeakMemory, held_bytes
+from data.run.models import load_model
 from data.tiny import build_tiny
 
 

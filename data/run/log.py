@@ -6,22 +6,15 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import transformers
 from accelerate import Accelerator
-from rich.console import Console
 from rich.table import Table
-from torch import nn
-from torch.distributed.tensor import DTensor
-
-from data.clips import ClipError
-from data.models import choose_attention, num_parameters
-from data.sheets import warn
 
 transformers.utils.logging.disable_progress_bar()  # progress is shown by rich, and once
 
@@ -40,96 +33,7 @@ def describe_environment() -> dict[str, str]:
     }
 
 
-def fill(settings, preset: Mapping):
-    """A copy of a script's settings in which what is None comes from the preset."""
-    return replace(settings, **{name: value for name, value in preset.items() if getattr(settings, name) is None})
-
-
-def above_zero(settings, *names: str) -> None:
-    """Raise ValueError for the first of the named settings that is given and not above 0."""
-    for name in names:
-        if getattr(settings, name) is not None and getattr(settings, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')}: got {getattr(settings, name)}; give a number above 0")
-
-
-def changed_settings(settings, before: Mapping, free: Sequence[str]) -> list[str]:
-    """What differs between a run's settings and those it is resumed with, but for those that are free to change."""
-    now = {k: str(v) for k, v in asdict(settings).items() if k not in free}
-    return [f"--{k.replace('_', '-')} was {before.get(k)}, is {v}" for k, v in now.items() if str(before.get(k)) != v]
-
-
 # --- Processes that share a run ------------------------------------------------------------------------------------------
-
-
-def start_processes(tracker: str | None = None, folder: Path | None = None) -> Accelerator:
-    """This process among those that `torchrun` or `accelerate launch` started, or alone. Raises ValueError for a tracker
-    that is not installed."""
-    cuda, project = torch.cuda.is_available(), folder if tracker else None
-    accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no", log_with=tracker, project_dir=project)
-    if tracker and not accelerator.log_with:
-        raise ValueError(f"--tracker {tracker}: it is not installed; pip install {tracker}")
-    return accelerator
-
-
-def agree(values: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:
-    """Sums over all processes, worked out on CPUs, so that nobody waits for a device. group: of gloo; None when alone."""
-    if group is None:
-        return list(values)
-    total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total, group=group)
-    return total.tolist()
-
-
-def average_gradients(parameters: Sequence[nn.Parameter], num_processes: int) -> None:
-    """Make the gradients those of all processes together; those of FSDP2 are it already, from the backward pass.
-
-    By hand and once a step, not by DistributedDataParallel's hooks: processes may have no keyword, or no useful group of
-    rollouts, in a step, and then touch other parameters, or fewer, than their peers.
-    """
-    parameters = [p for p in parameters if not isinstance(p, DTensor)]
-    if num_processes == 1 or not parameters:
-        return
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    for work in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
-        work.wait()
-    torch._foreach_div_([p.grad for p in parameters], num_processes)
-
-
-def show_start(
-    console: Console,
-    settings,
-    clips: Sequence,
-    problems: Sequence[str],
-    lm: nn.Module,
-    notes: Sequence[str],
-    num_processes: int,
-) -> None:
-    """Print what a run begins with: settings, environment, clips, parameters, and every line that is skipped, by name.
-
-    Raises ClipError where more of the annotation file is bad than --max-bad-share allows.
-    """
-    console.print(asdict(settings) | describe_environment())
-    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
-    console.print(
-        f"{len(clips)} clips, {len(problems)} lines skipped; {trained / 1e6:.2f} M of {num_parameters(lm) / 1e6:.2f} M "
-        f"parameters trained; attention: {choose_attention()}; {num_processes} process(es)"
-    )
-    for note in notes:
-        console.print(note, highlight=False)
-    for problem in problems:
-        warn(console, "skipped", problem)
-    if len(problems) > settings.max_bad_share * (len(clips) + len(problems)):
-        allowed = f"--max-bad-share {settings.max_bad_share:g} allows"
-        raise ClipError(f"{settings.data}: {len(problems)} bad lines are more than {allowed}")
-
-
-def too_many_bad(count: int, what: str, folder: Path) -> ValueError:
-    """The error that ends a run whose loss or gradient stays NaN or Inf."""
-    return ValueError(
-        f"loss or gradient was NaN or Inf in {count} {what} in a row; none of them changed the weights, which are saved in "
-        f"{folder / 'checkpoint'}. Try a lower --learning-rate"
-    )
 
 
 def progress_table(title: str, metrics: Mapping[str, float], seconds_left: float) -> Table:
@@ -200,3 +104,20 @@ class RunLog:
         figure.savefig(self.folder / file, dpi=130)
         plt.close(figure)
         return self.folder / file
+
+
+class Stopwatch:
+    """Seconds of the parts of a step, one after another."""
+
+    def __init__(self, part: str):
+        self.seconds: dict[str, float] = {}
+        self.part, self.began = part, time.perf_counter()
+
+    def start(self, part: str) -> None:
+        """End the part under way, and begin another."""
+        self.stop()
+        self.part, self.began = part, time.perf_counter()
+
+    def stop(self) -> None:
+        """End the part under way."""
+        self.seconds[self.part] = time.perf_counter() - self.began

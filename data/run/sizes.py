@@ -95,7 +95,7 @@ def random_model(name: str, dtype: torch.dtype, nf4: bool, device: torch.device 
 
     Each weight is made by itself, and a 4-bit one packed at once: no more memory is taken than the model holds in the end.
     """
-    from data.models import choose_attention
+    from data.run.models import choose_attention
 
     config = random_config(name)
     with torch.device("meta"):
@@ -120,7 +120,7 @@ def quantize_language_model(hf: nn.Module, dtype: torch.dtype, device: torch.dev
     """Put random 4-bit layers in place of a skeleton's linear layers in the language model, as loading with nf4 does."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    from data.models import nf4_config
+    from data.run.models import nf4_config
 
     for name, linear in list(hf.model.language_model.named_modules()):
         if not isinstance(linear, nn.Linear):

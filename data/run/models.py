@@ -7,14 +7,13 @@ architecture with random weights for measuring speed and memory where nothing ca
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from accelerate.hooks import attach_align_device_hook
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -32,7 +31,6 @@ Quantize = Literal["none", "nf4"]
 LANGUAGE_LINEARS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 VISION_LINEARS = r".*visual\.blocks.*\.(qkv|proj|gate_proj|up_proj|down_proj|linear_fc1|linear_fc2)"
 
-LARGEST_FILE = "2GB"  # of a checkpoint's weights; as much memory is taken while one is written
 
 ADAPTER_FILE = "adapter_model.safetensors"
 SMALL_MODEL = 20e6  # parameters
@@ -80,7 +78,7 @@ def nf4_config() -> BitsAndBytesConfig:
 def load_processor(model: str | Path) -> object:
     """The processor that `--model` means."""
     if str(model).startswith("random:"):
-        from data.sizes import random_processor
+        from data.run.sizes import random_processor
 
         return random_processor(str(model).removeprefix("random:"))
     try:
@@ -98,7 +96,7 @@ def load_pretrained(
     that holds an adapter only is loaded as its base with the adapter on top. Raises ValueError where it cannot be loaded.
     """
     if str(model).startswith("random:"):
-        from data.sizes import random_model
+        from data.run.sizes import random_model
 
         return random_model(str(model).removeprefix("random:"), dtype, quantize == "nf4", device or "cpu")
     source = find_checkpoint(model)
@@ -194,6 +192,13 @@ def load_trainable(
     return hf
 
 
+def make_optimizer(lm: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """Fused AdamW over what is trained: the model's weights or adapters, and the contrastive heads."""
+    groups = [{"params": [p for p in part.parameters() if p.requires_grad]} for part in (lm.hf, lm.heads)]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+
+
 # --- Many processes: FSDP2 ----------------------------------------------------------------------------------------------
 
 
@@ -244,100 +249,9 @@ def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
-    """Scale gradients down to a norm of at most `largest`; returns the norm they had, on their device."""
-    sharded = [p for p in parameters if isinstance(p, DTensor)]
-    whole = [p for p in parameters if not isinstance(p, DTensor)]
-    norms = [
-        torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None]) for some in (whole, sharded) if some
-    ]
-    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
-    for some in (whole, sharded):
-        torch.nn.utils.clip_grads_with_norm_(some, largest, norm)
-    return norm
-
-
 def num_parameters(module: nn.Module) -> int:
     """Weights of a module; a byte of 4-bit ones counts as two."""
     return sum(p.numel() * (2 if hasattr(p, "quant_state") else 1) for p in module.parameters())
 
 
 # --- Saving ------------------------------------------------------------------------------------------------------------
-
-
-class MergedWeights(Mapping):
-    """The weights of a model with its LoRA adapters folded in, under the plain model's names; the model is untouched.
-
-    Each is made, on the CPU, when it is asked for: all at once would be a second model, a 4-bit one's four times its size.
-    4-bit weights are dequantised first, so that the merged model answers as the trained one did. state: the model's own,
-    where it is sharded over processes.
-    """
-
-    def __init__(self, hf: nn.Module, state: dict[str, Tensor] | None = None):
-        base = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
-        state = hf.state_dict() if state is None else state
-        self.modules, self.dtype = dict(base.named_modules()), base.lm_head.weight.dtype
-        self.state = {name.removeprefix("base_model.model.").replace(".base_layer.", "."): w for name, w in state.items()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        owner, _, leaf = name.rpartition(".")
-        weight, layer = self.state[name], self.modules.get(owner)
-        plain = getattr(getattr(layer, "base_layer", layer), "weight", None)
-        if leaf == "weight" and hasattr(plain, "quant_state"):
-            from bitsandbytes.functional import dequantize_4bit
-
-            weight = dequantize_4bit(plain.data, plain.quant_state).to(self.dtype)
-        if leaf == "weight" and f"{owner}.lora_A.default.weight" in self.state:
-            a, b = (self.state[f"{owner}.lora_{x}.default.weight"].float() for x in "AB")
-            weight = (weight.float() + layer.scaling["default"] * (b @ a)).to(self.dtype)
-        return weight.cpu()
-
-    def __iter__(self) -> Iterator[str]:  # weight.absmax and the like say how 4 bits were packed
-        return (name for name in self.state if ".lora_" not in name and ".weight." not in name)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-def add_old_names(path: Path) -> None:
-    """Say in a config.json or tokenizer_config.json what transformers 4.57 looks for, too, by the names that it had.
-
-    Without them it finds no rotary positions, and ties no head: that of a tied model would be random, without an error.
-    """
-    config = json.loads(path.read_text("utf-8"))
-    text = config.get("text_config", {})
-    if "rope_parameters" in text:
-        rope = dict(text["rope_parameters"])
-        text |= {"tie_word_embeddings": config.get("tie_word_embeddings", False), "rope_theta": rope.pop("rope_theta")}
-        text["rope_scaling"] = rope
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def save_model(
-    folder: Path, hf: nn.Module, processor, merged: bool, adapter: bool = True, state: dict[str, Tensor] | None = None
-) -> None:
-    """Write a model as a Hugging Face directory. Where it has a LoRA adapter: merged, the adapter folded in, and adapter,
-    the adapter in a folder of that name, as peft loads it.
-
-    state: the model's weights by name, where they are sharded over processes.
-    """
-    adapted = hasattr(hf, "get_base_model")
-    if merged or not adapted:
-        base = hf.get_base_model() if adapted else hf
-        config = type(base.config).from_dict(base.config.to_dict() | {"quantization_config": None})
-        del config.quantization_config
-        with torch.device("meta"):
-            plain = type(base)(config).to(base.lm_head.weight.dtype)  # no adapters, 4 bits or shards: it gives the names
-        plain.generation_config = base.generation_config
-        # A model on "disk" is written file by file, and its weights asked for when their file is due.
-        plain.hf_device_map = {"": "disk"}
-        attach_align_device_hook(plain, offload=True, weights_map=MergedWeights(hf, state))
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # "offloaded modules: mind the memory"
-            plain.save_pretrained(folder, max_shard_size=LARGEST_FILE)
-        add_old_names(folder / "config.json")
-    if adapted and adapter:
-        hf.save_pretrained(folder / "adapter", state_dict=state)
-    processor.save_pretrained(folder)
-    add_old_names(folder / "tokenizer_config.json")

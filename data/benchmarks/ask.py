@@ -34,7 +34,10 @@ from torch import Tensor, nn
 
 import vp
 from data import videolm
-from data.benchmarks import Benchmark, compare, prompt, score
+from data.benchmarks.formats import Question
+from data.benchmarks.predictions import Lines, Notes, open_run
+from data.benchmarks.questions import Benchmark, compare, prompt, score
+from data.benchmarks.report import markdown_table, percent
 from data.clips import (
     Clip,
     ClipError,
@@ -50,11 +53,8 @@ from data.clips import (
 )
 from data.files import inside_root, read_lines
 from data.foreign import check_annotations
-from data.formats import Question
 from data.loader import ClipLoader
-from data.predictions import Lines, Notes, open_run
-from data.score_report import markdown_table, percent
-from data.sheets import printable
+from data.run.sheets import printable
 from data.user_text import encode_rendered
 
 SHARING = ("qwen2_5_vl", "qwen3_vl")  # the families that VideoLM is tested with and whose prefixes can be shared
@@ -120,7 +120,8 @@ def group_questions(benchmark: Benchmark, spans: Mapping[Path, list] | None = No
 def read_key_spans(path: Path, root: Path, follow_links: bool = False) -> tuple[dict[Path, list], list[str]]:
     """Key spans by video, in seconds from the beginning of the file, and the lines that cannot be used, by name.
 
-    path: JSONL as data/curate.py writes it, of which video, key_spans and start are used; videos are paths below root.
+    path: JSONL as data/curation/curate.py writes it, of which video, key_spans and start are used; videos are paths below
+    root.
     """
     if not path.is_file():
         raise ClipError(f"--key-spans {path}: no such file; give lines with video and key_spans")
@@ -395,7 +396,7 @@ def answer(
 
 
 def perception_gap(benchmark: Benchmark, full: Mapping[str, str], twin: Mapping[str, str]) -> dict[str, dict]:
-    """Full against twin, overall and by category, on the questions that have a twin: see `data.benchmarks.compare`.
+    """Full against twin, overall and by category, on the questions that have a twin: see `questions.compare`.
 
     Of each score, `b` is that on the full videos, `a` that on the twins, and `difference` the perception gap. {} if no
     question with a public answer has a twin.

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.benchmarks.scoring import LETTERS
 from data.clips import ClipError, load_clips
+from data.curation.importers import is_seconds
 from data.files import PathError, inside_root, path_below, read_json, read_objects, with_any_ending
-from data.importers import is_seconds
-from data.scoring import LETTERS
 
 
 @dataclass(frozen=True)
@@ -416,7 +416,7 @@ def own_clips(
 
 
 def as_importer(refuse: Refuse) -> Callable[[str, str, str, object, str], None]:
-    """refuse, as data/importers.py calls it: with a reason, which is not needed here."""
+    """refuse, as data/curation/importers.py calls it: with a reason, which is not needed here."""
     return lambda where, reason, name, found, mend: refuse(where, name, found, mend)
 
 

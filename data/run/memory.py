@@ -7,8 +7,7 @@ layer, the rollouts' cache. What it leaves out (allocator's fragments, the CUDA 
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import psutil
@@ -18,8 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from data.clips import PROMPT, Clip, ClipError, Preparation, make_example, named, read_frames, split_long
-from data.models import LANGUAGE_LINEARS, VISION_LINEARS, find_checkpoint
-from data.sizes import random_config
+from data.run.models import LANGUAGE_LINEARS, VISION_LINEARS, find_checkpoint
+from data.run.sizes import random_config
 
 SLACK = 1.1
 GIB = 2**30
@@ -216,7 +215,7 @@ def lighter(hf: nn.Module, settings: Mapping, load: Load) -> dict[str, tuple[dic
     if load.clips > 1:
         found["--micro-batch-size 1"] = s, replace(load, clips=1)
     if not s["gradient_checkpointing"]:
-        found["--gradient-checkpointing True"] = s | {"gradient_checkpointing": True}, load
+        found["--gradient-checkpointing"] = s | {"gradient_checkpointing": True}, load
     if not s["lora_rank"]:
         found["--lora-rank 16"] = s | {"lora_rank": 16}, load
     if s["quantize"] == "none":
@@ -224,7 +223,7 @@ def lighter(hf: nn.Module, settings: Mapping, load: Load) -> dict[str, tuple[dic
         small = s | {"quantize": "nf4", "lora_rank": rank, "shard": False}
         found[f"--quantize nf4 --lora-rank {rank}"] = small, load
     if not s["freeze_vision"]:
-        found["--no-train-vision" if load.rollouts else "--freeze-vision True"] = s | {"freeze_vision": True}, load
+        found["--freeze-vision"] = s | {"freeze_vision": True}, load
     half_the_video = replace(load, visual_tokens=load.visual_tokens // 2)
     if s["max_frames"] >= 8:
         found[f"--max-frames {s['max_frames'] // 2}"] = s | {"max_frames": s["max_frames"] // 2}, half_the_video
@@ -263,24 +262,6 @@ def advice(hf: nn.Module, load: Load, settings: Mapping, gpu: bool, limit: float
     return "\n".join(["It would take less with", *lines])
 
 
-@contextmanager
-def out_of_memory_explained(
-    hf: nn.Module, load: Load, settings: Mapping, device: torch.device, rescue: Callable[[], bool], num_processes: int = 1
-) -> Iterator[None]:
-    """Where memory runs out all the same: save by `rescue`, if it can, and raise ValueError with the advice.
-
-    rescue: saves what was trained and says whether there was anything; not called where other processes wait elsewhere.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        error.__traceback__ = None  # it holds the activations
-        saved = num_processes == 1 and rescue()
-        where = "What was trained is saved: go on from it with --model." if saved else "Nothing of this attempt is saved."
-        helps = advice(hf, load, settings, device.type == "cuda", available(device), num_processes)
-        raise ValueError(f"out of memory. {where} {helps}") from None
-
-
 def check_memory(
     hf: nn.Module, load: Load, settings: Mapping, device: torch.device, limit_gb: float | None, num_processes: int = 1
 ) -> Table:
@@ -307,3 +288,31 @@ def check_memory(
             table.add_row(name, f"{value / GIB:.3f}")
     table.add_row("the rest", f"{(total - sum(parts.values())) / GIB:.3f}")
     return table
+
+
+@dataclass
+class Budget:
+    """What a run will need, worked out before its model is loaded. architecture: a skeleton; settings: see `estimate`;
+    limit_gb: --memory-gb."""
+
+    architecture: nn.Module
+    load: Load
+    settings: Mapping
+    device: torch.device
+    limit_gb: float | None = None
+    num_processes: int = 1
+    held: float = 0.0  # bytes that this process held before there was a model
+
+    def check(self) -> Table:
+        """A table of the estimate. Raises ValueError if it does not fit; see `check_memory`."""
+        self.held = held_bytes(self.device)
+        return check_memory(self.architecture, self.load, self.settings, self.device, self.limit_gb, self.num_processes)
+
+    def explain(self, saved: bool) -> str:
+        """What to say if memory runs out all the same. saved: whether what was trained could be saved."""
+        where = (
+            "What was trained is saved: continue from it with --model." if saved else "Nothing of this attempt is saved."
+        )
+        gpu, limit = self.device.type == "cuda", available(self.device)
+        helps = advice(self.architecture, self.load, self.settings, gpu, limit, self.num_processes)
+        return f"out of memory. {where} {helps}"

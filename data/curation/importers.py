@@ -1,9 +1,9 @@
 """Importers: captioned video sets that people have -> captions.jsonl, the annotation file of data/clips.py.
 
-    python -m data.importers llava conversations.json --videos videos --out clips.jsonl
-    python -m data.importers activitynet train.json --videos videos --out captions.jsonl
-    python -m data.importers csv table.csv --videos videos --out captions.jsonl --video-column file --caption-column text
-    python -m data.importers folder videos --videos videos --out captions.jsonl
+    python -m data.curation.importers llava conversations.json --videos videos --out clips.jsonl
+    python -m data.curation.importers activitynet train.json --videos videos --out captions.jsonl
+    python -m data.curation.importers csv table.csv --videos videos --out captions.jsonl --video-column v --caption-column c
+    python -m data.curation.importers folder videos --videos videos --out captions.jsonl
 
 llava, swift and messages are the chat files of other trainers (JSON or JSONL); json and parquet, records with a field for
 the video and one for the caption.

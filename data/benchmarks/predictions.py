@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from torch import nn
 
-from data.benchmarks import Benchmark, prompt
+from data.benchmarks.formats import TEMPCOMPASS, video_name
+from data.benchmarks.questions import Benchmark, prompt
 from data.clips import ClipError
 from data.files import Pairs, read_json, read_lines
-from data.formats import TEMPCOMPASS, video_name
-from data.runs import describe_environment
-from data.sheets import printable
+from data.run.log import describe_environment
+from data.run.sheets import printable
 
 if TYPE_CHECKING:
-    from data.answers import Part
+    from data.benchmarks.ask import Part
 
 
 def fingerprint(hf: nn.Module) -> str:

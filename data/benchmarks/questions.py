@@ -2,12 +2,12 @@
 
     benchmark = load_benchmark("vru-accident", root)           # questions, and what could not be read, by name
     text, begin = prompt(benchmark, benchmark.questions[0])    # the user's turn, and how the assistant's begins
-    predictions, problems = read_predictions(path, benchmark)  # data/predictions.py
+    predictions, problems = read_predictions(path, benchmark)  # data/benchmarks/predictions.py
     results = score(benchmark, predictions)
     compare(results, other_results)
 
 Running and scoring are separate: a predictions file is scored without a model and without videos. Formats are read in
-data/formats.py, rules stand in data/scoring.py; prompts and frame counts are those of the authors' repositories, and what
+formats.py, rules are in scoring.py; prompts and frame counts are those of the authors' repositories, and what
 these leave open is said where it is decided.
 
 `protocol` "official": prompt, frames and answer rule of the authors. "ours": 16 frames at the middles of equal parts, one
@@ -24,11 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data import scoring
+from data.benchmarks import scoring
+from data.benchmarks.formats import CRASH, FORMATS, MOTIONBENCH, MVBENCH, TEMPCOMPASS, TVBENCH, Question
+from data.benchmarks.scoring import LETTERS
 from data.clips import ClipError
 from data.files import PathError, inside_root
-from data.formats import CRASH, FORMATS, MOTIONBENCH, MVBENCH, TEMPCOMPASS, TVBENCH, Question
-from data.scoring import LETTERS
 
 NAMES = tuple(FORMATS)
 DESCRIBED = ("vru-accident-captions", "dream-1k", "clips")

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data.sheets import printable
+from data.run.sheets import printable
 
 
 def percent(cell: dict) -> str:

@@ -115,6 +115,12 @@ class RolloutGroup:
     twin: list[str]
     twin_quality: list[float]
 
+    @classmethod
+    def of(cls, clip: Clip, texts: Sequence[str], rewards: vp.Rewards) -> "RolloutGroup":
+        """From a prompt's descriptions, those of the full video first, and their rewards."""
+        G = len(rewards.reward)
+        return cls(clip, texts[:G], rewards.reward.tolist(), texts[G:], rewards.quality[G:].tolist())
+
 
 def shade(value: float, low: float, high: float) -> tuple[int, int, int]:
     """Red for the lowest reward of a group, green for the highest, yellow in the middle or where all are equal."""
@@ -182,3 +188,24 @@ def rollout_page(path: Path, pages: Sequence[tuple[int, Sequence[RolloutGroup]]]
             out.append("</table>")
     path.write_text("\n".join(out) + "\n", "utf-8", "backslashreplace")
     return path
+
+
+class RolloutPage:
+    """What stage 2 shows of a run: some descriptions in the terminal, all looks at them in rollouts.html."""
+
+    def __init__(self, path: Path, console: Console):
+        self.path, self.console = path, console
+        self.groups: list[RolloutGroup] = []  # of the next look: the first prompts since the last one
+        self.looks: list[tuple[int, list[RolloutGroup]]] = []
+
+    def add(self, group: RolloutGroup) -> None:
+        """Keep a prompt's descriptions, of the first four."""
+        if len(self.groups) < 4:
+            self.groups.append(group)
+
+    def show(self, step: int) -> None:
+        """Print one prompt, and write the page anew."""
+        self.console.print(rollout_table(self.groups[:1], step))
+        self.looks.append((step, self.groups))
+        rollout_page(self.path, self.looks)
+        self.groups = []

@@ -2,12 +2,12 @@
 
     captions.jsonl -> keywords -> frames -> key spans -> checks -> balance -> clips.jsonl, rejected.jsonl, report.html
 
-    python -m data.curate captions.jsonl curated                                # grammar and motion: no model, no download
-    python -m data.curate captions.jsonl curated --finders self --model runs/sft
-    python -m data.curate captions.jsonl curated --finders motion clip --clip-model openai/clip-vit-base-patch32
+    python -m data.curation.curate captions.jsonl curated        # grammar and motion: no model, no download
+    python -m data.curation.curate captions.jsonl curated --finders self --model runs/sft
+    python -m data.curation.curate captions.jsonl curated --finders motion clip --clip-model openai/clip-vit-base-patch32
     python train_sft.py --data curated/clips.jsonl --root VIDEOS
 
-captions.jsonl has the lines that `data/clips.py` reads; `data/importers.py` makes them from sets that people have. What has
+captions.jsonl has the lines that `data/clips.py` reads; `importers.py` makes them from sets that people have. What has
 keywords keeps them. Work is done in parts of a few dozen lines, each written whole or not at all: after a kill the same
 command goes on with the first missing part, and ends with the same files, byte for byte. Every line of the input stands in
 clips.jsonl or in rejected.jsonl, with its reason.
@@ -36,15 +36,15 @@ from rich.table import Table
 from torch import Tensor
 
 import vp
-from data import finders
 from data.clips import Clip, ClipError, Frames, Preparation, make_example, named, parse_line, read_frames, reason_of
-from data.curate_report import group_of, records_of, report
+from data.curation import finders
+from data.curation.fingerprints import Seen, file_hash, fingerprint, plain_hash
+from data.curation.keywords import extract, keyword_prompt, looks_english, parse_keywords, rank
+from data.curation.page import group_of, records_of, report
 from data.files import VIDEO_ENDINGS, list_files
-from data.fingerprints import Seen, file_hash, fingerprint, plain_hash
 from data.foreign import check_annotations
-from data.keywords import extract, keyword_prompt, looks_english, parse_keywords, rank
 from data.loader import worker_context
-from data.sheets import printable
+from data.run.sheets import printable
 
 LONGEST_CAPTION = 20_000  # characters; spaCy takes a megabyte of memory for every thousand
 REASONS = {
@@ -70,7 +70,7 @@ SIDE = 64  # what motion and pictures are judged on: the longer side, in pixels
 
 @dataclass
 class Settings:
-    """Settings of `python -m data.curate`."""
+    """Settings of `python -m data.curation.curate`."""
 
     captions: tyro.conf.Positional[Path]
     """Annotation file (JSONL): video and caption a line; what else `data/clips.py` knows is kept."""
@@ -203,7 +203,7 @@ class Models:
         if "self" in s.finders or s.keywords == "model":
             from safetensors.torch import load_file
 
-            from data.models import find_checkpoint, load_model
+            from data.run.models import find_checkpoint, load_model
 
             self.lm, processor = load_model(s.model)
             context = self.lm.config.text_config.max_position_embeddings
@@ -349,7 +349,9 @@ def make_parts(s: Settings, console: Console) -> list[Path]:
     pool = None
     if s.workers and not set(s.finders) & {"clip", "self"}:
         os.environ["PYTHONWARNINGS"] = "ignore::RuntimeWarning:runpy"  # workers look at the main module once more
-        pool = ProcessPool(s.workers, initializer=_start_worker, initargs=(s,), context=worker_context("data.curate"))
+        pool = ProcessPool(
+            s.workers, initializer=_start_worker, initargs=(s,), context=worker_context("data.curation.curate")
+        )
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),

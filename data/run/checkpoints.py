@@ -20,19 +20,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.markup import escape
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data import models
 from data.loader import ClipLoader
-from data.runs import changed_settings
+from data.run import models
+from data.run.merge import save_model
+from data.run.settings import changed_settings
+
+if TYPE_CHECKING:
+    from data.run.run import Run
 
 
 def checksums(folder: Path) -> dict[str, list[int]]:
@@ -123,7 +127,7 @@ def random_states() -> dict:
 
 
 def set_random_states(state: dict) -> None:
-    """The other way round."""
+    """The reverse of `random_states`."""
 
     def tensor(text: str) -> Tensor:
         return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
@@ -147,7 +151,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def set_optimizer(model: nn.Module, optimizer, schedule, tensors: dict[str, Tensor], schedule_state: dict) -> None:
-    """The other way round, sharded like the parameters; and the learning rate where its schedule was."""
+    """The reverse of `optimizer_tensors`, sharded like the parameters; and the learning rate where its schedule was."""
     for name, parameter in model.named_parameters():
         own = {k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == name}
         for key, value in own.items():
@@ -213,7 +217,7 @@ def resume(settings, free: Sequence[str], num_processes: int) -> Resumed:
 
 
 def restore(resumed: Resumed, lm: nn.Module, optimizer, schedule, loader: ClipLoader, rank: int) -> dict:
-    """Put optimizer, schedule, loader and random states where they were; returns what else this process had saved."""
+    """Put optimizer, schedule, loader and random states where they were; returns all that this process had saved."""
     mine = resumed.state["processes"][rank]
     set_optimizer(lm, optimizer, schedule, resumed.tensors, resumed.state["schedule"])
     loader.restore(mine["loader"])
@@ -221,25 +225,42 @@ def restore(resumed: Resumed, lm: nn.Module, optimizer, schedule, loader: ClipLo
     return mine
 
 
-def save(
-    settings, step: int, lm: nn.Module, processor, optimizer, schedule, accelerator: Accelerator, mine: dict, more: dict,
-    merged: bool,
-) -> None:  # fmt: skip
-    """Write a checkpoint of a run, adapters merged or not. Every process must call it; the main one writes.
+@dataclass
+class Saver:
+    """Writes the checkpoints of a run: all that one holds."""
 
-    mine: what this process needs to go on, its loader's state among it. more: what they all share. Contrastive heads are
-    written where they are trained.
-    """
-    mine = mine | {"random": random_states()}
-    num_processes = accelerator.num_processes
-    processes = gather_object([mine]) if num_processes > 1 else [mine]
-    tensors, weights = optimizer_tensors(lm, optimizer), models.whole_state(lm)
-    if accelerator.is_main_process:
-        state = {"step": step, "settings": vars(settings), "schedule": schedule.state_dict(), "processes": processes}
-        state |= {"annotations": zlib.crc32(Path(settings.data).read_bytes()), "num_processes": num_processes}
-        with whole_or_nothing(settings.out, step) as partial:
-            models.save_model(partial, lm.hf, processor, merged, state=models.part(weights, "hf."))
-            if lm.heads.log_temperature.requires_grad:
-                save_file(models.part(weights, "heads."), partial / "heads.safetensors")
-            save_state(partial, tensors, state | more)
-    accelerator.wait_for_everyone()
+    run: "Run"
+    lm: nn.Module
+    processor: object
+    optimizer: torch.optim.Optimizer
+    schedule: object
+
+    def save(self, step: int, merged: bool) -> None:
+        """Write a checkpoint, adapters merged or not. Every process must call it; the main one writes.
+
+        Contrastive heads are written if they are trained.
+        """
+        run, settings = self.run, self.run.settings
+        # How fast this process was says nothing of the one that continues.
+        metrics = [{n: v for n, v in r.items() if not n.startswith("perf/")} for r in run.metrics.numbers()]
+        mine = {"loader": run.loader_state, "metrics": metrics, "random": random_states()}
+        processes = gather_object([mine]) if run.num_processes > 1 else [mine]
+        tensors, weights = optimizer_tensors(self.lm, self.optimizer), models.whole_state(self.lm)
+        if run.is_main:
+            state = {"step": step, "settings": vars(settings), "schedule": self.schedule.state_dict()}
+            state |= {"processes": processes, "num_processes": run.num_processes}
+            state |= {"annotations": zlib.crc32(Path(settings.data).read_bytes())}
+            with whole_or_nothing(settings.out, step) as partial:
+                save_model(partial, self.lm.hf, self.processor, merged, state=models.part(weights, "hf."))
+                if self.lm.heads.log_temperature.requires_grad:
+                    save_file(models.part(weights, "heads."), partial / "heads.safetensors")
+                save_state(partial, tensors, state | run.state())
+        run.accelerator.wait_for_everyone()
+
+    def rescue(self) -> bool:
+        """After an error in the middle of a step: save what the steps before it learned, if there are any."""
+        self.optimizer.zero_grad()
+        if self.run.step - 1 <= self.run.resumed.step:
+            return False
+        self.save(self.run.step - 1, merged=True)
+        return True

@@ -1,6 +1,6 @@
 """Probes of a model on one's own clips: the event in longer and longer footage, and full video against twin in one prompt.
 
-    parts, problems = hide(group_questions(benchmark), lengths=(1, 2, 4, 8))    # then `data.answers.answer`
+    parts, problems = hide(group_questions(benchmark), lengths=(1, 2, 4, 8))    # then `data.benchmarks.ask.answer`
     curve = needle_curve(parts, lines.records)                                   # keyword recall at each length
     parts, problems = pair(group_questions(benchmark))                           # which has the event, and when?
     rows = score_differences(parts, lines.records)
@@ -19,11 +19,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data.answers import Lines, Part, covered
-from data.benchmarks import tabulate
+from data.benchmarks.ask import Lines, Part, covered
+from data.benchmarks.questions import tabulate
+from data.benchmarks.report import markdown_table, percent
+from data.benchmarks.scoring import names
 from data.clips import ClipError
-from data.score_report import markdown_table, percent
-from data.scoring import names
 
 
 def own_clips(parts: Sequence[Part], probe: str) -> list[Part]:

@@ -1,0 +1,282 @@
+"""Describe each clip and its twin, and look for the event in the words."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import vp
+from data.benchmarks.scoring import score_description
+from data.clips import PROMPT, Clip, ClipError, Preparation, load_clips, make_example, named, read_frames, reason_of
+from data.loader import ClipLoader
+from data.run.memory import leave_out_long
+from data.run.models import gathered, load_model
+from data.run.run import Run
+from data.run.sheets import printable, warn
+from data.videolm import VideoLM
+
+EVAL_TOKENS = 64  # the longest description of an evaluation in the middle of training
+
+
+def describe_batch(
+    lm: VideoLM, processor, group: Sequence[tuple[int, vp.Example]], max_new_tokens: int, temperature: float
+) -> list[tuple[str, str]]:
+    """Descriptions of the full video and of the twin of each (clip index, example)."""
+    numbers = None  # greedy
+    if temperature > 0:
+        draws = [np.random.default_rng([0, index]).random((2, max_new_tokens), np.float32) for index, _ in group]
+        numbers = torch.from_numpy(np.stack(draws))
+    examples = [example for _, example in group]
+    described, _ = lm.roll_out(examples, 1, 1, max_new_tokens, numbers, temperature or 1.0)
+    full, twin = (processor.batch_decode(t, skip_special_tokens=True) for t in described.tokens.unbind(1))
+    return list(zip(full, twin))
+
+
+def describe_group(
+    lm: VideoLM, loader: ClipLoader, processor, group: Sequence[tuple[int, vp.Example]], max_new_tokens: int,
+    temperature: float,
+) -> list[tuple[int, vp.Example, str, str]]:  # fmt: skip
+    """(clip index, example, description of the full video, of the twin). Where a batch fails, each clip is tried alone,
+    and skipped where it fails alone, too: one whose video is too large, say."""
+    try:
+        said = describe_batch(lm, processor, group, max_new_tokens, temperature)
+        return [(*pair, *texts) for pair, texts in zip(group, said)]
+    except Exception as error:
+        reason = reason_of(error)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(group) == 1:
+        clip = loader.clips[group[0][0]]
+        loader.skip(group[0][0], f"{clip.where}: {clip.video}: it cannot be described: {reason}")
+        return []
+    alone = (describe_group(lm, loader, processor, [pair], max_new_tokens, temperature) for pair in group)
+    return [row for rows in alone for row in rows]
+
+
+@torch.no_grad()  # not inference_mode: FSDP2 keeps buffers that it gathers here, and trains with them
+def evaluate(
+    lm: VideoLM,
+    preparation: Preparation,
+    clips: Sequence[Clip],
+    batch_size: int = 32,
+    max_new_tokens: int = EVAL_TOKENS,
+    workers: int = 0,
+    time_limit: float = 60.0,
+    temperature: float = 0.0,
+    accelerator: Accelerator | None = None,
+) -> dict:
+    """Describe every clip and its twin from one vision pass each, greedily or at a temperature, and average the scores.
+
+    Twins are made from the truth's span where a clip has one, so that they are not as good as the finder. Clips that
+    cannot be read or described are listed under "skipped" and are in no average; clips without a twin have scores on full
+    only.
+    The processes of an accelerator share the clips, and all of them get the results.
+    """
+    rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    spans = {i: [[c.truth["span"]]] * len(c.keywords) for i, c in enumerate(clips) if c.truth}
+    clips = [Clip(**vars(c) | {"key_spans": spans.get(i, c.key_spans)}) for i, c in enumerate(clips)]
+    actions = {c.truth["action"] for c in clips if c.truth}
+    shown = [replace(c, caption="") for c in clips]  # no model reads it here, however long it is
+    loader = ClipLoader(shown, preparation, workers=workers, time_limit=time_limit, max_bad_share=math.inf, shuffle=False,
+                        rank=rank, world_size=world_size)  # fmt: skip
+    rows = []
+    training = lm.training
+    lm.eval()
+    with loader, gathered(lm):
+        stream = loader.examples(epochs=1)
+        while group := list(islice(stream, batch_size)):
+            described = describe_group(lm, loader, preparation.processor, group, max_new_tokens, temperature)
+            for index, example, y, y_twin in described:
+                row = {
+                    "index": index,
+                    "clip": clips[index].where,
+                    "video": str(clips[index].video),
+                    "description": y.strip(),
+                }
+                row["scores"] = score_description(clips[index], y, actions)
+                if example.source is not None:
+                    row |= {
+                        "twin description": y_twin.strip(),
+                        "twin scores": score_description(clips[index], y_twin, actions),
+                    }
+                rows.append(row)
+    lm.train(training)
+    skipped = list(loader.skipped.values())
+    if world_size > 1:
+        rows, skipped = gather_object(rows), gather_object(skipped)
+        rows.sort(key=lambda row: row["index"])
+    results = {
+        "clips": len(rows),
+        "with twin": sum("twin scores" in r for r in rows),
+        "full": {},
+        "twin": {},
+        "gap": {},
+    }
+    for name in dict.fromkeys(n for r in rows for n in r["scores"]):
+        scored = [r for r in rows if name in r["scores"]]
+        paired = [r for r in scored if "twin scores" in r]
+        results["full"][name] = sum(r["scores"][name] for r in scored) / len(scored)
+        if paired:
+            results["twin"][name] = sum(r["twin scores"][name] for r in paired) / len(paired)
+            results["gap"][name] = sum(r["scores"][name] - r["twin scores"][name] for r in paired) / len(paired)
+    return results | {"skipped": skipped, "rows": rows}
+
+
+def show_results(results: dict, title: str, console: Console) -> None:
+    """Print results as a table, and what was skipped by name."""
+    table = Table(title=f"{escape(title)}: {results['clips']} clips, {results['with twin']} with a twin")
+    for column in ("score", "full", "twin", "perception gap"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    for name, value in results["full"].items():
+        cells = [f"{results[part][name]:.3f}" if name in results[part] else "-" for part in ("twin", "gap")]
+        table.add_row(name, f"{value:.3f}", *cells)
+    console.print(table)
+    for reason in results["skipped"]:
+        warn(console, "skipped", reason)
+
+
+def show_change(before: dict, after: dict, console: Console) -> None:
+    """Print two evaluations of the same clips beside each other."""
+    table = Table(title="before and after")
+    for column in ("score", "full before", "full after", "change", "twin before", "twin after"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    for name, value in before["full"].items():
+        twins = [f"{r['twin'][name]:.3f}" if name in r["twin"] else "-" for r in (before, after)]
+        change = after["full"][name] - value
+        table.add_row(name, f"{value:.3f}", f"{after['full'][name]:.3f}", f"{change:+.3f}", *twins)
+    console.print(table)
+
+
+def markdown_row(results: dict, title: str) -> str:
+    """One line of a Markdown table: full / twin for every score."""
+    cells = [f"{v:.3f} / {results['twin'].get(n, float('nan')):.3f}" for n, v in results["full"].items()]
+    head = ["model", "clips", *(f"{n} (full / twin)" for n in results["full"])]
+    lines = [head, ["---"] * len(head), [title, str(results["clips"]), *cells]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def evaluate_run(run: Run, lm: VideoLM, preparation: Preparation, clips: Sequence[Clip], limit: int = -1) -> dict:
+    """Evaluate the model of a run on its first `limit` clips (-1: all), log it, show it, and write results.json."""
+    s, clips = run.settings, clips if limit < 0 else clips[:limit]
+    results = evaluate(
+        lm, preparation, clips, workers=s.workers, time_limit=s.time_limit, accelerator=run.accelerator
+    )  # fmt: skip
+    named = {f"eval/{part} {name}": value for part in ("full", "twin") for name, value in results[part].items()}
+    run.log.write({"step": run.step} | named)
+    if run.is_main and run.step:
+        (s.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    show_results(results, f"step {run.step}", run.console)
+    run.mark = time.perf_counter()  # no part of a step
+    return results
+
+
+@dataclass
+class EvalSettings:
+    """Describe clips and their twins, and score the descriptions."""
+
+    model: str = "runs/sft"
+    """A run's folder, a Hugging Face directory, or a name on the hub."""
+    data: Path = Path("runs/world/test.jsonl")
+    """Annotation file (JSONL)."""
+    root: Path | None = None
+    """Folder of the videos (default: the annotation file's)."""
+    follow_links: bool = False
+    """Read videos that are links to files outside the root, as all files of a hub cache are."""
+    out: Path | None = None
+    """Where results.json and row.md go (default: the run's folder, or runs/eval)."""
+    limit: int = -1
+    """Score only the first so many clips (-1: all)."""
+    batch_size: int = 32
+    """Clips described at a time."""
+    max_new_tokens: int = 64
+    """Longest description."""
+    temperature: float = 0.0
+    """Sample the descriptions at this temperature (0: greedy)."""
+    max_frames: int = 16
+    """Frames sampled from a clip, at most."""
+    fps: float | None = None
+    """Frames sampled a second (default: max_frames, whatever the length)."""
+    max_pixels: int | None = None
+    """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: the processor's
+    own limit)."""
+    max_text_tokens: int | None = None
+    """Tokens of a clip's prompt, at most; a clip with more is skipped (default: what the model's context leaves beside the
+    video)."""
+    workers: int = 1
+    """Processes that decode ahead (0: none)."""
+    time_limit: float = 60.0
+    """Seconds after which a decoder counts as hung."""
+
+
+@dataclass
+class DescribeSettings:
+    """Describe one video file."""
+
+    video: tyro.conf.Positional[Path]
+    """The video file."""
+    model: str = "runs/sft"
+    """A run's folder, a Hugging Face directory, or a name on the hub."""
+    prompt: str = PROMPT
+    """What to ask."""
+    max_new_tokens: int = 128
+    """Longest description."""
+    max_frames: int = 16
+    """Frames sampled, at most."""
+    fps: float | None = None
+    """Frames sampled a second (default: max_frames, whatever the length)."""
+    max_pixels: int | None = None
+    """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: the processor's
+    own limit)."""
+
+
+def run_evaluation(settings: EvalSettings, console: Console) -> dict:
+    """The command `python eval.py`."""
+    lm, processor = load_model(settings.model)
+    clips, problems = load_clips(settings.data, settings.root, settings.follow_links)
+    if settings.limit >= 0:
+        clips = clips[: settings.limit]
+    s, context = settings, lm.config.text_config.max_position_embeddings
+    preparation = Preparation(processor, s.max_frames, s.fps, max_pixels=s.max_pixels, context=context - s.max_new_tokens)
+    clips, too_long = leave_out_long(clips, preparation, s.max_text_tokens, captions=False)
+    problems += too_long
+    results = evaluate(lm, preparation, clips, s.batch_size, s.max_new_tokens, s.workers, s.time_limit, s.temperature)
+    results["skipped"] = problems + results["skipped"]
+    if not results["clips"]:
+        listed = "\n  ".join(results["skipped"][:10])
+        raise ClipError(f"{s.data}: no clip could be described:\n  {listed}")
+    show_results(results, settings.model, console)
+    model = Path(settings.model)
+    out = settings.out or (model if (model / "checkpoint").exists() else Path("runs/eval"))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "row.md").write_text(markdown_row(results, settings.model))
+    console.print(f"{out / 'results.json'}, {out / 'row.md'}", highlight=False, markup=False)
+    return results
+
+
+def run_describe(settings: DescribeSettings, console: Console) -> str:
+    """The command `python eval.py describe`."""
+    lm, processor = load_model(settings.model)
+    s, clip = settings, Clip(settings.video, "", "describe", settings.prompt)
+    context = lm.config.text_config.max_position_embeddings - s.max_new_tokens
+    preparation = Preparation(processor, s.max_frames, s.fps, max_pixels=s.max_pixels, context=context)
+    with named(clip):
+        frames = read_frames(clip, s.max_frames, s.fps, frames_per_slot=preparation.frames_per_slot)
+        example = make_example(clip, frames, preparation)
+        described = lm.describe([example], twin=False, max_new_tokens=s.max_new_tokens)
+    text = processor.batch_decode(described.tokens[0], skip_special_tokens=True)[0].strip()
+    console.print(f"frames at {' '.join(f'{t:.2f}' for t in frames.timestamps)} s", highlight=False)
+    console.print(printable(text), highlight=False, markup=False)
+    return text

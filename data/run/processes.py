@@ -1,0 +1,71 @@
+"""The processes that share a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def start_processes(tracker: str | None = None, folder: Path | None = None) -> Accelerator:
+    """This process among those that `torchrun` or `accelerate launch` started, or alone. Raises ValueError for a tracker
+    that is not installed."""
+    cuda, project = torch.cuda.is_available(), folder if tracker else None
+    accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no", log_with=tracker, project_dir=project)
+    if tracker and not accelerator.log_with:
+        raise ValueError(f"--tracker {tracker}: it is not installed; pip install {tracker}")
+    return accelerator
+
+
+def agree(values: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:
+    """Sums over all processes, worked out on CPUs, so that nobody waits for a device. group: of gloo; None when alone."""
+    if group is None:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, group=group)
+    return total.tolist()
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], num_processes: int) -> None:
+    """Make the gradients those of all processes together; those of FSDP2 are it already, from the backward pass.
+
+    By hand and once a step, not by DistributedDataParallel's hooks: processes may have no keyword, or no useful group of
+    rollouts, in a step, and then touch other parameters, or fewer, than their peers.
+    """
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    if num_processes == 1 or not parameters:
+        return
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    for work in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
+        work.wait()
+    torch._foreach_div_([p.grad for p in parameters], num_processes)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
+    """Scale gradients down to a norm of at most `largest`; returns the norm they had, on their device."""
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    whole = [p for p in parameters if not isinstance(p, DTensor)]
+    norms = [
+        torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None]) for some in (whole, sharded) if some
+    ]
+    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    for some in (whole, sharded):
+        torch.nn.utils.clip_grads_with_norm_(some, largest, norm)
+    return norm
+
+
+def finish_gradients(lm: nn.Module, grad_clip: float, num_processes: int) -> Tensor:
+    """Average the gradients over processes and clip them; returns the norm that they had, on their device."""
+    trained = [p for p in lm.parameters() if p.requires_grad]
+    average_gradients(trained, num_processes)
+    return clip_gradients(trained, grad_clip)
+
+
+def skip_if_not_finite(optimizer: torch.optim.Optimizer, checked: Tensor) -> Tensor:
+    """Make a fused optimizer leave out its next step if `checked` is NaN or Inf; returns 1 if so, else 0, on the device."""
+    optimizer.found_inf = 1.0 - torch.isfinite(checked).float()
+    return optimizer.found_inf

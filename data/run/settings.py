@@ -1,0 +1,121 @@
+"""Settings that both train scripts share, and how the command line is read."""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import tyro
+
+PRESETS = ("tiny", "gpu-24gb", "gpu-80gb")
+Settings = TypeVar("Settings", bound="TrainSettings")
+
+
+def by_preset(tiny: object, gpu_24gb: object, gpu_80gb: object):
+    """A field whose default depends on --preset."""
+    return field(default=tiny, metadata=dict(zip(PRESETS, (tiny, gpu_24gb, gpu_80gb))))
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field, for messages."""
+    return f"--{name.replace('_', '-')}"
+
+
+@dataclass
+class TrainSettings:
+    """What both stages are told. Fields with three defaults: of the presets tiny, gpu-24gb and gpu-80gb."""
+
+    preset: Literal[PRESETS] = "tiny"
+    """Hardware preset. The GPU presets are sized on paper, not yet measured."""
+    data: Path | None = None
+    """Annotation file, JSONL (default: the embedded world of data/world.py, made on the spot)."""
+    root: Path | None = None
+    """Folder of the videos (default: the annotation file's)."""
+    follow_links: bool = False
+    """Allow symbolic links that leave the folder of the videos, as hub caches have them."""
+    eval_data: Path | None = None
+    """Annotation file to evaluate on (default: the world's test split, or none)."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay."""
+    warmup: float = 0.05
+    """Share of the steps that warms up."""
+    grad_clip: float = 1.0
+    """Largest gradient norm."""
+    quantize: Literal["none", "nf4"] = by_preset("none", "nf4", "none")
+    """nf4: the frozen weights in 4 bits (bitsandbytes), for LoRA on small cards."""
+    lora_rank: int = by_preset(0, 16, 64)
+    """Rank of LoRA adapters on the linear layers (0: train all weights)."""
+    freeze_vision: bool = by_preset(False, True, True)
+    """Leave the vision encoder as it is."""
+    gradient_checkpointing: bool = by_preset(False, True, True)
+    """Recompute layers in the backward pass to save memory."""
+    shard: bool = False
+    """Shard weights, gradients and optimizer over the processes (FSDP2), to train all weights of a large model."""
+    memory_gb: float | None = None
+    """Memory that a run may fill, in GiB (default: what the device has free). A run that would not fit does not start."""
+    max_frames: int = by_preset(16, 32, 64)
+    """Frames sampled from a clip, at most."""
+    fps: float | None = by_preset(None, 2.0, 2.0)
+    """Frames sampled a second (default: max_frames, whatever the length)."""
+    max_pixels: int | None = by_preset(None, 256 * 28 * 28, None)
+    """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: the processor's
+    own limit)."""
+    max_text_tokens: int | None = None
+    """Tokens of a clip's prompt and caption, at most; a clip with more is skipped (default: what the model's context leaves
+    beside the video)."""
+    workers: int | None = by_preset(None, 4, 8)
+    """Processes that decode ahead (0: none, and no time limit; default: 1, none for the embedded world on a CPU)."""
+    time_limit: float = 60.0
+    """Seconds after which a decoder counts as hung, and its clip is skipped."""
+    max_bad_share: float = 0.05
+    """Share of clips that may be lost before the run stops."""
+    max_bad_steps: int = 10
+    """Updates in a row with NaN or Inf in loss or gradient (each is skipped and counted) after which the run stops."""
+    eval_clips: int = 64
+    """Clips of an evaluation before the last (-1: all)."""
+    resume: bool = False
+    """Continue from the newest whole checkpoint in --out, exactly as if nothing had happened; without one, start."""
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
+    """Send metrics there, too."""
+    world_clips: int = 6000
+    """Training clips of the embedded world."""
+    seed: int = 0
+    """Seed of weights, order, jitter and sampling."""
+
+    def check_above_zero(self, *names: str) -> None:
+        """Raise ValueError for the first of the named settings that is given and not above 0."""
+        for name in names:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{flag(name)}: got {getattr(self, name)}; give a number above 0")
+
+    def check(self) -> None:
+        """Raise ValueError for what no run can be made of."""
+        self.check_above_zero("time_limit", "max_bad_steps", "max_frames", "max_pixels", "max_text_tokens")
+        if self.shard and self.quantize == "nf4":
+            raise ValueError(
+                "--shard with --quantize nf4: FSDP2 damages 4-bit weights (bitsandbytes issue 1945); give one of them"
+            )
+
+
+def of_preset(kind: type[Settings], preset: str) -> Settings:
+    """The settings of a script with the defaults of a preset."""
+    chosen = {f.name: f.metadata[preset] for f in fields(kind) if preset in f.metadata}
+    return kind(**chosen | {"preset": preset})
+
+
+def parse_settings(kind: type[Settings], description: str, arguments: Sequence[str] | None = None) -> Settings:
+    """Read a script's command line. --preset is read first: it gives the other fields their defaults."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="tiny")
+    preset = first.parse_known_args(arguments)[0].preset
+    default = of_preset(kind, preset if preset in PRESETS else "tiny")  # tyro refuses another, and lists these
+    return tyro.cli(kind, default=default, description=description, args=arguments)
+
+
+def changed_settings(settings: TrainSettings, before: Mapping, free: Sequence[str]) -> list[str]:
+    """What differs between a run's settings and those it is resumed with, except those that are free to change."""
+    now = {k: str(v) for k, v in asdict(settings).items() if k not in free}
+    return [f"{flag(k)} was {before.get(k)}, is {v}" for k, v in now.items() if str(before.get(k)) != v]
