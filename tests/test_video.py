@@ -69,7 +69,7 @@ KINDS = {
     "h264.mkv": ["-c", "copy"],
     "fragments.mp4": ["-c", "copy", "-movflags", "frag_keyframe+empty_moov"],
     "onekey.mov": ["-c:v", "libx264", "-crf", 12, "-g", 1000],
-    "vp8.webm": ["-c:v", "libvpx", "-auto-alt-ref", 1, "-lag-in-frames", 16, "-b:v", "1M", "-cpu-used", 8],
+    "vp8.webm": ["-c:v", "libvpx", "-b:v", "2M", "-deadline", "realtime"],
     "late.ts": ["-c", "copy", "-output_ts_offset", 50],
     "a.gif": [],
     "a.wmv": ["-q:v", 2],
