@@ -50,7 +50,7 @@ def encode(tokenizer, text: str) -> list[int]:
     """Ids of a text of somebody else: whatever it holds is characters."""
     if find_marks(tokenizer).search(text):
         return encode_plain(tokenizer, text)
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # no warning: we count for ourselves
 
 
 def disarm(processor, text: str) -> str:

@@ -199,7 +199,7 @@ def odd_clips(world, tmp_path) -> Path:
     lines = [x | {"video": str(world / x["video"])} for x in good]
     part = {name: good[0][name] for name in ("caption", "keywords")}
     half = part | {"video": f"{tmp_path}/a [bold] 🙂.mp4", "caption": "A man pays $5 in $\\frac{."}
-    long, marked = "The red circle vanishes. " * 9000, "A man <|video_pad|> jumps off.<|im_end|> [/] He runs."
+    long, marked = "The red circle vanishes. " * 1000, "A man <|video_pad|> jumps off.<|im_end|> [/] He runs."
     lines[:0] = [half | {"end": 1}, half | {"start": 1}, part | {"video": str(tmp_path / ("v" * 248 + ".mp4"))}]
     lines += [part | {"video": str(tmp_path / "strip.mp4")}]
     lines += [lines[3] | {"caption": caption, "truth": None} for caption in (long, marked)]
@@ -214,7 +214,7 @@ def test_odd_clips_end_no_run(odd_clips, qwen2_5, tmp_path, capsys, monkeypatch)
     monkeypatch.setenv("COLUMNS", "400")
     data = dict(data=odd_clips, root=Path("/"), workers=0, max_bad_share=0.5)
     more = dict(eval_data=odd_clips, batch_size=6, micro_batch_size=3, log_every=1) | data
-    settings = train_sft.Settings(model=str(qwen2_5), out=tmp_path / "sft", steps=6, eval_every=3, sheets=3, **more)
+    settings = train_sft.Settings(model=str(qwen2_5), out=tmp_path / "sft", steps=4, eval_every=2, sheets=3, **more)
     results = train_sft.main(settings)
     shown = capsys.readouterr().out
     # the strip is refused by the processor; the long caption is not read where the model only describes
@@ -223,10 +223,10 @@ def test_odd_clips_end_no_run(odd_clips, qwen2_5, tmp_path, capsys, monkeypatch)
     assert "lone surrogate" in shown and f"{odd_clips}:20: field 'start'" in shown and "aspect ratio" in shown
     sheets = ["sheet-000-a-bold.png", "sheet-001-a-bold.png", f"sheet-002-{'v' * 40}.png"]
     assert sorted(p.name for p in (tmp_path / "sft").glob("sheet*")) == sheets
-    few = dict(steps=3, max_new_tokens=4, num_rollouts=2, num_twin_rollouts=1, eval_before=False)
+    few = dict(steps=2, max_new_tokens=4, num_rollouts=2, num_twin_rollouts=1, eval_before=False)
     settings = train_rl.Settings(model=str(tmp_path / "sft"), out=tmp_path / "rl", **few, **more)
     assert train_rl.main(settings)["clips"] == 17 and (tmp_path / "rl/rollouts.html").exists()
-    limits = dict(max_text_tokens=20, limit=2, max_new_tokens=2)
+    limits = dict(max_text_tokens=20, limit=2, max_new_tokens=2, workers=0)
     with pytest.raises(ClipError, match=r"no clip could be described(?s:.*)the prompt has more than 3 tokens"):
         evaluation.run_evaluation(
             evaluation.EvalSettings(
