@@ -37,8 +37,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
 
-import vp
-from data import answers, benchmarks, predictions, probes
+from data import answers, benchmarks, predictions, probes, videolm
 from data.clips import PROMPT, Clip, ClipError, Preparation, load_clips, make_example, read_frames
 from data.cost import CostSettings, run_cost
 from data.loader import ClipLoader
@@ -182,7 +181,7 @@ class RunSettings:
 
 @torch.no_grad()  # not inference_mode: FSDP2 keeps buffers that it gathers here, and trains with them
 def evaluate(
-    lm: vp.VideoLM,
+    lm: videolm.VideoLM,
     preparation: Preparation,
     clips: Sequence[Clip],
     batch_size: int = 32,

@@ -33,7 +33,7 @@ from torch import distributed as dist
 from transformers import get_linear_schedule_with_warmup
 
 import vp
-from data import checkpoints, memory, models, runs
+from data import checkpoints, memory, models, runs, videolm
 from data.clips import ClipError, Preparation, load_clips
 from data.loader import ClipLoader
 from data.sheets import RolloutGroup, rollout_page, rollout_table
@@ -225,14 +225,14 @@ def main(settings: Settings) -> dict | None:
     console.print(memory.check_memory(architecture, load, vars(s) | adapters, device, s.memory_gb, world_size))
     held = memory.held_bytes(device)  # before there is a model
     hf = models.load_trainable(s.model, *adapters.values(), s.gradient_checkpointing, device, resumed.path)
-    lm = vp.VideoLM(hf).to(device)
+    lm = videolm.VideoLM(hf).to(device)
     lm.heads.requires_grad_(False)
     if s.beta == 0:
         reference = None
     elif s.lora_rank:
         reference = lm  # the same weights with the adapter switched off
     else:
-        reference = vp.VideoLM(models.load_pretrained(s.model, torch.float32, device=device)[0]).to(device).eval()
+        reference = videolm.VideoLM(models.load_pretrained(s.model, torch.float32, device=device)[0]).to(device).eval()
         reference.requires_grad_(False)
     if s.shard:
         for model in (lm, reference) if reference not in (None, lm) else (lm,):
@@ -341,7 +341,8 @@ def main(settings: Settings) -> dict | None:
             embedded = embed_texts(encoder, texts, *about)
             rewards = vp.paired_rewards(embedded, s.reward, s.alpha, s.margin, s.divide_by_spread)
             advantages, useful = [], []
-            for b, (q, c, w, r, a) in enumerate(rewards):
+            for b, scores in enumerate(rewards):
+                q, c, w, r, a = vars(scores).values()
                 q_twin, c_twin = q[G : G + num_twin[b]], c[G : G + num_twin[b]]
                 advantages.append(a.cpu())
                 useful.append(bool(a.abs().max() > 1e-6))  # without spread a group teaches nothing: it is skipped

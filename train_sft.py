@@ -34,8 +34,7 @@ from rich.live import Live
 from torch import distributed as dist
 from transformers import get_cosine_schedule_with_warmup
 
-import vp
-from data import checkpoints, memory, models, runs
+from data import checkpoints, memory, models, runs, videolm
 from data.clips import ClipError, Preparation, load_clips, make_example, read_frames
 from data.loader import ClipLoader
 from data.sheets import contact_sheet
@@ -205,7 +204,7 @@ def main(settings: Settings) -> dict | None:
     held = memory.held_bytes(device)  # before there is a model
     adapters = s.quantize, s.lora_rank, s.freeze_vision
     hf = models.load_trainable(s.model, *adapters, s.gradient_checkpointing, device, resumed.path)
-    lm = vp.VideoLM(hf, s.contrastive_layer, s.temperature)
+    lm = videolm.VideoLM(hf, s.contrastive_layer, s.temperature)
     lm.heads.requires_grad_(contrastive)
     if resumed.path and contrastive:
         lm.heads.load_state_dict(checkpoints.load_file(resumed.path / "heads.safetensors"))

@@ -1,47 +1,36 @@
-"""VideoPerceiver, the method: twins, the contrastive loss, and the one thin adapter over a video-language model.
+"""VideoPerceiver, the method: the twin, the contrastive loss, the reward, the policy loss. Every equation is here to read.
 
 Words. A *clip* is a video with its caption. *Frames* are what was sampled from it. A *slot* is one temporal patch: two
 consecutive frames, the smallest unit of time that the vision encoder sees. A *keyword* is an event-action phrase of the
 caption ("jumps off"); its *key slots* are those that show it. The *twin* is the key-information-missing video: the same
 slots, the key slots shown as their nearest non-key neighbour. *Full* is the complete video when it stands beside its twin.
+A *rollout* is one sampled description; its *quality* is its score against the caption.
 
 Shapes, here and in the tests:
 
     B clips      T tokens of a padded sequence     D width of the language model      V visual tokens of the whole batch
     S slots      F frames                          K keywords of the batch            N key-slot tokens of the batch
-    L tokens whose prediction is trained           d width of the contrastive space
+    L tokens of a text                             d width of the contrastive space   M sampled tokens of a micro-batch
+    G rollouts of the full video of a prompt       G' rollouts of its twin            R = G + G'
 
-Everything here but `VideoLM`, and in kernels/, is a pure function: no globals, no argument changed, no file read.
+Pure functions: no globals, no argument changed, no file read. On a GPU the contrastive loss and the rewards take a fused
+kernel of kernels/, which is tested against what stands here.
 """
 
-import copy
 import math
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import Cache, DynamicCache, LogitsProcessor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kernels.contrastive import KeyTokens, contrastive_loss, ids_shown
-from kernels.logprob import cross_entropy_from_states, log_probs_from_states, sampling_log_probs, selected_log_probs
-from kernels.reward import (  # noqa: F401
-    Texts,
-    paired_rewards,
-    relative_wins,
-    repetition_weights,
-    rewards_and_advantages,
-    score_batch,
-    score_rollouts,
-)
+from kernels.contrastive import fused_contrastive
+from kernels.dispatch import takes_kernel
+from kernels.reward import REWARDS, fused_rewards
 
-# --- The twin (method, section 1) ---------------------------------------------------------------------------------
+# --- The twin (method, section 1) ---------------------------------------------------------------------------------------
 
 
 def twin_sources(key_slots: Tensor) -> Tensor | None:
@@ -82,9 +71,94 @@ def span_slots(spans: Sequence[Sequence[float]], timestamps: Sequence[float], fr
     return slots
 
 
-# --- The contrastive loss (method, section 2) -----------------------------------------------------------------------
-# Equation (1) is `contrastive_loss` in kernels/contrastive.py; equations (2) to (4), the reward, are in kernels/reward.py.
-# Each is there twice: in plain PyTorch, to be read, and as a kernel that a GPU runs.
+# --- Records ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Example:
+    """One clip, ready for a model: everything that can be known before the model runs, on the CPU.
+
+    input_ids, token_types (T,): prompt, then the caption's tokens; token_types 2 marks visual tokens. prompt_length: how
+    many belong to the prompt. pixels (patches, C*2*p*p), grid (3,): as the processor made them. seconds_per_slot: for
+    M-RoPE. source (S,) long: `twin_sources`, or None. keyword_ids: tokens of each keyword; keyword_slots (S,) bool each.
+    """
+
+    name: str
+    input_ids: Tensor
+    token_types: Tensor
+    prompt_length: int
+    pixels: Tensor
+    grid: Tensor
+    seconds_per_slot: float
+    source: Tensor | None
+    keywords: list[str]
+    keyword_ids: list[Tensor]
+    keyword_slots: list[Tensor]
+
+
+@dataclass
+class KeyTokens:
+    """Where the key-slot tokens of a batch stand, and which keyword they belong to.
+
+    clip (N,), slot (N,): of each key-slot token. keyword_clip (K,): the clip of each keyword. keyword_id (K,): a number
+    that is the same for the same words. keyword_slots (K, S) bool: the key slots of each keyword. shown (N, M): ids of the
+    keywords that each token shows, see `ids_shown`; only the kernel reads it.
+    """
+
+    clip: Tensor
+    slot: Tensor
+    keyword_clip: Tensor
+    keyword_id: Tensor
+    keyword_slots: Tensor
+    shown: Tensor | None = None
+
+    def positives(self) -> Tensor:
+        """(K, N) bool: P_j, the tokens of the keyword's own clip in its key slots."""
+        return (self.keyword_clip[:, None] == self.clip[None, :]) & self.keyword_slots[:, self.slot]
+
+    def negatives(self) -> Tensor:
+        """(K, N) bool: key-slot tokens of other clips, except those that show an event of the same words."""
+        same_words = (self.keyword_id[:, None] == self.keyword_id[None, :]).float()
+        shows_same = same_words @ self.positives().float() > 0
+        return (self.keyword_clip[:, None] != self.clip[None, :]) & ~shows_same
+
+
+# --- The contrastive loss (method, section 2) ---------------------------------------------------------------------------
+
+
+def contrastive_loss(
+    full: Tensor, twin: Tensor | None, keywords: Tensor, temperature: Tensor, tokens: KeyTokens,
+    use_kernel: bool | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """InfoNCE with several positives (MIL-NCE), summed over the keywords that have a positive: equation (1).
+
+    full, twin: (N, d) states of the key-slot tokens in the full video and in its twin (None: no twin negatives);
+    keywords: (K, d) text vectors; temperature: scalar tau. All are L2-normalised here. For keyword j with positives
+    P_j and negatives N_j (the twin's tokens at P_j, and other clips' key-slot tokens of another keyword):
+
+        L_j = logsumexp_{i in P_j + N_j} s_ji - logsumexp_{i in P_j} s_ji,        s_ji = <k_j, z_i> / tau            (1)
+
+    Returns the sum and counts, without waiting for the device. Divide by the number of keywords of the whole batch: then
+    cutting a batch into micro-batches changes nothing but the in-batch negatives. A keyword without a positive adds
+    neither loss nor gradient. use_kernel: None takes the kernel on a GPU; see `takes_kernel`.
+    """
+    if takes_kernel(use_kernel, full, twin, keywords):
+        return fused_contrastive(full, twin, keywords, temperature, tokens)
+    positive, allowed = tokens.positives(), tokens.positives() | tokens.negatives()  # P_j, P_j + N_j: (K, N)
+    states = full
+    if twin is not None:  # hard negatives: the same places of the twin, which shows everything but the event
+        states = torch.cat([full, twin])  # (2N, d)
+        allowed = torch.cat([allowed, positive], 1)
+        positive = F.pad(positive, (0, len(twin)))
+    wide = torch.promote_types(states.dtype, torch.float32)
+    z = F.normalize(states.to(wide), dim=-1)
+    k = F.normalize(keywords.to(wide), dim=-1)
+    s = k @ z.T / temperature  # (K, 2N)
+    # A finite floor instead of -inf: a keyword without a positive keeps a finite value and gradient.
+    low = torch.finfo(s.dtype).min / 2
+    loss = s.masked_fill(~allowed, low).logsumexp(1) - s.masked_fill(~positive, low).logsumexp(1)  # (K,)
+    metrics = {"positives": positive.sum(), "negatives": (allowed & ~positive).sum()}
+    return torch.where(positive.any(1), loss, 0.0).sum(), metrics
 
 
 class ContrastiveHeads(nn.Module):
@@ -114,7 +188,162 @@ class ContrastiveHeads(nn.Module):
             return contrastive_loss(z, z_twin, k, self.temperature, tokens)
 
 
-# --- The policy loss (method, section 3) ------------------------------------------------------------------------------
+# --- The reward (method, section 3) -------------------------------------------------------------------------------------
+
+
+def repetition_weights(tokens: Sequence[int], reference: Sequence[int]) -> Tensor:
+    """1 for each token of a text, 0 for repetitions beyond what the other text has (but once is always free): (L,).
+
+    The clipped counts of BLEU, used both ways: saying a word again and again is not precise, and saying it once does not
+    recall all its occurrences in the reference.
+
+    >>> repetition_weights([5, 7, 5, 7, 5], reference=[5, 9, 5]).tolist()
+    [1.0, 1.0, 1.0, 0.0, 0.0]
+    """
+    seen, weights = Counter(), []
+    allowed = Counter(reference)
+    for token in tokens:
+        seen[token] += 1
+        weights.append(float(seen[token] <= max(1, allowed[token])))
+    return torch.tensor(weights)
+
+
+def score_rollouts(
+    rollouts: Sequence[Tensor], weights: Sequence[Tensor], reference: Tensor, reference_weights: Tensor,
+    keywords: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Quality q and keyword recall c of each rollout of a prompt, both (R,), in [0, 1].
+
+    rollouts: R token embeddings (L_i, D); reference (T, D); keywords: the tokens (W_k, D) of each. weights (L_i,) and
+    reference_weights (R, T): `repetition_weights` of each rollout against the reference, and the other way about.
+    Similarities are cosines, those below 0 count as 0. q is the F1 of precision, the mean over a rollout's tokens of their
+    largest similarity to a reference token, and recall, the other way about (BERTScore), repetitions counting as 0. c is
+    the mean over keywords of the mean, over their tokens, of the largest similarity to a rollout token. An empty rollout
+    has q = c = 0, as has every one where the reference is empty; without keywords c = 0.
+
+    >>> word = torch.eye(4)                                  # four words that have nothing in common
+    >>> full, half = word[[0, 1, 2]], word[[0, 1, 3]]        # the reference, and one with its last word wrong
+    >>> q, c = score_rollouts([full, half], [torch.ones(3)] * 2, full, torch.ones(2, 3), keywords=[word[[2]]])
+    >>> [round(x, 2) for x in q.tolist()], c.tolist()
+    ([1.0, 0.67], [1.0, 0.0])
+    """
+    lengths = torch.tensor([len(y) for y in rollouts], device=reference.device)
+    y = nn.utils.rnn.pad_sequence(list(rollouts), batch_first=True)  # (R, L, D), pads are 0
+    wide = torch.promote_types(y.dtype, torch.float32)
+    y = F.normalize(y.to(wide), dim=-1)
+    w = nn.utils.rnn.pad_sequence(list(weights), batch_first=True).to(y)
+    if y.shape[1] == 0 or len(reference) == 0:
+        return y.new_zeros(len(y)), y.new_zeros(len(y))
+
+    def similarity(words: Tensor) -> Tensor:
+        return (y @ F.normalize(words.to(wide), dim=-1).T).clamp(min=0)  # (R, L, words)
+
+    s = similarity(reference)
+    precision = (s.amax(2) * w).sum(1) / lengths.clamp(min=1)
+    recall = (s.amax(1) * reference_weights.to(s)).mean(1)
+    quality = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
+    coverage = [similarity(k).amax(1).mean(1) for k in keywords if len(k)]
+    return quality, torch.stack(coverage).mean(0) if coverage else torch.zeros_like(quality)
+
+
+def relative_wins(q: Tensor, c: Tensor, q_twin: Tensor, c_twin: Tensor, margin: float = 0.1) -> Tensor:
+    """w_i, the share of the twin's rollouts that each rollout beats: equation (2), (G,).
+
+    q, c: (G,), of the full video's rollouts; q_twin, c_twin: (G',), of the twin's. One beats another when it covers the
+    keywords better by more than the margin, without being a worse description by more than the margin: naming every
+    event, or nothing but the event, covers the keywords and is still a bad description. G' = 0 gives 0.
+
+    >>> relative_wins(torch.tensor([0.9, 0.9, 0.5]), torch.tensor([1.0, 0.2, 1.0]),
+    ...               torch.tensor([0.8, 0.8]), torch.tensor([0.2, 1.0])).tolist()
+    [0.5, 0.0, 0.0]
+    """
+    better = c[:, None] > c_twin[None, :] + margin
+    no_worse = q[:, None] > q_twin[None, :] - margin
+    return (better & no_worse).float().sum(1) / max(len(c_twin), 1)
+
+
+def rewards_and_advantages(
+    kind: str, q: Tensor, c: Tensor, q_twin: Tensor, c_twin: Tensor, alpha: float = 1.0, margin: float = 0.1,
+    divide: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Reward r and advantage A of each rollout of the full video: equations (3) and (4), both (G,).
+
+    similarity: r = q. recall: r = q + alpha c. relative: r = q + alpha w. pooled: r = q + alpha c, its mean taken over
+    full and twin rollouts together. divide: also divide by the standard deviation of the rewards in that mean.
+
+    >>> q, c = torch.tensor([0.9, 0.8]), torch.tensor([0.1, 1.0])
+    >>> r, a = rewards_and_advantages("relative", q, c, torch.tensor([0.9]), torch.tensor([0.1]))
+    >>> [round(x, 2) for x in r.tolist() + a.tolist()]
+    [0.9, 1.8, -0.45, 0.45]
+    """
+    if kind not in REWARDS:
+        raise ValueError(f"reward: got {kind!r}; choose one of {', '.join(REWARDS)}")
+    r = q
+    if kind == "relative":
+        r = q + alpha * relative_wins(q, c, q_twin, c_twin, margin)
+    elif kind in ("recall", "pooled"):
+        r = q + alpha * c
+    group = torch.cat([r, q_twin + alpha * c_twin]) if kind == "pooled" else r
+    advantage = r - group.mean()
+    if divide:
+        advantage = advantage / (group.std(correction=0) + 1e-4)
+    return r, advantage
+
+
+@dataclass
+class Texts:
+    """What one prompt's rollouts are scored by: the arguments of `score_rollouts`, the full video's rollouts first.
+
+    num_full: G; num_twin: G', how many of those behind them count as the twin's (0: nothing to be compared with).
+    """
+
+    rollouts: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    reference: Tensor
+    reference_weights: Tensor
+    keywords: Sequence[Tensor]
+    num_full: int
+    num_twin: int = 0
+
+
+@dataclass
+class Rewards:
+    """Scores of one prompt's rollouts. quality q, keyword_recall c (R,), the full video's first; of the full video's
+    (G,): beaten_twins w, reward r, advantage A."""
+
+    quality: Tensor
+    keyword_recall: Tensor
+    beaten_twins: Tensor
+    reward: Tensor
+    advantage: Tensor
+
+
+@torch.no_grad()
+def paired_rewards(
+    batch: Sequence[Texts], kind: str = "relative", alpha: float = 1.0, margin: float = 0.1, divide: bool = False,
+    use_kernel: bool | None = None,
+) -> list[Rewards]:  # fmt: skip
+    """The rewards of each prompt: equations (2) to (4), see `score_rollouts` and `rewards_and_advantages`.
+
+    use_kernel: None takes the kernel on a GPU; see `takes_kernel`.
+    """
+    if kind not in REWARDS:
+        raise ValueError(f"reward: got {kind!r}; choose one of {', '.join(REWARDS)}")
+    if batch and takes_kernel(use_kernel, *(prompt.reference for prompt in batch)):
+        return [Rewards(*scores) for scores in fused_rewards(batch, kind, alpha, margin, divide)]
+    rewards = []
+    for prompt in batch:
+        q, c = score_rollouts(
+            prompt.rollouts, prompt.weights, prompt.reference, prompt.reference_weights, prompt.keywords
+        )  # fmt: skip
+        full, twin = slice(0, prompt.num_full), slice(prompt.num_full, prompt.num_full + prompt.num_twin)
+        w = relative_wins(q[full], c[full], q[twin], c[twin], margin)
+        r, advantage = rewards_and_advantages(kind, q[full], c[full], q[twin], c[twin], alpha, margin, divide)
+        rewards.append(Rewards(q, c, w, r, advantage))
+    return rewards
+
+
+# --- The policy loss (method, section 3) --------------------------------------------------------------------------------
 
 
 def token_weights(lengths: Tensor, level: str = "token", num_tokens: float | None = None) -> Tensor:
@@ -169,693 +398,3 @@ def choose(logp: Tensor, uniform: Tensor | None) -> Tensor:
     cumulated = logp.exp().cumsum(-1)
     place = torch.searchsorted(cumulated, (uniform * cumulated[..., -1])[..., None], right=True).squeeze(-1)
     return place.clamp(max=logp.shape[-1] - 1)
-
-
-# --- Records ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Example:
-    """One clip, ready for a model: everything that can be known before the model runs, on the CPU.
-
-    input_ids, token_types (T,): prompt, then the caption's tokens; token_types 2 marks visual tokens. prompt_length: how
-    many belong to the prompt. pixels (patches, C*2*p*p), grid (3,): as the processor made them. seconds_per_slot: for
-    M-RoPE. source (S,) long: `twin_sources`, or None. keyword_ids: tokens of each keyword; keyword_slots (S,) bool each.
-    """
-
-    name: str
-    input_ids: Tensor
-    token_types: Tensor
-    prompt_length: int
-    pixels: Tensor
-    grid: Tensor
-    seconds_per_slot: float
-    source: Tensor | None
-    keywords: list[str]
-    keyword_ids: list[Tensor]
-    keyword_slots: list[Tensor]
-
-
-@dataclass
-class Batch:
-    """Padded clips with every index worked out beforehand, so that the training loop never waits for the device.
-
-    input_ids, attention_mask, token_types (B, T); position_ids (3, B, T) or None; pixels, grid (B, 3),
-    seconds_per_slot (B,) as in `Example`. label_rows (L,): rows of the flattened (B*T) sequence that predict label_ids.
-    twin_index (V,): the visual token that the twin shows in the place of each. prefix_length: tokens up to the last
-    visual one. key_rows (N,): key-slot tokens as rows of the flattened (B*prefix_length) prefix. keyword_ids (K, W)
-    padded with keyword_mask (K, W). key_tokens: who asks for whom.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    token_types: Tensor
-    position_ids: Tensor | None
-    pixels: Tensor
-    grid: Tensor
-    seconds_per_slot: Tensor
-    label_rows: Tensor
-    label_ids: Tensor
-    twin_index: Tensor
-    prefix_length: int
-    key_rows: Tensor
-    keyword_ids: Tensor
-    keyword_mask: Tensor
-    key_tokens: KeyTokens
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device, copied without waiting."""
-        return move(self, device)
-
-
-def move(record, device: torch.device | str):
-    """A copy of a record with all its tensors on another device, copied without waiting."""
-    values = {f.name: getattr(record, f.name) for f in fields(record)}
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            values[name] = value.to(device, non_blocking=True)
-        elif is_dataclass(value):
-            values[name] = move(value, device)
-    return replace(record, **values)
-
-
-def index_keywords(
-    examples: Sequence[Example], visual_places: Sequence[Tensor], prefix_length: int
-) -> tuple[Tensor, Tensor, KeyTokens]:
-    """Key-slot tokens and keywords of a batch, those of clips without a twin left out.
-
-    visual_places: for each clip (S, tokens of a slot) places in its sequence. Returns key_rows (N,), keyword_ids (K, W)
-    padded with -1, and who asks for whom; see `Batch`.
-    """
-    keywords = [
-        (b, text, ids, slots)
-        for b, e in enumerate(examples)
-        for text, ids, slots in zip(e.keywords, e.keyword_ids, e.keyword_slots)
-        if e.source is not None and slots.any()
-    ]
-    key_rows, clip, slot = [], [], []
-    for b, places in enumerate(visual_places):
-        of_clip = [slots for c, _, _, slots in keywords if c == b]
-        key = torch.stack(of_clip).any(0).nonzero().squeeze(1) if of_clip else torch.empty(0, dtype=torch.long)
-        key_rows.append((b * prefix_length + places[key]).flatten())
-        clip.append(torch.full_like(key_rows[-1], b))
-        slot.append(key.repeat_interleave(places.shape[1]))
-    keyword_slots = torch.zeros(len(keywords), max(len(p) for p in visual_places), dtype=torch.bool)
-    for j, (_, _, _, slots) in enumerate(keywords):
-        keyword_slots[j, : len(slots)] = slots
-    number = {text: i for i, text in enumerate(dict.fromkeys(text for _, text, _, _ in keywords))}
-    ids = [ids for _, _, ids, _ in keywords]
-    asks = dict(
-        clip=torch.cat(clip),
-        slot=torch.cat(slot),
-        keyword_clip=torch.tensor([b for b, _, _, _ in keywords], dtype=torch.long),
-        keyword_id=torch.tensor([number[text] for _, text, _, _ in keywords], dtype=torch.long),
-        keyword_slots=keyword_slots,
-    )
-    return (
-        torch.cat(key_rows),
-        nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1) if ids else torch.full((0, 1), -1),
-        KeyTokens(**asks, shown=ids_shown(**asks)),
-    )
-
-
-@dataclass
-class Packed:
-    """One sequence a clip, in which branches share what stands before them: nothing is run twice.
-
-    A branch is a run of tokens that sees itself and its ancestors, and no other branch; its positions go on from where
-    its parent's end. Two kinds are made: a prefix that forks into the full video and its twin at the first replaced slot,
-    and may fork again into questions, and a prefix with the rollouts that grew out of it.
-
-    input_ids, token_types, branch (B, T); position_ids (3, B, T); ancestors (n, n) bool: whether branch i sees branch j.
-    visual_index (V,): which of the encoded visual tokens stands at each visual place. rows (M,): rows of the flattened
-    (B*T) sequence whose states are wanted. Of rollouts: targets (M,), the token that each row predicts, and rollout (M,),
-    whose it is, counted through the batch.
-    """
-
-    input_ids: Tensor
-    token_types: Tensor
-    branch: Tensor
-    position_ids: Tensor
-    ancestors: Tensor
-    visual_index: Tensor
-    rows: Tensor
-    targets: Tensor | None = None
-    rollout: Tensor | None = None
-
-    def to(self, device: torch.device | str) -> "Packed":
-        """The same sequences on another device."""
-        return move(self, device)
-
-    def mask(self) -> Tensor:
-        """(B, 1, T, T) bool: who sees whom."""
-        T = self.branch.shape[1]
-        sees = self.ancestors[self.branch[:, :, None], self.branch[:, None, :]]
-        return (sees & torch.ones(T, T, dtype=torch.bool, device=sees.device).tril())[:, None]
-
-    def block_mask(self) -> BlockMask:
-        """The same for flex_attention, which leaves out the blocks that nobody sees."""
-        B, T = self.branch.shape
-        branch, ancestors = self.branch, self.ancestors
-        return create_block_mask(
-            lambda b, h, q, k: ancestors[branch[b, q], branch[b, k]] & (q >= k), B, None, T, T, device=branch.device
-        )
-
-
-@dataclass
-class Rollouts:
-    """Sampled descriptions of B clips, R each, those of the full video first, then those of the twin.
-
-    tokens (B, R, L), padded behind the end-of-text token; logp (B, R, L), of each when it was sampled; lengths (B, R),
-    tokens of each with its end; finished (B, R) bool, whether it ended by itself. seconds: where the time went.
-    """
-
-    tokens: Tensor
-    logp: Tensor
-    lengths: Tensor
-    finished: Tensor
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def to(self, device: torch.device | str) -> "Rollouts":
-        """The same rollouts on another device."""
-        return move(self, device)
-
-
-@dataclass
-class SFTOutput:
-    """Losses of one micro-batch, summed over its caption tokens and its keywords; nothing has been read from the device."""
-
-    lm_loss: Tensor
-    contrastive_loss: Tensor
-    metrics: dict[str, Tensor]
-
-
-# --- Attention of the vision encoder -----------------------------------------------------------------------------------
-
-
-def attend_in_chunks(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float,
-    dropout: float = 0.0, cu_seq_lens_q: Tensor | None = None, **_,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention inside each chunk of a packed sequence (a slot, or a window of one), chunks of a length in one call.
-
-    query, key, value: (1, heads, P, head_dim), cut at cu_seq_lens_q (chunks + 1,). Returns (1, P, heads, head_dim). Without
-    flash-attn, transformers calls sdpa once for every chunk: a clip of 16 slots makes hundreds of small calls.
-    """
-    lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
-    starts, out = cu_seq_lens_q[:-1].tolist(), torch.empty_like(query.transpose(1, 2))
-    for length in sorted(set(lengths)):
-        rows = torch.tensor([s for s, n in zip(starts, lengths) if n == length], device=query.device)
-        rows = (rows[:, None] + torch.arange(length, device=query.device)).flatten()
-        q, k, v = (rearrange(x[0][:, rows], "h (n l) d -> n h l d", l=length) for x in (query, key, value))
-        attended = F.scaled_dot_product_attention(q, k, v, scale=scaling, dropout_p=dropout)
-        out = out.index_copy(1, rows, rearrange(attended, "n h l d -> 1 (n l) h d"))
-    return out, None
-
-
-# transformers hands cu_seqlens to implementations with "flash" in their name, and to no others.
-ALL_ATTENTION_FUNCTIONS.register("chunked_not_flash", attend_in_chunks)
-
-
-# --- The model ----------------------------------------------------------------------------------------------------------
-
-
-class VideoLM(nn.Module):
-    """A Hugging Face video-language model, seen as the method needs it: vision once, full and twin from it.
-
-    hf: Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration, or one wrapped by peft. contrastive_layer: l,
-    after how many of the language model's layers the states are taken (default: half of them). Everything that leans on
-    the inside of transformers stands in this class, and a test holds its logits to those of the plain model.
-    """
-
-    def __init__(self, hf: nn.Module, contrastive_layer: int | None = None, temperature: float = 0.1):
-        super().__init__()
-        self.hf = hf
-        base = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
-        self.config = base.config
-        vision_config = base.model.visual.config
-        if "flash" not in (vision_config._attn_implementation or ""):
-            vision_config._attn_implementation = "chunked_not_flash"
-        num_layers = self.config.text_config.num_hidden_layers
-        # Qwen3-VL adds visual features to the states after its first layers: the states are taken behind that.
-        deepstack = len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
-        self.contrastive_layer = num_layers // 2 if contrastive_layer is None else contrastive_layer
-        if not deepstack < self.contrastive_layer < num_layers:
-            raise ValueError(
-                f"contrastive_layer: got {self.contrastive_layer}; this model has {num_layers} layers and states can be "
-                f"taken after {deepstack + 1} to {num_layers - 1} of them"
-            )
-        self.heads = ContrastiveHeads(self.config.text_config.hidden_size, temperature=temperature)
-
-        # Linear attention carries a state along the sequence: branches cannot share a prefix by a mask there.
-        layer_types = getattr(self.config.text_config, "layer_types", None) or ["full_attention"]
-        self.shares_prefix = set(layer_types) == {"full_attention"}
-        self.flex = torch.cuda.is_available()  # attention among branches: flex_attention, or sdpa with a mask
-
-    # The modules below belong to self.hf; properties keep them from being registered, and saved, twice.
-    @property
-    def base(self) -> nn.Module:
-        """The conditional-generation model, without any adapter wrapper."""
-        return self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
-
-    def first_layers(self) -> nn.Module:
-        """The multimodal model cut off after l layers, before the final norm: a shallow copy that shares all weights."""
-        model = copy.copy(self.base.model)
-        language = copy.copy(model.language_model)
-        cut = {"layers": language.layers[: self.contrastive_layer], "norm": nn.Identity()}
-        language._modules = language._modules | cut
-        model._modules = model._modules | {"language_model": language}
-        return model
-
-    def collate(self, examples: Sequence[Example], for_generation: bool = False) -> Batch:
-        """Pad examples into a batch: to the right with captions for training, to the left without them for generation."""
-        length = [e.prompt_length if for_generation else len(e.input_ids) for e in examples]
-        width, pad_id = max(length), self.base.generation_config.pad_token_id or 0
-        input_ids = torch.full((len(examples), width), pad_id)
-        attention_mask, token_types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-        label_rows, label_ids, twin_index, visual_places, offset = [], [], [], [], 0
-        for b, (e, n) in enumerate(zip(examples, length)):
-            at = slice(width - n, width) if for_generation else slice(0, n)
-            input_ids[b, at], token_types[b, at], attention_mask[b, at] = e.input_ids[:n], e.token_types[:n], 1
-            predicts = torch.arange(e.prompt_length - 1, n - 1)  # the token before each caption token predicts it
-            label_rows.append(b * width + predicts)
-            label_ids.append(e.input_ids[predicts + 1])
-            visual = torch.nonzero(e.token_types[:n] == 2).squeeze(1)
-            num_slots = int(e.grid[0])
-            per_slot = len(visual) // num_slots
-            source = torch.arange(num_slots) if e.source is None else e.source
-            twin_index.append(offset + (source[:, None] * per_slot + torch.arange(per_slot)).flatten())
-            offset += len(visual)
-            visual_places.append(visual.view(num_slots, per_slot))
-        prefix_length = max(int(places.max()) + 1 for places in visual_places)
-        key_rows, keyword_ids, key_tokens = index_keywords(examples, visual_places, prefix_length)
-        grid = torch.stack([e.grid for e in examples])
-        seconds = torch.tensor([e.seconds_per_slot for e in examples])
-        position_ids = None
-        if not for_generation:  # generate() works them out for itself
-            position_ids, _ = self.base.model.get_rope_index(
-                input_ids, token_types, video_grid_thw=grid, second_per_grid_ts=seconds, attention_mask=attention_mask
-            )
-        return Batch(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_types=token_types,
-            position_ids=position_ids,
-            pixels=torch.cat([e.pixels for e in examples]),
-            grid=grid,
-            seconds_per_slot=seconds,
-            label_rows=torch.cat(label_rows),
-            label_ids=torch.cat(label_ids),
-            twin_index=torch.cat(twin_index),
-            prefix_length=prefix_length,
-            key_rows=key_rows,
-            keyword_ids=keyword_ids.clamp(min=0),
-            keyword_mask=(keyword_ids >= 0).float(),
-            key_tokens=key_tokens,
-        )
-
-    def encode_video(self, batch: Batch):
-        """Run the vision encoder once over the batch's full videos. Returns the encoder's own output record."""
-        return self.base.model.get_video_features(batch.pixels, batch.grid)
-
-    def encode_examples(self, examples: Sequence[Example]):
-        """The same for examples that are not in a batch."""
-        device = self.base.lm_head.weight.device
-        pixels, grid = torch.cat([e.pixels for e in examples]), torch.stack([e.grid for e in examples])
-        return self.base.model.get_video_features(pixels.to(device), grid.to(device))
-
-    def take_clips(self, video, clips: Sequence[int]):
-        """The encoded videos of some clips of a batch."""
-        taken = copy.copy(video)
-        taken.pooler_output = [video.pooler_output[b] for b in clips]
-        if getattr(video, "deepstack_features", None) is not None:
-            taken.deepstack_features = [[layer[b] for b in clips] for layer in video.deepstack_features]
-        return taken
-
-    def gather_video(self, video, index: Tensor):
-        """Visual features picked from encoded videos, token by token; Qwen3-VL's deepstack features in the same way.
-
-        A twin's are a gather of the full video's: exact, since a slot is encoded by itself.
-        """
-
-        def gather(per_clip: Sequence[Tensor]) -> list[Tensor]:
-            return [torch.cat(list(per_clip)).index_select(0, index)]
-
-        picked = copy.copy(video)
-        picked.pooler_output = gather(video.pooler_output)
-        if getattr(video, "deepstack_features", None) is not None:
-            picked.deepstack_features = [gather(layer) for layer in video.deepstack_features]
-        return picked
-
-    def inputs(self, batch: Batch, video) -> dict:
-        """Keyword arguments of the Hugging Face model for a batch and its encoded video."""
-        arguments = {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "mm_token_type_ids": batch.token_types,
-            "video_grid_thw": batch.grid,
-            "mm_encoder_outputs": {"video": video},
-        }
-        if self.config.model_type == "qwen2_5_vl":
-            arguments["second_per_grid_ts"] = batch.seconds_per_slot
-        return arguments
-
-    def forward(self, batch: Batch, contrastive: bool = True, twin_negatives: bool = True) -> SFTOutput:
-        """Caption loss on the full video and, if asked, the contrastive loss of full against twin (method, section 2).
-
-        The full pass is the ordinary one, its layer-l states caught on the way; the twin runs the visual prefix through
-        the first l layers only. Without `contrastive` nothing of that is computed.
-        """
-        video = self.encode_video(batch)
-        keep = [self.contrastive_layer - 1, self.contrastive_layer] if contrastive else False
-        full = self.base.model(
-            **self.inputs(batch, video), position_ids=batch.position_ids, output_hidden_states=keep, use_cache=False
-        )
-        states = full.last_hidden_state.flatten(0, 1).index_select(0, batch.label_rows)  # (L, D): no full logits
-        if self.plain_head:
-            lm_loss = cross_entropy_from_states(states, self.base.lm_head.weight, batch.label_ids)
-        else:
-            lm_loss = F.cross_entropy(self.base.lm_head(states).float(), batch.label_ids, reduction="sum")
-        if not contrastive or not len(batch.keyword_ids):
-            return SFTOutput(lm_loss, lm_loss.new_zeros(()), {})
-
-        prefix = slice(0, batch.prefix_length)
-        # transformers counts the embeddings among the states from 5.23 on
-        layer = self.contrastive_layer - (len(full.hidden_states) == len(self.base.model.language_model.layers))
-        h = full.hidden_states[layer][:, prefix].flatten(0, 1).index_select(0, batch.key_rows)  # (N, D)
-        h_twin = None
-        if twin_negatives:
-            cut = self.inputs(batch, self.gather_video(video, batch.twin_index))
-            cut |= {name: cut[name][:, prefix] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
-            position_ids = batch.position_ids[..., prefix]
-            twin = self.first_layers()(**cut, position_ids=position_ids, use_cache=False).last_hidden_state
-            h_twin = twin.flatten(0, 1).index_select(0, batch.key_rows)
-        # t_j: mean input embedding of the keyword's tokens, detached: it has never looked at the video.
-        embedded = self.base.get_input_embeddings()(batch.keyword_ids).detach()  # (K, W, D)
-        mask = batch.keyword_mask[..., None]
-        t = (embedded * mask).sum(1) / mask.sum(1)
-        return SFTOutput(lm_loss, *self.heads(h, h_twin, t, batch.key_tokens))
-
-    @property
-    def plain_head(self) -> bool:
-        """Whether the output head is its weight and nothing else: no bias, adapter, quantisation or sharding."""
-        head = self.base.lm_head
-        return type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter
-
-    # --- rollouts and their log-probabilities (method, section 3)
-
-    @property
-    def banned(self) -> Tensor:
-        """Ids that no rollout may hold: those of the vision encoder, and padding where it does not end a text."""
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        ids = {getattr(self.config, name) for name in names} | {self.base.generation_config.pad_token_id}
-        ids = sorted(i for i in ids - set(self.end_ids.tolist()) if i is not None)
-        return torch.tensor(ids, device=self.end_ids.device)
-
-    @property
-    def end_ids(self) -> Tensor:
-        """Ids that end a text."""
-        ids = self.base.generation_config.eos_token_id
-        return torch.tensor([ids] if isinstance(ids, int) else ids, device=self.base.lm_head.weight.device)
-
-    def pack_prefixes(self, examples: Sequence[Example], questions: Sequence[Sequence[Tensor]] | None = None) -> Packed:
-        """Prompts that fork at the first replaced slot: branch 0 is shared, 1 goes on as the full video, 2 as the twin.
-
-        questions: for each clip the tokens, at least one, of each text that may follow its prompt; each becomes a branch
-        of the full video, and one of the twin. rows (2B,): the last token of the full video's and of the twin's prompt,
-        clip by clip; with questions (2QB,): that of each question about the full video, then about the twin, Q the most
-        that any clip has (the last question stands in for what a clip lacks). Where a clip has no twin, the full video's
-        rows stand in for the twin's.
-        """
-        clips, rows, offset = [], [], 0
-        most = max(map(len, questions)) if questions else 0
-        for b, e in enumerate(examples):
-            n, visual = e.prompt_length, torch.nonzero(e.token_types == 2).squeeze(1)
-            source, per_slot = e.source, len(visual) // int(e.grid[0])
-            index = offset + torch.arange(len(visual))
-            fork, tail = n, index[:0]
-            if source is not None:
-                first = int((source != torch.arange(len(source))).nonzero()[0]) * per_slot
-                fork = int(visual[first])
-                tail = offset + (source[:, None] * per_slot + torch.arange(per_slot)).flatten()[first:]
-            offset += len(visual)
-            at = torch.cat([torch.arange(n), torch.arange(fork, n)])  # places in the prompt
-            branch = torch.cat([torch.zeros(fork), torch.full((n - fork,), 1), torch.full((n - fork,), 2)]).long()
-            prompt = self.prompt_positions(e)
-            ids, types, positions, ends = [e.input_ids[at]], [e.token_types[at]], [prompt[:, at]], [n - 1, len(at) - 1]
-            if questions:
-                asked = [*questions[b], *(questions[b] if source is not None else ())]
-                lengths = torch.tensor([len(q) for q in asked])
-                number = torch.arange(len(questions[b])) + 3  # branches 3, 4, ... ask the full video, 3 + Q, ... the twin
-                number = torch.cat([number, number + most])[: len(asked)]
-                branch = torch.cat([branch, number.repeat_interleave(lengths)])
-                ids, types = ids + asked, [*types, torch.zeros(int(lengths.sum()), dtype=e.token_types.dtype)]
-                # the prompt ends in text, whose position is the largest
-                positions += [(prompt[:, -1:] + 1 + torch.arange(len(q))) for q in asked]
-                last = (len(at) + lengths.cumsum(0) - 1).split(len(questions[b]))
-                ends = torch.stack([last[0], last[-1]])  # (2, questions of the clip)
-                ends = ends[:, torch.arange(most).clamp(max=ends.shape[1] - 1)].flatten().tolist()
-            clips.append((torch.cat(ids), torch.cat(types), torch.cat(positions, 1), branch, [index, tail]))
-            rows.append(torch.tensor(ends))
-        ancestors = torch.eye(3 + 2 * most, dtype=torch.bool)
-        ancestors[:, 0] = ancestors[3 : 3 + most, 1] = ancestors[3 + most :, 2] = True
-        return self._pack(clips, ancestors, rows)
-
-    def pack_rollouts(self, examples: Sequence[Example], rollouts: Sequence[Sequence[Tensor]]) -> Packed:
-        """[prefix][y_1]...[y_G] of each clip: branch 0 is the prompt, g its g-th rollout, which sees the prompt and itself.
-
-        rollouts: for each clip its rollouts, tokens (L_g,) each. Where the model cannot share a prefix, each rollout gets
-        a sequence of its own.
-        """
-        clips, rows, targets, rollout, offset, number = [], [], [], [], 0, 0
-        for e, ys in zip(examples, rollouts):
-            n, num_visual = e.prompt_length, int((e.token_types == 2).sum())
-            prompt = self.prompt_positions(e)
-            follow = prompt[0, -1] + 1  # the prompt ends in text, whose position is the largest
-            for group in [ys] if self.shares_prefix else [[y] for y in ys]:
-                lengths = torch.tensor([len(y) for y in group])
-                positions = torch.cat([follow + torch.arange(k) for k in lengths]).expand(3, -1)
-                whose = torch.arange(len(group)).repeat_interleave(lengths)
-                branch = torch.cat([torch.zeros(n, dtype=torch.long), whose + 1])
-                types = torch.cat([e.token_types[:n], torch.zeros(len(whose), dtype=e.token_types.dtype)])
-                index = [offset + torch.arange(num_visual)]
-                ids = torch.cat([e.input_ids[:n], *group])
-                clips.append((ids, types, torch.cat([prompt, positions], 1), branch, index))
-                before = torch.arange(n - 1, n - 1 + len(whose))  # the token before each token predicts it,
-                before[lengths.cumsum(0) - lengths] = n - 1  # and the prompt's last one the first of every rollout
-                rows.append(before)
-                targets.append(torch.cat(list(group)))
-                rollout.append(number + whose)
-                number += len(group)
-            offset += num_visual
-        n = 1 + max(int(branch.max()) for _, _, _, branch, _ in clips)
-        ancestors = torch.eye(n, dtype=torch.bool)
-        ancestors[:, 0] = True
-        packed = self._pack(clips, ancestors, rows)
-        return replace(packed, targets=torch.cat(targets), rollout=torch.cat(rollout))
-
-    def prompt_positions(self, e: Example) -> Tensor:
-        """M-RoPE positions of an example's prompt: (3, prompt_length)."""
-        n = e.prompt_length
-        positions, _ = self.base.model.get_rope_index(
-            e.input_ids[None, :n], e.token_types[None, :n], video_grid_thw=e.grid[None],
-            second_per_grid_ts=torch.tensor([e.seconds_per_slot]), attention_mask=torch.ones(1, n, dtype=torch.long),
-        )  # fmt: skip
-        return positions[:, 0]
-
-    def _pack(self, clips: list, ancestors: Tensor, rows: list[Tensor]) -> Packed:
-        """Pad (ids, types, positions, branch, visual index) of each sequence to the right; padding sees itself only."""
-        n, pad_id = len(ancestors), self.base.generation_config.pad_token_id or 0
-        pad = nn.utils.rnn.pad_sequence
-        ids, types, positions, branch, index = zip(*clips)
-        width = max(map(len, ids))
-        see = torch.zeros(n + 1, n + 1, dtype=torch.bool)
-        see[:n, :n], see[n, n] = ancestors, True
-        return Packed(
-            input_ids=pad(ids, batch_first=True, padding_value=pad_id),
-            token_types=pad(types, batch_first=True),
-            branch=pad(branch, batch_first=True, padding_value=n),
-            position_ids=pad([p.T for p in positions], batch_first=True).permute(2, 0, 1),
-            ancestors=see,
-            visual_index=torch.cat([part for parts in index for part in parts]),
-            rows=torch.cat([b * width + places for b, places in enumerate(rows)]),
-        )
-
-    def run_packed(self, packed: Packed, video, cache: Cache | None = None) -> Tensor:
-        """States (M, D) of the wanted rows, from one pass in which nothing shared is run twice; fills `cache`."""
-        if not self.shares_prefix:
-            mask = (packed.branch < len(packed.ancestors) - 1).long()  # (B, T): all but padding
-        else:
-            mask = packed.block_mask() if self.flex else packed.mask()
-        name = "flex_attention" if self.flex else "sdpa"
-        with self.text_attention(name) if self.shares_prefix else nullcontext():
-            out = self.base.model(
-                input_ids=packed.input_ids,
-                mm_token_type_ids=packed.token_types,
-                attention_mask=mask,
-                position_ids=packed.position_ids,
-                mm_encoder_outputs={"video": self.gather_video(video, packed.visual_index)},
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
-        return out.last_hidden_state.flatten(0, 1).index_select(0, packed.rows)
-
-    @contextmanager
-    def text_attention(self, name: str) -> Iterator[None]:
-        """Run the language model with another of transformers' attention implementations."""
-        config = self.base.model.language_model.config
-        before, config._attn_implementation = config._attn_implementation, name
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
-
-    def log_probs(self, packed: Packed, video, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probability (M,) of every token of packed rollouts, and the entropy (M,) where it was chosen."""
-        states, head = self.run_packed(packed, video), self.base.lm_head
-        if self.plain_head:
-            return log_probs_from_states(states, head.weight, packed.targets, self.banned, temperature)
-        return selected_log_probs(head(states), packed.targets, self.banned, temperature)
-
-    @torch.no_grad()
-    def sample(
-        self, prefixes: Packed, video, kind: Tensor, max_new_tokens: int,
-        uniform: Tensor | None = None, temperature: float = 1.0,
-    ) -> Rollouts:  # fmt: skip
-        """Go on from the wanted rows of forked prefixes, R rollouts a clip, all from one prefill.
-
-        kind: (R,) which of its clip's wanted rows each rollout grows from: of full video and twin, or of its questions.
-        uniform: (B, R, max_new_tokens) numbers in [0, 1) that decide the tokens; None: greedy. A step feeds one token of
-        every rollout as one sequence a clip, behind the prefix and all earlier tokens in the cache; the mask lets each
-        see its own. So the cache is neither copied nor repeated.
-        """
-        num, (B, T) = len(kind), prefixes.input_ids.shape
-        device, banned, end_ids = prefixes.input_ids.device, self.banned, self.end_ids
-        began = wait_and_time(device)
-        kind = kind.to(device)
-        cache = DynamicCache(config=self.config.text_config)
-        h = self.run_packed(prefixes, video, cache).unflatten(0, (B, -1))[:, kind]  # (B, R, D)
-        rows = prefixes.rows.view(B, -1)[:, kind]
-        position = prefixes.position_ids.flatten(1)[:, rows] + 1  # (3, B, R)
-        branch = prefixes.branch.flatten()[rows]  # (B, R): twin rollouts of a clip without a twin grow from the full one
-        sees_prefix = prefixes.ancestors[branch[:, :, None], prefixes.branch[:, None, :]]  # (B, R, T)
-        sees_own = torch.eye(num, dtype=torch.bool, device=device).repeat(B, 1, max_new_tokens)  # (B, R, R * steps)
-        mask = torch.cat([sees_prefix, sees_own], 2)[:, None]
-        prefilled = wait_and_time(device)
-        tokens = torch.full((B, num, max_new_tokens), self.base.generation_config.pad_token_id or 0, device=device)
-        logps = torch.zeros(B, num, max_new_tokens, device=device)
-        lengths = torch.zeros(B, num, dtype=torch.long, device=device)
-        done = torch.zeros(B, num, dtype=torch.bool, device=device)
-        for t in range(max_new_tokens):
-            logp = sampling_log_probs(self.base.lm_head(h), banned, temperature)  # (B, R, vocabulary)
-            token = choose(logp, None if uniform is None else uniform[:, :, t])
-            tokens[:, :, t] = torch.where(done, tokens[:, :, t], token)
-            logps[:, :, t] = torch.where(done, 0.0, logp.gather(-1, token[..., None]).squeeze(-1))
-            lengths += ~done
-            done = done | torch.isin(token, end_ids)
-            # Asking whether all are done waits for the device: on a GPU only now and then.
-            if t + 1 == max_new_tokens or ((device.type == "cpu" or t % 8 == 7) and done.all()):
-                break
-            with self.text_attention("sdpa"):  # flash-attn knows no mask that tells branches apart
-                h = self.base.model.language_model(
-                    inputs_embeds=self.base.get_input_embeddings()(tokens[:, :, t]),
-                    position_ids=position + t,
-                    attention_mask=mask[..., : T + num * (t + 1)],
-                    past_key_values=cache,
-                    use_cache=True,
-                ).last_hidden_state
-        seconds = {"prefill": prefilled - began, "decode": wait_and_time(device) - prefilled}
-        return Rollouts(tokens[:, :, : t + 1], logps[:, :, : t + 1], lengths, done, seconds)
-
-    @torch.no_grad()
-    def sample_plain(
-        self, batch: Batch, video, num_full: int, num_twin: int, max_new_tokens: int,
-        uniform: Tensor | None = None, temperature: float = 1.0,
-    ) -> Rollouts:  # fmt: skip
-        """What `sample` does, by transformers' own generate() on prompts repeated for every rollout.
-
-        The road of models whose prefix cannot be shared, and the reference that `sample` is tested against. batch:
-        collated for_generation.
-        """
-        began = wait_and_time(batch.input_ids.device)
-        pad_id, parts = self.base.generation_config.pad_token_id or 0, []
-        sizes = [len(x) for x in video.pooler_output]
-        for num, index, at in ((num_full, torch.arange(sum(sizes)), 0), (num_twin, batch.twin_index.cpu(), num_full)):
-            if not num:
-                continue
-            index = torch.cat([part.repeat(num) for part in index.split(sizes)]).to(batch.twin_index.device)
-            inputs = self.inputs(batch, self.gather_video(video, index))
-            inputs |= {k: v.repeat_interleave(num, 0) for k, v in inputs.items() if isinstance(v, Tensor)}
-            numbers = None if uniform is None else uniform[:, at : at + num].flatten(0, 1)
-            chooser = Chooser(numbers, self.banned, temperature)
-            new = self.hf.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=[chooser])
-            new = new[:, batch.input_ids.shape[1] :].unflatten(0, (-1, num))
-            parts.append((new, torch.stack(chooser.logp, 1).unflatten(0, (-1, num))))
-        width = max(new.shape[2] for new, _ in parts)
-        tokens = torch.cat([F.pad(new, (0, width - new.shape[2]), value=pad_id) for new, _ in parts], 1)
-        logp = torch.cat([F.pad(x, (0, width - x.shape[2])) for _, x in parts], 1)
-        ends = torch.isin(tokens, self.end_ids)
-        ended_before = ends.cumsum(2) - ends.long() > 0
-        lengths, finished = (~ended_before).sum(2), ends.any(2)
-        tokens, logp = tokens.masked_fill(ended_before, pad_id), logp.masked_fill(ended_before, 0.0)
-        return Rollouts(tokens, logp, lengths, finished, {"decode": wait_and_time(tokens.device) - began})
-
-    def describe(self, examples: Sequence[Example], twin: bool = True, max_new_tokens: int = 64) -> Rollouts:
-        """Greedy descriptions of full videos and, if asked, of their twins: rollouts 0 and 1 of each clip."""
-        return self.roll_out(examples, 1, int(twin), max_new_tokens)[0]
-
-    @torch.no_grad()
-    def roll_out(
-        self, examples: Sequence[Example], num_full: int, num_twin: int, max_new_tokens: int,
-        uniform: Tensor | None = None, temperature: float = 1.0,
-    ) -> tuple[Rollouts, object]:  # fmt: skip
-        """Encode the videos once, and `sample`. Returns the rollouts, and the encoded videos for the update."""
-        device = self.base.lm_head.weight.device
-        began = wait_and_time(device)
-        video = self.encode_examples(examples)
-        seconds = {"vision": wait_and_time(device) - began}
-        uniform = None if uniform is None else uniform.to(device)
-        if self.shares_prefix:
-            prefixes, kind = self.pack_prefixes(examples).to(device), torch.tensor([0] * num_full + [1] * num_twin)
-            rollouts = self.sample(prefixes, video, kind, max_new_tokens, uniform, temperature)
-        else:
-            batch = self.collate(examples, for_generation=True).to(device)
-            rollouts = self.sample_plain(batch, video, num_full, num_twin, max_new_tokens, uniform, temperature)
-        return replace(rollouts, seconds=seconds | rollouts.seconds), video
-
-    @torch.no_grad()
-    def answer(
-        self, examples: Sequence[Example], questions: Sequence[Sequence[Tensor]], max_new_tokens: int, twin: bool = False
-    ) -> Rollouts:
-        """Greedy answers to all questions about each clip, from one vision pass and one prefill.
-
-        questions: for each clip, the tokens that follow its prompt, one or more a question. Rollouts: Q of the full video,
-        then, if asked, Q of the twin; see `pack_prefixes`.
-        """
-        if not twin:
-            examples = [replace(e, source=None) for e in examples]
-        prefixes = self.pack_prefixes(examples, questions).to(self.base.lm_head.weight.device)
-        kind = torch.arange((1 + twin) * max(map(len, questions)))
-        return self.sample(prefixes, self.encode_examples(examples), kind, max_new_tokens)
-
-
-def wait_and_time(device: torch.device) -> float:
-    """Seconds on the clock when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-class Chooser(LogitsProcessor):
-    """Makes generate() take our token, by `choose`, and remembers its log-probability."""
-
-    def __init__(self, uniform: Tensor | None, banned: Tensor, temperature: float):
-        self.uniform, self.banned, self.temperature = uniform, banned, temperature
-        self.logp: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (rows, vocabulary) -> 0 for the chosen token and -inf for all others."""
-        logp = sampling_log_probs(scores, self.banned, self.temperature)
-        token = choose(logp, None if self.uniform is None else self.uniform[:, len(self.logp)])[:, None]
-        self.logp.append(logp.gather(1, token).squeeze(1))
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)

@@ -4,7 +4,7 @@
     answer(model, processor, benchmark, parts, out, settings)           # out/predictions.jsonl, line by line
     perception_gap(benchmark, predictions, twin_predictions)
 
-All questions about a part grow as branches out of one prefill (`vp.VideoLM.answer`): what their prompts begin with, video
+All questions about a part grow as branches out of one prefill (`VideoLM.answer`): what their prompts begin with, video
 and all, is run once, and so is the vision encoder, for full video and twin together. Models that VideoLM does not know run
 through AutoModelForImageTextToText, a prompt each.
 
@@ -33,6 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import vp
+from data import videolm
 from data.benchmarks import Benchmark, compare, prompt, score
 from data.clips import Clip, ClipError, Frames, Preparation, chat, parse_line, process, read_frames
 from data.files import read_lines
@@ -174,7 +175,7 @@ def join(clips: Sequence[Frames], size: Sequence[int]) -> Frames:
         pixels.append(shown)
         timestamps += [duration + t for t in frames.timestamps]
         duration += frames.duration
-    return Frames(torch.cat(pixels), timestamps, clips[0].fps, duration)
+    return Frames(torch.cat(pixels), timestamps, clips[0].fps, duration, sum(frames.repeated for frames in clips))
 
 
 def read_part(part: Part, benchmark: Benchmark, frames_per_slot: int) -> tuple[Frames, Tensor | None, float | None]:
@@ -293,7 +294,7 @@ def answer_plain(
 
 
 def answer_batch(
-    lm: vp.VideoLM, processor, batch: Sequence[Asked], max_new_tokens: int, twin: bool
+    lm: videolm.VideoLM, processor, batch: Sequence[Asked], max_new_tokens: int, twin: bool
 ) -> list[tuple[list[str], list[str]]]:
     """The same for several parts, all questions about each on one prefill; without a twin, the full video stands in."""
     tails = [asked.tails for asked in batch]
@@ -317,7 +318,7 @@ def answer(
     are skipped; they stand in out/problems.txt, with `problems`. Returns both files, and the number of problems.
     """
     open_run(out, settings)
-    lm = vp.VideoLM(hf).eval() if shares_prefix(hf) else None
+    lm = videolm.VideoLM(hf).eval() if shares_prefix(hf) else None
     if lm is None:
         console.print(
             f"{hf.config.model_type}: prefixes are not shared: each question is a prompt of its own", highlight=False

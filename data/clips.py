@@ -7,7 +7,8 @@ An annotation file is JSONL, one clip a line:
 
 `video` (a path below the root: the file's own folder unless told otherwise) and `caption` must be there. Optional:
 `prompt`; `start` and `end`, seconds of the part to use; `keywords`, event-action phrases; `key_spans`, for each keyword
-its [start, end] in seconds from the beginning of the part, or a list of them; `truth`, which only evaluation reads.
+its [start, end] in seconds from the beginning of the part, or a list of them; `truth`, which only evaluation reads;
+`frames_per_second`, if `video` is a folder of numbered pictures (00001.jpg and on).
 Keywords without key spans get theirs from `data.finders.find_key_slots`.
 
 What is wrong with a line or a file never stops a run and never passes in silence: it is skipped, named and counted.
@@ -18,7 +19,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,40 +29,9 @@ from torch import Tensor
 
 import vp
 from data.finders import find_key_slots
+from data.video import PROMPT, Clip, ClipError, Frames, read_frames
 
-PROMPT = "Describe the video."
-FIELDS = ("video", "caption", "prompt", "start", "end", "keywords", "key_spans", "truth")
-
-
-class ClipError(ValueError):
-    """A clip that cannot be used, and why, in words for the person who made the annotation file."""
-
-
-@dataclass
-class Clip:
-    """One checked line of an annotation file. `where` is "file:line", for messages."""
-
-    video: Path
-    caption: str
-    where: str
-    prompt: str = PROMPT
-    start: float = 0.0
-    end: float | None = None
-    keywords: list[str] = field(default_factory=list)
-    key_spans: list[list[list[float]]] | None = None
-    truth: dict | None = None
-    frames_per_second: float | None = None  # where `video` is a folder of frames, 00001.jpg and on
-
-
-@dataclass
-class Frames:
-    """Sampled frames: pixels (F, C, H, W) uint8, F a multiple of the slot's frames; timestamps (F,) s from the part's
-    beginning; the video's average frames a second; the part's duration in s."""
-
-    pixels: Tensor
-    timestamps: list[float]
-    fps: float
-    duration: float
+FIELDS = ("video", "caption", "prompt", "start", "end", "keywords", "key_spans", "truth", "frames_per_second")
 
 
 # --- The annotation file ------------------------------------------------------------------------------------------------
@@ -125,6 +95,11 @@ def parse_line(line: str, where: str, root: Path) -> Clip:
                 raise wrong("key_spans", span, "the start must be 0 or more, and less than the end")
             if end is not None and span[0] >= end - record["start"]:
                 raise wrong("key_spans", span, f"it lies outside the clip, which lasts {end - record['start']:g} s")
+    rate = record.get("frames_per_second")
+    if rate is not None and (not is_number(rate) or rate <= 0):
+        raise wrong("frames_per_second", rate, "give a number above 0")
+    if rate is not None and video.is_file():
+        raise wrong("frames_per_second", rate, "a video file tells it; only a folder of numbered pictures needs it")
     truth = record.get("truth")
     if truth is not None:
         mend = "give an object with the texts actor, action and static, and span: [start, end] in seconds"
@@ -134,7 +109,7 @@ def parse_line(line: str, where: str, root: Path) -> Clip:
         if not isinstance(span, list) or len(span) != 2 or not all(map(is_number, span)) or not 0 <= span[0] < span[1]:
             raise wrong("truth", truth, mend)
     prompt = record.get("prompt", PROMPT)
-    return Clip(video, record["caption"].strip(), where, prompt, record["start"], end, keywords, spans, truth)
+    return Clip(video, record["caption"].strip(), where, prompt, record["start"], end, keywords, spans, truth, rate)
 
 
 def load_clips(annotations: Path, root: Path | None = None) -> tuple[list[Clip], list[str]]:
@@ -163,119 +138,6 @@ def load_clips(annotations: Path, root: Path | None = None) -> tuple[list[Clip],
         shown = "\n  ".join(problems[:10]) or "it has no line"
         raise ClipError(f"{annotations}: no usable clip among {len(problems)} lines:\n  {shown}")
     return clips, problems
-
-
-# --- Frames --------------------------------------------------------------------------------------------------------------
-
-
-def sample_times(duration: float, count: int, rng: np.random.Generator | None = None, place: float = 0.5) -> list[float]:
-    """One moment in each of `count` equal parts of [0, duration): at `place` in each, or, with rng, anywhere.
-
-    >>> sample_times(2.0, 4), sample_times(2.0, 4, place=0.0)
-    ([0.25, 0.75, 1.25, 1.75], [0.0, 0.5, 1.0, 1.5])
-    """
-    places = np.full(count, place) if rng is None else rng.uniform(0.02, 0.98, count)
-    return ((np.arange(count) + places) * (duration / count)).tolist()
-
-
-def list_frames(folder: Path) -> list[Path]:
-    """The frames of a folder, in the order of their numbers: 00001.jpg, 00002.jpg and on."""
-    numbered = [p for p in folder.iterdir() if p.stem.isdecimal() and p.suffix.lower() in (".jpg", ".jpeg", ".png")]
-    return sorted(numbered, key=lambda p: int(p.stem))
-
-
-def read_frames(
-    clip: Clip,
-    max_frames: int,
-    fps: float | None = None,
-    rng: np.random.Generator | None = None,
-    frames_per_slot: int = 2,
-    side: int | None = None,
-    place: float = 0.5,
-    min_frames: int | None = None,
-) -> Frames:
-    """Decode the sampled frames of a clip, a video file or a folder of frames, and no others.
-
-    At most max_frames, uniform over the part, at `place` in their shares (0.5: the middles); with fps, that many a
-    second. With rng, each moment is jittered inside its share. With side, pictures of a file are made that small, on
-    their longer side, while they are decoded. An odd count is filled up to whole slots by showing the last frame again.
-    Raises ClipError with the reason where there are not min_frames (default: two slots) frames, or where a key span lies
-    behind the end.
-    """
-    from torchcodec.decoders import VideoDecoder  # late: what runs on synthetic input alone needs no FFmpeg
-    from torchvision.io import ImageReadMode, decode_image
-
-    path = clip.video
-    if not path.exists():
-        raise ClipError(f"{clip.where}: {path}: no such file")
-    folder = path.is_dir() and clip.frames_per_second
-    if not path.is_file() and not folder:
-        raise ClipError(f"{clip.where}: {path}: not a regular file")
-    if path.is_file() and path.stat().st_size == 0:
-        raise ClipError(f"{clip.where}: {path}: the file is empty")
-    try:
-        if folder:
-            pictures = list_frames(path)
-            if not pictures:
-                raise ClipError(f"{clip.where}: {path}: no picture called by a number, like 00001.jpg, is in it")
-            begin, stop, native_fps = 0.0, len(pictures) / clip.frames_per_second, clip.frames_per_second
-        else:
-            # (F, H, W, C) is what the decoder makes, and what torch makes smaller fastest.
-            decoder = VideoDecoder(path, dimension_order="NCHW" if side is None else "NHWC")
-            about = decoder.metadata
-            begin, stop, native_fps = about.begin_stream_seconds, about.end_stream_seconds, about.average_fps
-        if not native_fps or begin is None or stop is None:
-            raise ClipError(f"{clip.where}: {path}: the file does not tell its duration; re-encode it")
-        duration = min(stop - begin, clip.end if clip.end is not None else math.inf) - clip.start
-        if duration <= 0:
-            raise ClipError(f"{clip.where}: field 'start': {clip.start:g} s, but {path} lasts {stop - begin:.2f} s")
-        for span in itertools.chain.from_iterable(clip.key_spans or []):
-            if span[0] >= duration:
-                raise ClipError(f"{clip.where}: field 'key_spans': found {span}, but the clip lasts {duration:.2f} s")
-        available, least = max(1, round(duration * native_fps)), min_frames or 2 * frames_per_slot
-        if available < least:
-            raise ClipError(f"{clip.where}: {path}: too short: {available} frame(s); need {least}")
-        count = min(max_frames, available)
-        if fps is not None:
-            count = min(count, max(2 * frames_per_slot, round(duration * fps)))
-        times = [begin + clip.start + t for t in sample_times(duration, count, rng, place)]
-        if place == 0 and rng is None:  # where a frame begins: a little later, or rounding would show the frame before
-            times = [t + 0.02 / native_fps for t in times]
-        if folder:
-            at = [min(int(t * native_fps), len(pictures) - 1) for t in times]
-            pixels = torch.stack([decode_image(str(pictures[k]), ImageReadMode.RGB) for k in at])
-            begins = torch.tensor(at, dtype=torch.float64) / native_fps
-        elif side is None:
-            decoded = decoder.get_frames_played_at(times)
-            pixels, begins = decoded.data, decoded.pts_seconds
-        else:
-            pixels, begins = decode_small(decoder, times, side)
-    except (RuntimeError, ValueError, IndexError, OSError) as error:
-        if isinstance(error, ClipError):
-            raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ClipError(f"{clip.where}: {path}: cannot be decoded ({reason[:160]})") from None
-    timestamps = (begins - begin - clip.start).clamp(min=0).tolist()
-    if pad := -len(pixels) % frames_per_slot:
-        pixels = torch.cat([pixels, pixels[-1:].expand(pad, -1, -1, -1)])
-        timestamps += timestamps[-1:] * pad
-    return Frames(pixels, timestamps, native_fps, duration)
-
-
-def decode_small(decoder, times: Sequence[float], side: int) -> tuple[Tensor, Tensor]:
-    """Frames (F, C, h, w) uint8, at most `side` on their longer side, and the seconds (F,) at which they begin to show.
-
-    Decoded a few at a time: only small pictures are kept, and large ones do not leave the processor's cache.
-    """
-    pixels, seconds = [], []
-    for i in range(0, len(times), 4):
-        frames = decoder.get_frames_played_at(times[i : i + 4])
-        large = frames.data.permute(0, 3, 1, 2)
-        scale = min(1.0, side / max(large.shape[-2:]))
-        size = [max(8, round(n * scale)) for n in large.shape[-2:]]
-        pixels.append(F.interpolate(large, size=size, mode="bilinear", antialias=True) if scale < 1 else large)
-        seconds.append(frames.pts_seconds)
-    return torch.cat(pixels).contiguous(), torch.cat(seconds)
 
 
 # --- Examples ------------------------------------------------------------------------------------------------------------
@@ -337,7 +199,11 @@ def process(processor, texts: list[str], videos: Sequence[Frames], **more):
     ]
     pixels = [frames.pixels for frames in videos]
     shown = dict(videos=pixels, video_metadata=metadata, do_sample_frames=False)
-    return processor(text=texts, **shown, return_tensors="pt", **more)
+    inputs = processor(text=texts, **shown, return_tensors="pt", **more)
+    if "second_per_grid_ts" in inputs:  # the processor takes a repeated frame for one more, and a video for whole frames
+        per_slot = processor.video_processor.temporal_patch_size
+        inputs["second_per_grid_ts"] = torch.tensor([frames.seconds_per_slot(per_slot) for frames in videos])
+    return inputs
 
 
 def make_example(clip: Clip, frames: Frames, preparation: Preparation) -> vp.Example:

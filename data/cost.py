@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 import vp
+from data import videolm
 from data.clips import PROMPT, Preparation, chat, load_clips
 from data.loader import ClipLoader
 from data.memory import PeakMemory, held_bytes
@@ -62,7 +63,7 @@ def step_seconds(model: str, data: Path, pairs: int = 30, batch_size: int = 16) 
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 
-def long_example(lm: vp.VideoLM, processor, visual_tokens: int) -> vp.Example:
+def long_example(lm: videolm.VideoLM, processor, visual_tokens: int) -> vp.Example:
     """A clip of random pixels with a prompt, a third of its slots key."""
     generator = torch.Generator().manual_seed(0)
     vision, num_slots = lm.config.vision_config, visual_tokens // 16

@@ -23,6 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 import vp
+from data import packing, videolm
 
 
 @dataclass
@@ -176,7 +177,7 @@ def span_iou(found: Sequence[Sequence[float]], true: Sequence[float]) -> float:
     return inside / total if total > 0 else 0.0
 
 
-def repeat(packed: vp.Packed, count: int, visual_index: Tensor) -> vp.Packed:
+def repeat(packed: packing.Packed, count: int, visual_index: Tensor) -> packing.Packed:
     """One packed clip `count` times, each time with other visual tokens in its visual places."""
     T = packed.input_ids.shape[1]
     rows = (packed.rows + T * torch.arange(count)[:, None]).flatten()
@@ -186,19 +187,18 @@ def repeat(packed: vp.Packed, count: int, visual_index: Tensor) -> vp.Packed:
 
 
 @torch.no_grad()
-def head_evidence(lm: vp.VideoLM, example: vp.Example) -> list[Evidence]:
+def head_evidence(lm: videolm.VideoLM, example: vp.Example) -> list[Evidence]:
     """For each keyword: how near each slot's states after l layers are to it, by the trained heads of stage 1.
 
     One value a slot: the largest cosine among its tokens, above the clip's median slot. The confidence is by how much the
     best slot stands out, which is near 1 for an event that the model knows and near 0 for none.
     """
     batch = lm.collate([example]).to(lm.base.lm_head.weight.device)
-    keep = [lm.contrastive_layer]
     inputs = lm.inputs(batch, lm.encode_examples([example]))
-    out = lm.base.model(**inputs, position_ids=batch.position_ids, output_hidden_states=keep, use_cache=False)
+    out = lm.base.model(**inputs, position_ids=batch.position_ids, output_hidden_states=lm.caught, use_cache=False)
     places = torch.nonzero(example.token_types == 2).squeeze(1).view(int(example.grid[0]), -1)
     states = F.normalize(
-        lm.heads.visual(out.hidden_states[lm.contrastive_layer][0][places.to(batch.grid.device)].float()), dim=-1
+        lm.heads.visual(lm.states_after_l(out.hidden_states)[0][places.to(batch.grid.device)].float()), dim=-1
     )
     evidence = []
     for ids in example.keyword_ids:
@@ -210,7 +210,7 @@ def head_evidence(lm: vp.VideoLM, example: vp.Example) -> list[Evidence]:
 
 
 @torch.no_grad()
-def fall_evidence(lm: vp.VideoLM, example: vp.Example, longest: int = 3, batch_size: int = 32) -> list[Evidence]:
+def fall_evidence(lm: videolm.VideoLM, example: vp.Example, longest: int = 3, batch_size: int = 32) -> list[Evidence]:
     """For each keyword: how far its log-probability falls when a window of slots is shown as its nearest neighbours.
 
     Windows of one to `longest` slots are tried, since a slot inside an event has the event for a neighbour, too. A slot's

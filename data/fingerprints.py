@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.clips import Clip
+from data.video import list_frames
 
 
 def difference_hash(picture: Tensor) -> int:
@@ -19,7 +20,9 @@ def difference_hash(picture: Tensor) -> int:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file, or of the numbered pictures of a folder."""
+    if path.is_dir():
+        return hashlib.sha256("".join(file_hash(p) for p in list_frames(path)).encode()).hexdigest()
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

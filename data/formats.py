@@ -377,7 +377,7 @@ def own_clips(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]
         if clip.truth:
             spans = [clip.truth["span"]]
         yield Question(id, clip.video, "clips", clip.prompt, (), clip.caption, clip.start, clip.end, key_spans=spans,
-                       record={"clip": clip})  # fmt: skip
+                       frames_per_second=clip.frames_per_second, record={"clip": clip})  # fmt: skip
 
 
 def as_importer(refuse: Refuse) -> Callable[[str, str, str, object, str], None]:

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
-import vp
+from data import positions, videolm
 
 Quantize = Literal["none", "nf4"]
 
@@ -124,6 +124,7 @@ def load_pretrained(
             hf = PeftModel.from_pretrained(hf, adapter)
         needed, there = (weights.keys() for weights in (get_peft_model_state_dict(hf), load_file(adapter / ADAPTER_FILE)))
         refuse_other_weights(adapter, {"missing_keys": needed - there, "unexpected_keys": there - needed})
+    positions.use_published_positions(hf.get_base_model() if hasattr(hf, "get_base_model") else hf)
     for module in hf.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes 0.50 repacks 4-bit weights for inference on a CPU,
             module.support_avx512bf16_for_cpu = False  # and from then on they have no backward pass
@@ -156,10 +157,10 @@ def load_plain(model: str) -> tuple[torch.nn.Module, object]:
     return hf.to(device).eval(), processor
 
 
-def load_model(model: str) -> tuple[vp.VideoLM, object]:
+def load_model(model: str) -> tuple[videolm.VideoLM, object]:
     """A VideoLM on the best device at hand, and its processor."""
     hf, processor = load_plain(model)
-    return vp.VideoLM(hf), processor
+    return videolm.VideoLM(hf), processor
 
 
 def load_trainable(

@@ -63,11 +63,3 @@ def embed_texts(
         )
         for ys, reference, ks, full, twin in zip(rollouts, captions, words, num_full, num_twin)
     ]
-
-
-def score_texts(
-    encoder: TextEncoder, texts: Sequence[Sequence[str]], references: Sequence[str], keywords: Sequence[Sequence[str]]
-) -> list[tuple[Tensor, Tensor]]:
-    """Quality and keyword recall of each prompt's rollouts, see `vp.score_rollouts`."""
-    alone = [len(ys) for ys in texts], [0] * len(texts)  # nobody is compared with a twin
-    return vp.score_batch(embed_texts(encoder, texts, references, keywords, *alone))

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,16 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
+import vp  # noqa: E402
 from kernels import contrastive, dispatch, logprob, reward  # noqa: E402
+
+contrastive_reference = partial(vp.contrastive_loss, use_kernel=False)
+
+
+def scores(rewards: vp.Rewards) -> tuple[Tensor, ...]:
+    """q, c, w, r and A of a prompt."""
+    return tuple(vars(rewards).values())
+
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 
@@ -51,7 +61,7 @@ def contrastive_inputs(clips: int, keywords: int, tokens: int, D: int, dtype: to
     shown = contrastive.ids_shown(**asks).to(DEVICE)
     states = [torch.randn(n, D, generator=g, device=DEVICE).to(dtype).requires_grad_() for n in (N, N, K)]
     tau = torch.tensor(0.1, device=DEVICE, requires_grad=True)
-    return *states, tau, contrastive.KeyTokens(**{k: v.to(DEVICE) for k, v in asks.items()}, shown=shown)
+    return *states, tau, vp.KeyTokens(**{k: v.to(DEVICE) for k, v in asks.items()}, shown=shown)
 
 
 def head_inputs(M: int, H: int, V: int, dtype: torch.dtype) -> tuple:
@@ -76,7 +86,7 @@ def text_inputs(prompts: int, group: int, length: int, T: int, D: int, dtype: to
         weights = [torch.ones(n, device=DEVICE) for n in lengths]
         ys = [embed(n) for n in lengths]
         ones = torch.ones(2 * group, T, device=DEVICE)
-        batch.append(reward.Texts(ys, weights, embed(T), ones, [embed(4), embed(4)], group, group))
+        batch.append(vp.Texts(ys, weights, embed(T), ones, [embed(4), embed(4)], group, group))
     return batch
 
 
@@ -98,7 +108,7 @@ def check() -> list[dict]:
         wide = [x.detach().double().requires_grad_() for x in inputs]
 
         def loss(inputs: list, tokens=tokens, **more) -> list:
-            value = contrastive.contrastive_loss(*inputs, tokens, **more)[0]
+            value = vp.contrastive_loss(*inputs, tokens, **more)[0]
             return [value.detach(), *torch.autograd.grad(value, inputs)]
 
         results = [loss(inputs, use_kernel=True), loss(inputs, use_kernel=False), loss(wide)]
@@ -116,15 +126,15 @@ def check() -> list[dict]:
         rows.append(compare("log-probs", dtype, *results))
 
         batch = text_inputs(*((5, 3, 150, 77, 130) if ON_GPU else (2, 2, 9, 5, 20)), dtype, ragged=True)
-        results = [[torch.cat(x) for x in zip(*reward.paired_rewards(batch, use_kernel=k))] for k in (True, False)]
+        results = [[torch.cat(x) for x in zip(*map(scores, vp.paired_rewards(batch, use_kernel=k)))] for k in (True, False)]
         exact = [
-            reward.Texts(
+            vp.Texts(
                 [y.double() for y in p.rollouts], p.weights, p.reference.double(), p.reference_weights.double(),
                 [k.double() for k in p.keywords], p.num_full, p.num_twin,
             )
             for p in batch
         ]  # fmt: skip
-        want = [torch.cat(x) for x in zip(*reward.paired_rewards(exact, use_kernel=False))]
+        want = [torch.cat(x) for x in zip(*map(scores, vp.paired_rewards(exact, use_kernel=False)))]
         rows.append(compare("reward", dtype, *results, want))
     return rows
 
@@ -147,17 +157,17 @@ def time_public(pairs: int = 200) -> list[dict]:
     def one_by_one() -> list:
         out = []
         for p in batch:
-            q, c = reward.score_rollouts(p.rollouts, p.weights, p.reference, p.reference_weights, p.keywords)
+            q, c = vp.score_rollouts(p.rollouts, p.weights, p.reference, p.reference_weights, p.keywords)
             four = q[: p.num_full], c[: p.num_full], q[p.num_full :], c[p.num_full :]
-            out.append((q, c, reward.relative_wins(*four, 0.1), *reward.rewards_and_advantages("relative", *four)))
+            out.append((q, c, vp.relative_wins(*four, 0.1), *vp.rewards_and_advantages("relative", *four)))
         return out
 
     both = {
-        "contrastive": (lambda: contrastive.contrastive_loss(*inputs, tokens),
-                        lambda: contrastive.contrastive_reference(*inputs, tokens)),
+        "contrastive": (lambda: vp.contrastive_loss(*inputs, tokens),
+                        lambda: contrastive_reference(*inputs, tokens)),
         "log-probs": (lambda: logprob.log_probs_from_states(states, weight, targets, banned),
                       lambda: logprob.selected_log_probs(F.linear(states, weight), targets, banned)),
-        "reward": (lambda: reward.paired_rewards(batch), torch.no_grad()(one_by_one)),
+        "reward": (lambda: vp.paired_rewards(batch), torch.no_grad()(one_by_one)),
     }  # fmt: skip
     rows = []
     for name, functions in both.items():
@@ -179,7 +189,7 @@ def time_public(pairs: int = 200) -> list[dict]:
 
 
 def products_and_rows(
-    full: Tensor, twin: Tensor, keywords: Tensor, tau: Tensor, tokens: contrastive.KeyTokens, rows: Callable,
+    full: Tensor, twin: Tensor, keywords: Tensor, tau: Tensor, tokens: vp.KeyTokens, rows: Callable,
     finish: Callable,
 ) -> list[Tensor]:  # fmt: skip
     """The contrastive loss and its gradients by cuBLAS products with compiled row kernels between them."""
@@ -238,12 +248,12 @@ def contrastive_rivals(inputs: tuple) -> dict[str, Callable]:
     def step(function: Callable, **more) -> Callable:
         return lambda: torch.autograd.grad(function(*tensors, tokens, **more)[0], tensors)
 
-    compiled = torch.compile(contrastive.contrastive_reference, mode="max-autotune-no-cudagraphs")
+    compiled = torch.compile(contrastive_reference, mode="max-autotune-no-cudagraphs")
     rows, finish = torch.compile(row_kernel), torch.compile(finish_rows)
     detached = [x.detach() for x in tensors]
     return {
-        "ours": step(contrastive.contrastive_loss, use_kernel=True),
-        "eager": step(contrastive.contrastive_reference),
+        "ours": step(vp.contrastive_loss, use_kernel=True),
+        "eager": step(contrastive_reference),
         "torch.compile max-autotune": step(compiled),
         "cuBLAS + compiled rows": lambda: products_and_rows(*detached, tokens, rows, finish),
     }
@@ -287,8 +297,8 @@ def text_rivals(batch: list) -> dict[str, Callable]:
     ys, xs = y.flatten(0, 1), x.repeat_interleave(y.shape[1], 0)
     rivals = {
         "ours": lambda: reward.paired_reward_op(*fields, list(packed.longest), 2, 1.0, 0.1, False),
-        "ours with packing": lambda: reward.paired_rewards(batch, use_kernel=True),
-        "eager": lambda: reward.paired_rewards(batch, use_kernel=False),
+        "ours with packing": lambda: vp.paired_rewards(batch, use_kernel=True),
+        "eager": lambda: vp.paired_rewards(batch, use_kernel=False),
         "torch.compile max-autotune (scores only)": lambda: compiled(y, x),
     }
     late, flash = library("late_interaction_kernels"), library("flash_maxsim")

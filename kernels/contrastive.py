@@ -1,4 +1,4 @@
-"""The contrastive loss of full against twin, equation (1): reference, Triton kernels, autograd, public function.
+"""The contrastive loss of full against twin, equation (1), fused. `vp.contrastive_loss` has it to read.
 
 N key-slot tokens, each with a state of width D in the full video and in its twin, meet K keywords. The similarity matrix
 is no hog, since K is far below D; the float32 normalised copies of the states are. So the states are read as they are and
@@ -8,82 +8,28 @@ g_ij = dL/ds_ij, which is softmax minus softmax,
     dx_i = r_i (sum_j g_ij k_j q_j / tau - c_i x_i r_i),  c_i = sum_j g_ij s_ij,     dtau = - sum_i c_i / tau
 
 and likewise for keywords. Nothing is added up atomically: two runs give the same bits.
-"""
 
-from dataclasses import dataclass
+Traffic of the plain version, forward, for n = 2N states in bf16: reads them (2nD bytes), writes and reads the float32 copy
+(8nD), squares it for the norm (reads 4nD), writes the normalised copy (4nD, and 4nD to read it), multiplies (4nD): about
+26 nD bytes where 2nD would do, plus 30 nK for similarities and masks. The backward keeps both copies and makes two more.
+The kernels read the states once forward and twice backward, write their gradient once, and spend 12 nK on similarities
+and g.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import INTERPRETED, ceil_div, num_programs, takes_kernel, tl, triton
-
-
-@dataclass
-class KeyTokens:
-    """Where the key-slot tokens of a batch stand, and which keyword asks for which of them.
-
-    clip (N,), slot (N,): of each key-slot token. keyword_clip (K,), keyword_id (K,): the clip of each keyword, and a
-    number >= 0 that is the same for the same words. keyword_slots (K, S) bool: its key slots. shown (N, M): the ids of the
-    keywords that each token shows, padded with -1, see `ids_shown`; the kernel finds it out where it is None.
-    """
-
-    clip: Tensor
-    slot: Tensor
-    keyword_clip: Tensor
-    keyword_id: Tensor
-    keyword_slots: Tensor
-    shown: Tensor | None = None
-
-    def positives(self) -> Tensor:
-        """(K, N) bool: P_j, the tokens of the keyword's own clip in its key slots."""
-        return (self.keyword_clip[:, None] == self.clip[None, :]) & self.keyword_slots[:, self.slot]
-
-    def negatives(self) -> Tensor:
-        """(K, N) bool: key-slot tokens of other clips, those left out that show an event of the same words."""
-        same_words = (self.keyword_id[:, None] == self.keyword_id[None, :]).float()
-        shows_same = same_words @ self.positives().float() > 0
-        return (self.keyword_clip[:, None] != self.clip[None, :]) & ~shows_same
+from kernels.dispatch import INTERPRETED, ceil_div, num_programs, tl, triton
 
 
 def ids_shown(clip: Tensor, slot: Tensor, keyword_clip: Tensor, keyword_id: Tensor, keyword_slots: Tensor) -> Tensor:
-    """The field `shown` of `KeyTokens`, (N, M): so small that a kernel can tell a negative without an (N, K) mask."""
+    """The field `shown` of `vp.KeyTokens`, (N, M): so small that a kernel can tell a negative without an (N, K) mask."""
     places, place = torch.unique(torch.stack([clip, slot], 1), dim=0, return_inverse=True)  # tokens of a slot are alike
     shows = (places[:, :1] == keyword_clip) & keyword_slots.T[places[:, 1]]  # (places, K)
     ids = torch.where(shows, keyword_id, -1).sort(1, descending=True).values
     most = int(shows.sum(1).max()) if shows.numel() else 0
     return F.pad(ids, (0, 1), value=-1)[:, : max(1, most)][place]
-
-
-# --- The reference ---------------------------------------------------------------------------------------------------
-# Its traffic for n = 2N states in bf16, forward: reads them (2nD bytes), writes and reads the float32 copy (8nD), squares
-# it for the norm (reads 4nD), writes the normalised copy (4nD + 4nD to read it), multiplies (4nD): about 26 nD bytes where
-# 2nD would do, plus 30 nK for similarities and masks. The backward keeps both copies and makes two more. The kernels read
-# the states once forward and twice backward, write their gradient once, and spend 12 nK on similarities and g.
-
-
-def contrastive_reference(
-    full: Tensor, twin: Tensor | None, keywords: Tensor, temperature: Tensor, tokens: KeyTokens
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`contrastive_loss` in plain PyTorch, in float32 or wider."""
-    positive, negative = tokens.positives(), tokens.negatives()
-    if twin is None:
-        states = full
-        allowed = positive | negative
-    else:
-        states = torch.cat([full, twin])
-        allowed = torch.cat([positive | negative, positive], 1)  # (K, 2N)
-        positive = F.pad(positive, (0, len(twin)))
-    wide = torch.promote_types(states.dtype, torch.float32)
-    z = F.normalize(states.to(wide), dim=-1)
-    k = F.normalize(keywords.to(wide), dim=-1)
-    s = k @ z.T / temperature  # (K, 2N)
-    # A finite floor instead of -inf: a row without any positive stays finite in value and gradient.
-    low = torch.finfo(s.dtype).min / 2
-    loss = s.masked_fill(~allowed, low).logsumexp(1) - s.masked_fill(~positive, low).logsumexp(1)  # (K,)
-    valid = positive.any(1)
-    metrics = {"positives": positive.sum(), "negatives": (allowed & ~positive).sum()}
-    return torch.where(valid, loss, 0.0).sum(), metrics
 
 
 # --- The kernels -----------------------------------------------------------------------------------------------------
@@ -435,24 +381,10 @@ contrastive_op.register_autograd(_backward, setup_context=_setup)
 # --- The public function ---------------------------------------------------------------------------------------------
 
 
-def contrastive_loss(
-    full: Tensor, twin: Tensor | None, keywords: Tensor, temperature: Tensor, tokens: KeyTokens,
-    use_kernel: bool | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """InfoNCE with several positives (MIL-NCE), summed over the keywords that have a positive: equation (1).
-
-    full, twin: (N, d) states of the key-slot tokens in the full video and in its twin (None: no twin negatives);
-    keywords: (K, d) text vectors; temperature: scalar tau. All are L2-normalised here. For keyword j with positives
-    P_j and negatives N_j (the twin's tokens at P_j, and other clips' key-slot tokens of another keyword):
-
-        L_j = logsumexp_{i in P_j + N_j} s_ji - logsumexp_{i in P_j} s_ji,        s_ji = <k_j, z_i> / tau
-
-    Returns the sum and counts, without a host-device sync; divide by the number of keywords of the whole batch, so that
-    cutting a batch into micro-batches changes nothing but the in-batch negatives. A keyword without a positive
-    contributes neither loss nor gradient. use_kernel: None takes the kernel on a GPU; see `takes_kernel`.
-    """
-    if not takes_kernel(use_kernel, full, twin, keywords):
-        return contrastive_reference(full, twin, keywords, temperature, tokens)
+def fused_contrastive(
+    full: Tensor, twin: Tensor | None, keywords: Tensor, temperature: Tensor, tokens
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`vp.contrastive_loss` on a GPU: the same sum and counts. tokens: `vp.KeyTokens`."""
     shown = tokens.shown
     if shown is None:
         shown = ids_shown(tokens.clip, tokens.slot, tokens.keyword_clip, tokens.keyword_id, tokens.keyword_slots)

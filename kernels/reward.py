@@ -1,153 +1,33 @@
-"""The reward of paired rollouts, equations (2) to (4): reference, two Triton kernels, public functions. No gradient.
+"""The reward of paired rollouts, equations (2) to (4), fused: two Triton kernels. `vp.paired_rewards` has it to read.
 
 A prompt has G descriptions of the full video and G' of its twin, a reference caption and keywords, all of different length,
 as token embeddings of width D. Precision asks for each token of a rollout how near the nearest word of the reference is,
-recall and keyword coverage ask the other way about: the maximum of one similarity matrix along its rows and along its
+recall and keyword coverage ask the reverse: the maximum of one similarity matrix along its rows and along its
 columns. A library's kernel takes one direction a launch, and so reads everything twice; here one tile of the matrix serves
-both, and no matrix is stored.
+both, and no matrix is stored. There is no gradient.
+
+Traffic of the plain version, for R rollouts of L tokens and C reference and keyword tokens in bf16: pads (2RLD read, 2RLD
+written), makes float32 (4RLD), normalises (12RLD), multiplies (4RLD for the reference and for each keyword), and writes and
+reads the similarities twice (16RLC). The kernels read 2RLD once, and the C words of a prompt once.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from kernels.dispatch import INTERPRETED, ceil_div, takes_kernel, tl, triton
-
-
-def repetition_weights(tokens: Sequence[int], reference: Sequence[int]) -> Tensor:
-    """1 for each token of a text, 0 for repetitions beyond what the other text has (but once is always free): (L,).
-
-    The clipped counts of BLEU, used both ways: saying a word again and again is not precise, and saying it once does not
-    recall all its occurrences in the reference.
-
-    >>> repetition_weights([5, 7, 5, 7, 5], reference=[5, 9, 5]).tolist()
-    [1.0, 1.0, 1.0, 0.0, 0.0]
-    """
-    seen, weights = Counter(), []
-    allowed = Counter(reference)
-    for token in tokens:
-        seen[token] += 1
-        weights.append(float(seen[token] <= max(1, allowed[token])))
-    return torch.tensor(weights)
-
-
-# --- The reference ---------------------------------------------------------------------------------------------------
-# Its traffic for R rollouts of L tokens and C reference and keyword tokens in bf16: pads (2RLD read, 2RLD written), makes
-# float32 (4RLD), normalises (12RLD), multiplies (4RLD for the reference and for each keyword), and writes and reads the
-# similarities twice (16RLC). The kernels read 2RLD once, and the C words of a prompt once; similarities stay in registers.
-
-
-def score_rollouts(
-    rollouts: Sequence[Tensor], weights: Sequence[Tensor], reference: Tensor, reference_weights: Tensor,
-    keywords: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Quality q and keyword recall c of each rollout of a prompt, both (R,), in [0, 1].
-
-    rollouts: R token embeddings (L_i, D); reference (T, D); keywords: the tokens (W_k, D) of each. weights (L_i,) and
-    reference_weights (R, T): `repetition_weights` of each rollout against the reference, and the other way about.
-    Similarities are cosines, those below 0 count as 0. q is the F1 of precision, the mean over a rollout's tokens of their
-    largest similarity to a reference token, and recall, the other way about (BERTScore), repetitions counting as 0. c is
-    the mean over keywords of the mean, over their tokens, of the largest similarity to a rollout token. An empty rollout
-    has q = c = 0, as has every one where the reference is empty; without keywords c = 0.
-
-    >>> word = torch.eye(4)                                  # four words that have nothing in common
-    >>> full, half = word[[0, 1, 2]], word[[0, 1, 3]]        # the reference, and one with its last word wrong
-    >>> q, c = score_rollouts([full, half], [torch.ones(3)] * 2, full, torch.ones(2, 3), keywords=[word[[2]]])
-    >>> [round(x, 2) for x in q.tolist()], c.tolist()
-    ([1.0, 0.67], [1.0, 0.0])
-    """
-    lengths = torch.tensor([len(y) for y in rollouts], device=reference.device)
-    y = nn.utils.rnn.pad_sequence(list(rollouts), batch_first=True)  # (R, L, D), pads are 0
-    wide = torch.promote_types(y.dtype, torch.float32)
-    y = F.normalize(y.to(wide), dim=-1)
-    w = nn.utils.rnn.pad_sequence(list(weights), batch_first=True).to(y)
-    if y.shape[1] == 0 or len(reference) == 0:
-        return y.new_zeros(len(y)), y.new_zeros(len(y))
-
-    def similarity(words: Tensor) -> Tensor:
-        return (y @ F.normalize(words.to(wide), dim=-1).T).clamp(min=0)  # (R, L, words)
-
-    s = similarity(reference)
-    precision = (s.amax(2) * w).sum(1) / lengths.clamp(min=1)
-    recall = (s.amax(1) * reference_weights.to(s)).mean(1)
-    quality = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
-    coverage = [similarity(k).amax(1).mean(1) for k in keywords if len(k)]
-    return quality, torch.stack(coverage).mean(0) if coverage else torch.zeros_like(quality)
-
-
-def relative_wins(q: Tensor, c: Tensor, q_twin: Tensor, c_twin: Tensor, margin: float = 0.1) -> Tensor:
-    """w_i, the share of the twin's rollouts that each rollout beats: equation (2), (G,).
-
-    q, c: (G,), of the full video's rollouts; q_twin, c_twin: (G',), of the twin's. One beats another when it covers the
-    keywords better by more than the margin, without being a worse description by more than the margin: naming every
-    event, or nothing but the event, covers the keywords and is still a bad description. G' = 0 gives 0.
-
-    >>> relative_wins(torch.tensor([0.9, 0.9, 0.5]), torch.tensor([1.0, 0.2, 1.0]),
-    ...               torch.tensor([0.8, 0.8]), torch.tensor([0.2, 1.0])).tolist()
-    [0.5, 0.0, 0.0]
-    """
-    better = c[:, None] > c_twin[None, :] + margin
-    no_worse = q[:, None] > q_twin[None, :] - margin
-    return (better & no_worse).float().sum(1) / max(len(c_twin), 1)
-
+from kernels.dispatch import INTERPRETED, ceil_div, tl, triton
 
 REWARDS = ("similarity", "recall", "relative", "pooled")
-
-
-def rewards_and_advantages(
-    kind: str, q: Tensor, c: Tensor, q_twin: Tensor, c_twin: Tensor, alpha: float = 1.0, margin: float = 0.1,
-    divide: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Reward r and advantage A of each rollout of the full video: equations (3) and (4), both (G,).
-
-    similarity: r = q. recall: r = q + alpha c. relative: r = q + alpha w. pooled: r = q + alpha c, its mean taken over
-    full and twin rollouts together. divide: also divide by the standard deviation of the rewards in that mean.
-
-    >>> q, c = torch.tensor([0.9, 0.8]), torch.tensor([0.1, 1.0])
-    >>> r, a = rewards_and_advantages("relative", q, c, torch.tensor([0.9]), torch.tensor([0.1]))
-    >>> [round(x, 2) for x in r.tolist() + a.tolist()]
-    [0.9, 1.8, -0.45, 0.45]
-    """
-    if kind not in REWARDS:
-        raise ValueError(f"reward: got {kind!r}; choose one of {', '.join(REWARDS)}")
-    r = q
-    if kind == "relative":
-        r = q + alpha * relative_wins(q, c, q_twin, c_twin, margin)
-    elif kind in ("recall", "pooled"):
-        r = q + alpha * c
-    group = torch.cat([r, q_twin + alpha * c_twin]) if kind == "pooled" else r
-    advantage = r - group.mean()
-    if divide:
-        advantage = advantage / (group.std(correction=0) + 1e-4)
-    return r, advantage
 
 
 # --- A batch of prompts, packed --------------------------------------------------------------------------------------
 
 
 @dataclass
-class Texts:
-    """What one prompt's rollouts are scored by: the arguments of `score_rollouts`, the full video's rollouts first.
-
-    num_full: G; num_twin: G', how many of those behind them count as the twin's (0: nothing to be compared with).
-    """
-
-    rollouts: Sequence[Tensor]
-    weights: Sequence[Tensor]
-    reference: Tensor
-    reference_weights: Tensor
-    keywords: Sequence[Tensor]
-    num_full: int
-    num_twin: int = 0
-
-
-@dataclass
 class PackedTexts:
-    """A batch of `Texts` without padding, for the kernels.
+    """A batch of `vp.Texts` without padding, for the kernels.
 
     tokens (sum L, D), token_weights (sum L,), first_token (R + 1,): of all rollouts. words (sum C, D): each prompt's
     reference, then its keywords; first_word (P + 1,); num_reference (P,). word_weights (sum C,): what a keyword's token
@@ -170,8 +50,8 @@ class PackedTexts:
     longest: tuple[int, int, int]
 
 
-def pack_texts(batch: Sequence[Texts]) -> PackedTexts:
-    """Lay a batch out end to end; lengths are known on the host, so that nothing waits for the device."""
+def pack_texts(batch: Sequence) -> PackedTexts:
+    """Lay a batch of `vp.Texts` out end to end; lengths are known on the host, so that nothing waits for the device."""
     device = batch[0].reference.device
 
     def starts(lengths: Sequence[int]) -> Tensor:
@@ -342,36 +222,15 @@ def _(tokens, token_weights, first_token, words, first_word, num_reference, word
     return tokens.new_empty(5, len(prompt), dtype=torch.float32)
 
 
-# --- The public functions --------------------------------------------------------------------------------------------
+# --- The public function ---------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def paired_rewards(
-    batch: Sequence[Texts], kind: str = "relative", alpha: float = 1.0, margin: float = 0.1, divide: bool = False,
-    use_kernel: bool | None = None,
-) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
-    """q and c of each prompt's rollouts (R,), and w, r and A of the full video's (G,): equations (2) to (4).
-
-    See `score_rollouts` and `rewards_and_advantages`. use_kernel: None takes the kernel on a GPU; see `takes_kernel`.
-    """
-    if kind not in REWARDS:
-        raise ValueError(f"reward: got {kind!r}; choose one of {', '.join(REWARDS)}")
-    if batch and takes_kernel(use_kernel, *(p.reference for p in batch)):
-        packed = pack_texts(batch)
-        fields = [x for x in vars(packed).values() if isinstance(x, Tensor)]
-        out = paired_reward_op(*fields, list(packed.longest), REWARDS.index(kind), alpha, margin, divide)
-        out = out.split([len(p.rollouts) for p in batch], 1)
-        return [(*x[:2].unbind(), *x[2:, : p.num_full].unbind()) for p, x in zip(batch, out)]
-    results = []
-    for p in batch:
-        q, c = score_rollouts(p.rollouts, p.weights, p.reference, p.reference_weights, p.keywords)
-        G, both = p.num_full, p.num_full + p.num_twin
-        pairs = q[:G], c[:G], q[G:both], c[G:both]
-        w = relative_wins(*pairs, margin)
-        results.append((q, c, w, *rewards_and_advantages(kind, *pairs, alpha, margin, divide)))
-    return results
-
-
-def score_batch(batch: Sequence[Texts], use_kernel: bool | None = None) -> list[tuple[Tensor, Tensor]]:
-    """Quality and keyword recall of each prompt's rollouts, both (R,)."""
-    return [(q, c) for q, c, *_ in paired_rewards(batch, use_kernel=use_kernel)]
+def fused_rewards(
+    batch: Sequence, kind: str, alpha: float, margin: float, divide: bool
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """`vp.paired_rewards` on a GPU. batch: of `vp.Texts`. Returns q and c (R,), w, r and A (G,) of each prompt."""
+    packed = pack_texts(batch)
+    fields = [x for x in vars(packed).values() if isinstance(x, Tensor)]
+    out = paired_reward_op(*fields, list(packed.longest), REWARDS.index(kind), alpha, margin, divide)
+    out = out.split([len(prompt.rollouts) for prompt in batch], 1)
+    return [(*x[:2].unbind(), *x[2:, : prompt.num_full].unbind()) for prompt, x in zip(batch, out)]

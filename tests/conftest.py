@@ -2,6 +2,8 @@
 
 import os
 
+from data import videolm
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
@@ -37,11 +39,11 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def lm(checkpoint) -> vp.VideoLM:
+def lm(checkpoint) -> videolm.VideoLM:
     """A VideoLM with random weights, float32, in training mode."""
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint)
-    return vp.VideoLM(model).train()
+    return videolm.VideoLM(model).train()
 
 
 @pytest.fixture

@@ -27,18 +27,18 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-import vp
-from data import answers, cost, probes
+from data import answers, cost, probes, videolm
 from data.answers import common_prefix, group_questions, make_asked, read_part, share_prompt
 from data.benchmarks import Benchmark, load_benchmark, prompt
 from data.clips import Clip, ClipError, Preparation, load_clips, read_frames
 from data.formats import Question
 from data.tiny import build_tiny, train_tokenizer
 from eval import RunSettings, run_benchmark
+from tests.helpers import degraded, plain_inputs, published_positions
 from tests.test_benchmarks import make_mvbench, make_tempcompass, make_video_mme, make_vru_accident, write
 from tests.test_clips import Marked
 from tests.test_rollouts import sharpen
-from tests.test_videolm import count_calls, degraded, plain_inputs
+from tests.test_videolm import count_calls
 
 HERE = Path(__file__).parent.parent
 BEFORE = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
@@ -49,7 +49,7 @@ BANNED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
 def liven(checkpoint: Path, folder: Path) -> Path:
     """A copy of a tiny checkpoint whose answers differ from question to question and from video to video."""
     hf = AutoModelForImageTextToText.from_pretrained(checkpoint)
-    sharpen(vp.VideoLM(hf))
+    sharpen(videolm.VideoLM(hf))
     hf.config.tie_word_embeddings = hf.config.text_config.tie_word_embeddings = False  # else it repeats what it last read
     torch.manual_seed(2)
     hf.lm_head.weight = torch.nn.Parameter(torch.randn_like(hf.lm_head.weight))
@@ -106,6 +106,9 @@ def by_hand(hf, processor, q: Question, places: list[int], benchmark: Benchmark,
         text=[BEFORE + text + AFTER + begin], videos=[frames], video_metadata=metadata, do_sample_frames=False,
         return_tensors="pt",
     )  # fmt: skip
+    seconds = inputs.get("second_per_grid_ts", [0.0])
+    positions = published_positions(inputs["mm_token_type_ids"][0], inputs["video_grid_thw"].tolist(), seconds, hf.config)
+    inputs["position_ids"] = positions[:, None]
     banned = processor.tokenizer.convert_tokens_to_ids(list(BANNED))
     out = hf.generate(**inputs, max_new_tokens=num_tokens, do_sample=False, suppress_tokens=banned)
     return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -161,7 +164,7 @@ def test_prompts_that_merge_across_the_video_are_made_one_by_one(world, qwen2_5)
             return processor.tokenizer(text.replace("user", "assistant").replace("<|im_end|>", "a<|im_end|>"))
 
     class Wrapped:
-        tokenizer = Odd()
+        tokenizer, video_processor = Odd(), processor.video_processor
 
         def __call__(self, **inputs):
             return processor(**inputs)
@@ -172,7 +175,7 @@ def test_prompts_that_merge_across_the_video_are_made_one_by_one(world, qwen2_5)
     assert [t.tolist() for t in tails] == [t.tolist() for t in want_tails]
 
 
-def ask(lm: vp.VideoLM, ragged, seed: int) -> list[list[torch.Tensor]]:
+def ask(lm: videolm.VideoLM, ragged, seed: int) -> list[list[torch.Tensor]]:
     """Questions of random tokens: 3, 1, 5 and 2 for the four clips, of 1 to 9 tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [
@@ -188,7 +191,7 @@ def ask(lm: vp.VideoLM, ragged, seed: int) -> list[list[torch.Tensor]]:
 def test_answers_equal_generate(sharp, ragged, seed):
     """Issue bar: all answers of a ragged batch are those of plain generate() on each question alone, full and twin."""
     hf, plain = (AutoModelForImageTextToText.from_pretrained(sharp).eval() for _ in range(2))
-    lm = vp.VideoLM(hf).eval()
+    lm = videolm.VideoLM(hf).eval()
     questions, both = ask(lm, ragged, seed), set()
     got = lm.answer(ragged, questions, 6, twin=True)
     alone = lm.answer(ragged, questions, 6)
@@ -197,12 +200,8 @@ def test_answers_equal_generate(sharp, ragged, seed):
         for j, question in enumerate(questions[b]):
             for side, pixels in enumerate((e.pixels, e.pixels if e.source is None else degraded(e))):
                 ids = torch.cat([e.input_ids[: e.prompt_length], question])
-                inputs = plain_inputs(e, ids) | {"pixel_values_videos": pixels}
-                inputs["mm_token_type_ids"] = torch.cat([e.token_types[: e.prompt_length], torch.zeros_like(question)])[
-                    None
-                ]
-                if lm.config.model_type == "qwen2_5_vl":
-                    inputs["second_per_grid_ts"] = torch.tensor([e.seconds_per_slot])
+                prompt = replace(e, token_types=e.token_types[: e.prompt_length])
+                inputs = plain_inputs(prompt, lm.config, ids) | {"pixel_values_videos": pixels}
                 out = plain.generate(**inputs, max_new_tokens=6, do_sample=False, suppress_tokens=lm.banned.tolist())
                 want = out[0, len(ids) :].tolist()
                 n = int(got.lengths[b, 5 * side + j])
@@ -334,7 +333,7 @@ def test_a_finished_run_asks_nothing(undisturbed, tmp_path, monkeypatch):
     """Taken up again, it runs no model, and prints the same."""
     settings, whole = undisturbed
     shutil.copytree(whole, tmp_path / "out")
-    monkeypatch.setattr(vp.VideoLM, "answer", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(videolm.VideoLM, "answer", lambda *_: pytest.fail("asked again"))
     results, _ = run(tmp_path, out=tmp_path / "out", **settings)
     assert results["tables"] == json.loads((whole / "results.json").read_text())["tables"]
 

@@ -18,11 +18,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, get_cosine_schedule_with_warmup
 
-import vp
-from data import checkpoints, models
+from data import checkpoints, models, videolm
 
 
-def save(folder: Path, step: int, lm: vp.VideoLM, processor, merged: bool = True) -> None:
+def save(folder: Path, step: int, lm: videolm.VideoLM, processor, merged: bool = True) -> None:
     """A checkpoint as the train scripts write it."""
     with checkpoints.whole_or_nothing(folder, step) as partial:
         models.save_model(partial, lm.hf, processor, merged)
@@ -249,12 +248,12 @@ def test_adapters_load_with_peft_alone_and_merged_without(checkpoint, ragged, tm
     for name, p in hf.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)
-    lm = vp.VideoLM(hf).eval()
+    lm = videolm.VideoLM(hf).eval()
     batch = lm.collate(ragged)
 
     def logits(model) -> torch.Tensor:
         with torch.no_grad():
-            model = vp.VideoLM(model).eval()
+            model = videolm.VideoLM(model).eval()
             return model.base(**model.inputs(batch, model.encode_video(batch)), position_ids=batch.position_ids).logits
 
     expected = logits(hf)

@@ -16,9 +16,10 @@ from PIL import Image
 from torchcodec.encoders import VideoEncoder
 from transformers import AutoProcessor
 
-from data.clips import Clip, ClipError, Frames, Preparation, load_clips, make_example, prepare, read_frames, sample_times
+from data.clips import Clip, ClipError, Frames, Preparation, load_clips, make_example, prepare, read_frames
 from data.loader import ClipLoader
 from data.sizes import random_processor
+from data.video import sample_times
 
 GOOD = {"video": "a.mp4", "caption": "A man jumps off a wall.", "keywords": ["jumps off"], "key_spans": [[0.5, 0.9]]}
 

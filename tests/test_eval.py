@@ -7,8 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import eval as evaluation
-import vp
-from data import cost
+from data import cost, videolm
 from data.clips import Clip, Preparation, load_clips
 from data.models import load_model
 from data.scoring import score_description
@@ -61,14 +60,14 @@ def test_evaluation_counts_what_it_says(world, qwen2_5, monkeypatch):
     clips = clips[:5]
     clips[1].video = world / "gone.mp4"
     clips[2].truth = clips[2].truth | {"span": [0.0, 9.0]}  # everything is key: no twin
-    lm = vp.VideoLM(AutoModelForImageTextToText.from_pretrained(qwen2_5))
+    lm = videolm.VideoLM(AutoModelForImageTextToText.from_pretrained(qwen2_5))
     processor = AutoProcessor.from_pretrained(qwen2_5)
     said = iter([[c.caption for c in (clips[0], clips[2])], [clips[0].truth["static"]] * 2] * 2)
 
     def roll_out(examples, *_):
         texts = [text for pair in zip(*(x[: len(examples)] for x in (next(said), next(said)))) for text in pair]
         tokens = processor.tokenizer(texts, padding=True, return_tensors="pt").input_ids.unflatten(0, (-1, 2))
-        return vp.Rollouts(tokens, None, None, None), None
+        return videolm.Rollouts(tokens, None, None, None), None
 
     monkeypatch.setattr(lm, "roll_out", roll_out)
     results = evaluation.evaluate(lm, Preparation(processor), clips, batch_size=2)

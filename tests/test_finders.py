@@ -10,8 +10,8 @@ import torch
 import vp
 from data import finders
 from data.world import FPS, NUM_FRAMES, draw_clip
+from tests.helpers import plain_forward
 from tests.test_scripts import run
-from tests.test_videolm import plain_forward
 
 TIMES = [i / 12 for i in range(36)]  # three seconds at twelve frames a second
 

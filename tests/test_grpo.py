@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vp
+from kernels.logprob import sampling_log_probs, selected_log_probs
 from tests.test_rollouts import trimmed, uniforms
 
 
@@ -131,7 +132,7 @@ def test_choose_follows_the_distribution(temperature):
     """Evenly spread numbers choose each token as often as its probability; banned ones never; u near 1 is safe."""
     torch.manual_seed(0)
     banned = torch.tensor([2, 7])
-    logp = vp.sampling_log_probs(torch.randn(10), banned, temperature)
+    logp = sampling_log_probs(torch.randn(10), banned, temperature)
     numbers = (torch.arange(20000) + 0.5) / 20000
     counts = torch.bincount(vp.choose(logp.expand(20000, 10), numbers), minlength=10) / 20000
     torch.testing.assert_close(counts, logp.exp(), atol=1e-4, rtol=0)
@@ -144,7 +145,7 @@ def test_selected_log_probs_and_entropy():
     """Log-softmax over what may be sampled, at the sampling temperature; the entropy of the same distribution."""
     torch.manual_seed(0)
     logits, targets, banned = torch.randn(6, 11), torch.tensor([0, 1, 2, 3, 4, 10]), torch.tensor([5, 6])
-    got, entropy = vp.selected_log_probs(logits, targets, banned, 0.7)
+    got, entropy = selected_log_probs(logits, targets, banned, 0.7)
     kept = torch.tensor([0, 1, 2, 3, 4, 7, 8, 9, 10])
     want = torch.distributions.Categorical(logits=logits[:, kept] / 0.7)
     place = torch.tensor([kept.tolist().index(t) for t in targets.tolist()])

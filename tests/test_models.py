@@ -11,8 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 import train_rl
 import train_sft
-import vp
-from data import memory, models, sizes
+from data import memory, models, sizes, videolm
 
 CPU = torch.device("cpu")
 
@@ -29,7 +28,7 @@ def test_what_is_quantised_and_what_moves(checkpoint, ragged, quantize, freeze_v
     trained = {n for n, p in hf.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in n for n in trained)
     assert any("visual" in n for n in trained) != freeze_vision
-    lm = vp.VideoLM(hf)
+    lm = videolm.VideoLM(hf)
     lm.eval()
     lm.describe(ragged, max_new_tokens=2)
     lm.train()
@@ -88,7 +87,7 @@ def test_random_models_train(monkeypatch, world, family, quantize):
     from data.clips import Preparation, load_clips, prepare
 
     examples = [prepare(clip, Preparation(processor, 8)) for clip in load_clips(world / "train.jsonl")[0][:2]]
-    lm = vp.VideoLM(hf)
+    lm = videolm.VideoLM(hf)
     batch = lm.collate(examples)
     out = lm(batch)
     (out.lm_loss + out.contrastive_loss).backward()

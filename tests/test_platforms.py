@@ -23,8 +23,7 @@ from transformers import AutoModelForImageTextToText
 import data
 import train_rl
 import train_sft
-import vp
-from data import cost, curate, loader, memory, models, runs, sizes
+from data import cost, curate, loader, memory, models, runs, sizes, videolm
 
 HERE = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -192,7 +191,7 @@ assert "torchcodec" not in sys.modules
 from data import models
 hf = models.load_trainable(sys.argv[2], "none", 0, False, True, torch.device("cpu"))
 torch.manual_seed(0)
-lm = importlib.import_module("vp").VideoLM(hf).train()
+lm = importlib.import_module("data.videolm").VideoLM(hf).train()
 out = lm(lm.collate(torch.load(sys.argv[3], weights_only=False)))
 (out.lm_loss + out.contrastive_loss).backward()
 gradient = sum(float(p.grad.abs().sum()) for p in hf.parameters())
@@ -300,8 +299,8 @@ def test_speed_after_resume_is_that_of_this_process(script, world, qwen2_5, tmp_
 
     steps_done = []
     if script is train_sft:  # a tick each step
-        forward = vp.VideoLM.forward
-        monkeypatch.setattr(vp.VideoLM, "forward", lambda *a: steps_done.append(1) or forward(*a))
+        forward = videolm.VideoLM.forward
+        monkeypatch.setattr(videolm.VideoLM, "forward", lambda *a: steps_done.append(1) or forward(*a))
         clock = SimpleNamespace(perf_counter=lambda: len(steps_done) * seconds[0])
         more = {"sheets": 0}
     else:

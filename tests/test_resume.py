@@ -19,8 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_sft
-import vp
-from data import models
+from data import models, videolm
 from tests.test_scripts import HERE, run
 
 # Runs a script that is killed, as by kill -9, a given number of seconds after its log has reached a step.
@@ -150,7 +149,7 @@ def in_process(tmp_path, world, qwen2_5, monkeypatch):
     """Stage 1 in this process, with losses replaced at chosen forward passes; returns (run, metrics lines)."""
 
     def start(poison: dict[int, float], name: str = "o", **more) -> tuple[Path, list[dict]]:
-        forward, calls = vp.VideoLM.forward, []
+        forward, calls = videolm.VideoLM.forward, []
 
         def poisoned(self, *arguments):
             out = forward(self, *arguments)
@@ -161,7 +160,7 @@ def in_process(tmp_path, world, qwen2_5, monkeypatch):
                 out.lm_loss = out.lm_loss + bad if math.isinf(bad) else out.lm_loss * bad
             return out
 
-        monkeypatch.setattr(vp.VideoLM, "forward", poisoned)
+        monkeypatch.setattr(videolm.VideoLM, "forward", poisoned)
         settings = dict(steps=8, batch_size=2, micro_batch_size=2, sheets=0, workers=0, log_every=1) | more
         settings |= dict(model=str(qwen2_5), data=world / "train.jsonl", out=tmp_path / name)
         try:
@@ -199,7 +198,7 @@ def test_too_many_bad_steps_end_the_run_with_what_was_good(in_process, qwen2_5, 
 
 def test_out_of_memory_is_explained_and_saves(in_process, world, qwen2_5, tmp_path, monkeypatch):
     """Running out in the middle: what was trained is saved, and three settings that need less are named."""
-    forward, calls = vp.VideoLM.forward, []
+    forward, calls = videolm.VideoLM.forward, []
 
     def bursts(self, *arguments):
         calls.append(1)
@@ -207,7 +206,7 @@ def test_out_of_memory_is_explained_and_saves(in_process, world, qwen2_5, tmp_pa
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, *arguments)
 
-    monkeypatch.setattr(vp.VideoLM, "forward", bursts)
+    monkeypatch.setattr(videolm.VideoLM, "forward", bursts)
     settings = dict(steps=8, batch_size=2, micro_batch_size=2, sheets=0, workers=0, model=str(qwen2_5))
     with pytest.raises(ValueError, match="out of memory") as caught:
         train_sft.main(train_sft.Settings(data=world / "train.jsonl", out=tmp_path / "o", **settings))

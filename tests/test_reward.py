@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vp
-from data.texts import TextEncoder, score_texts
+from data.texts import TextEncoder, embed_texts
 from data.tiny import build_text_encoder
 from data.world import ACTIONS
 
@@ -23,8 +23,9 @@ def encoder(tmp_path_factory) -> TextEncoder:
 
 def grade(encoder, texts: list[str], kind: str = "relative") -> tuple[torch.Tensor, ...]:
     """q, c, w and r of descriptions whose twins' rollouts name four wrong actions."""
-    q, c = score_texts(encoder, [texts + TWIN], [CAPTION], [KEYWORDS])[0]
     n = len(texts)
+    scored = vp.paired_rewards(embed_texts(encoder, [texts + TWIN], [CAPTION], [KEYWORDS], [n], [len(TWIN)]))[0]
+    q, c = scored.quality, scored.keyword_recall
     w = vp.relative_wins(q[:n], c[:n], q[n:], c[n:])
     r, _ = vp.rewards_and_advantages(kind, q[:n], c[:n], q[n:], c[n:])
     return q[:n], c[:n], w, r

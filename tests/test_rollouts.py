@@ -1,13 +1,17 @@
 """Rollouts and packed updates against plain transformers: both families, random weights, float32, ragged clips."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vp
+from data import videolm
 from data.clips import Preparation, load_clips, prepare
 from data.tiny import build_tiny
-from tests.test_videolm import count_calls, degraded, plain_inputs
+from tests.helpers import degraded, plain_inputs
+from tests.test_videolm import count_calls
 
 LENGTH = 9
 
@@ -17,7 +21,7 @@ def uniforms(examples, num: int, length: int = LENGTH, seed: int = 0) -> torch.T
     return torch.rand(len(examples), num, length, generator=torch.Generator().manual_seed(seed))
 
 
-def sharpen(lm: vp.VideoLM, eos_bias: float = 0.0) -> None:
+def sharpen(lm: videolm.VideoLM, eos_bias: float = 0.0) -> None:
     """Make random weights likelier to say something definite, and to end."""
     with torch.no_grad():
         for layer in lm.base.model.language_model.layers:
@@ -28,18 +32,17 @@ def sharpen(lm: vp.VideoLM, eos_bias: float = 0.0) -> None:
 
 def by_hand(plain, e, pixels, numbers, num_tokens, banned, ends):
     """One rollout by whole forward passes, no cache, no batch."""
-    ids, logps, types = e.input_ids[: e.prompt_length], [], e.token_types[: e.prompt_length]
+    e = replace(e, token_types=e.token_types[: e.prompt_length])
+    ids, logps = e.input_ids[: e.prompt_length], []
     for t in range(num_tokens):
-        inputs = plain_inputs(e, ids) | {"pixel_values_videos": pixels, "mm_token_type_ids": types[None]}
-        if plain.config.model_type == "qwen2_5_vl":
-            inputs["second_per_grid_ts"] = torch.tensor([e.seconds_per_slot])
+        inputs = plain_inputs(e, plain.config, ids) | {"pixel_values_videos": pixels}
         with torch.no_grad():
             logits = plain(**inputs).logits[0, -1].double()
         logits[banned] = -torch.inf
         p = logits.softmax(0)
         token = int(p.argmax()) if numbers is None else int((p.cumsum(0) <= numbers[t].double() * p.sum()).sum())
         logps.append(float(p[token].log()))
-        ids, types = torch.cat([ids, torch.tensor([token])]), torch.cat([types, torch.zeros(1, dtype=types.dtype)])
+        ids = torch.cat([ids, torch.tensor([token])])
         if token in ends:
             break
     return ids[e.prompt_length :], torch.tensor(logps)
@@ -49,7 +52,7 @@ def by_hand(plain, e, pixels, numbers, num_tokens, banned, ends):
 def test_rollouts_equal_whole_passes(lm, plain, ragged, greedy):
     """Issue bar: tokens and log-probs of shared-prefix rollouts are those of a clip run alone, full and degraded."""
     lm.eval()
-    for model in (lm, vp.VideoLM(plain)):
+    for model in (lm, videolm.VideoLM(plain)):
         sharpen(model)
     numbers = None if greedy else uniforms(ragged, 5)
     got, _ = lm.roll_out(ragged, 3, 2, LENGTH, numbers)
@@ -66,7 +69,7 @@ def test_rollouts_equal_whole_passes(lm, plain, ragged, greedy):
             assert bool(got.finished[b, r]) == (tokens[-1] in lm.end_ids)
 
 
-def same(a: vp.Rollouts, b: vp.Rollouts) -> None:
+def same(a: videolm.Rollouts, b: videolm.Rollouts) -> None:
     """Rollouts that agree."""
     n = min(a.tokens.shape[2], b.tokens.shape[2])
     assert torch.equal(a.tokens[:, :, :n], b.tokens[:, :, :n])
@@ -94,10 +97,10 @@ def test_rollouts_do_not_depend_on_their_batch(lm, ragged):
     numbers = uniforms(ragged, 4)
     got, _ = lm.roll_out(ragged, 2, 2, LENGTH, numbers)
     back, _ = lm.roll_out(ragged[::-1], 2, 2, LENGTH, numbers.flip(0))
-    same(got, vp.Rollouts(*(getattr(back, n).flip(0) for n in ("tokens", "logp", "lengths", "finished"))))
+    same(got, videolm.Rollouts(*(getattr(back, n).flip(0) for n in ("tokens", "logp", "lengths", "finished"))))
     for b, e in enumerate(ragged):
         alone, _ = lm.roll_out([e], 2, 2, LENGTH, numbers[b : b + 1])
-        same(vp.Rollouts(*(getattr(got, n)[b : b + 1] for n in ("tokens", "logp", "lengths", "finished"))), alone)
+        same(videolm.Rollouts(*(getattr(got, n)[b : b + 1] for n in ("tokens", "logp", "lengths", "finished"))), alone)
 
 
 def test_vision_and_prefix_run_once(lm, ragged):
@@ -138,18 +141,15 @@ def test_rows_stop_and_banned_tokens_never_come(lm, ragged):
     assert special <= set(lm.banned.tolist()) and not special & set(lm.end_ids.tolist())
 
 
-def trimmed(rollouts: vp.Rollouts, num_full: int) -> list[list[torch.Tensor]]:
+def trimmed(rollouts: videolm.Rollouts, num_full: int) -> list[list[torch.Tensor]]:
     """The full video's rollouts without padding."""
     return [[y[:n] for y, n in zip(ys[:num_full], ns)] for ys, ns in zip(rollouts.tokens, rollouts.lengths.tolist())]
 
 
-def separate(lm: vp.VideoLM, plain_model, e: vp.Example, y: torch.Tensor) -> torch.Tensor:
+def separate(lm: videolm.VideoLM, plain_model, e: vp.Example, y: torch.Tensor) -> torch.Tensor:
     """Log-probs of one response by a plain pass over [prompt][response]."""
-    ids = torch.cat([e.input_ids[: e.prompt_length], y])
-    types = torch.cat([e.token_types[: e.prompt_length], torch.zeros(len(y), dtype=e.token_types.dtype)])
-    inputs = plain_inputs(e, ids) | {"mm_token_type_ids": types[None]}
-    if lm.config.model_type == "qwen2_5_vl":
-        inputs["second_per_grid_ts"] = torch.tensor([e.seconds_per_slot])
+    e = replace(e, token_types=e.token_types[: e.prompt_length])
+    inputs = plain_inputs(e, lm.config, torch.cat([e.input_ids[: e.prompt_length], y]))
     logits = plain_model(**inputs).logits[0, e.prompt_length - 1 : -1]
     logits = logits.index_fill(1, lm.banned, -torch.inf)
     return logits.log_softmax(1).gather(1, y[:, None]).squeeze(1)
@@ -260,7 +260,7 @@ def qwen3_5(tmp_path_factory, world) -> tuple:
     models = [AutoModelForImageTextToText.from_pretrained(folder) for _ in range(2)]
     preparation = Preparation(AutoProcessor.from_pretrained(folder), max_frames=8)
     clips, _ = load_clips(world / "train.jsonl")
-    return vp.VideoLM(models[0]), models[1].eval(), [prepare(c, preparation) for c in clips[:2]]
+    return videolm.VideoLM(models[0]), models[1].eval(), [prepare(c, preparation) for c in clips[:2]]
 
 
 def test_linear_attention_rolls_out_by_repeated_prefixes(qwen3_5):

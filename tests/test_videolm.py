@@ -7,36 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-import vp
+from data import videolm
 from data.clips import Preparation, make_example, prepare, read_frames
 from data.models import MergedWeights
-
-
-def plain_inputs(example: vp.Example, ids=None) -> dict:
-    """What the Hugging Face processor would hand to the model for one clip."""
-    ids = example.input_ids if ids is None else ids
-    inputs = {
-        "input_ids": ids[None],
-        "attention_mask": torch.ones_like(ids)[None],
-        "mm_token_type_ids": example.token_types[None, : len(ids)],
-        "pixel_values_videos": example.pixels,
-        "video_grid_thw": example.grid[None],
-    }
-    return inputs
-
-
-def plain_forward(hf: torch.nn.Module, example: vp.Example, **more):
-    """The Hugging Face model's own output on one clip."""
-    inputs = plain_inputs(example)
-    if hf.config.model_type == "qwen2_5_vl":
-        inputs["second_per_grid_ts"] = torch.tensor([example.seconds_per_slot])
-    return hf(**inputs, **more)
-
-
-def degraded(example: vp.Example) -> torch.Tensor:
-    """The patches of the twin's frames, as if they had been shown: whole slots of pixels replaced."""
-    per_slot = len(example.pixels) // int(example.grid[0])
-    return example.pixels.view(-1, per_slot, example.pixels.shape[1])[example.source].flatten(0, 1)
+from tests.helpers import degraded, plain_forward, plain_inputs
 
 
 def test_caption_loss_equals_plain_transformers(lm, plain, ragged):
@@ -59,7 +33,7 @@ def test_chunked_attention_against_a_loop(lengths):
     torch.manual_seed(len(lengths))
     qkv = [torch.randn(1, 3, sum(lengths), 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     cuts = torch.tensor([0, *lengths]).cumsum(0)
-    got, _ = vp.attend_in_chunks(None, *qkv, None, 0.3, cu_seq_lens_q=cuts)
+    got, _ = videolm.attend_in_chunks(None, *qkv, None, 0.3, cu_seq_lens_q=cuts)
     parts = []
     for a, b in itertools.pairwise(cuts):
         q, k, v = (x[:, :, a:b] for x in qkv)
@@ -103,7 +77,7 @@ def test_twin_tokens_are_a_gather(lm, plain, ragged):
     assert sum(e.source is not None for e in ragged) >= 3
 
 
-def states_by_hand(lm: vp.VideoLM, ragged) -> tuple[torch.Tensor, torch.Tensor]:
+def states_by_hand(lm: videolm.VideoLM, ragged) -> tuple[torch.Tensor, torch.Tensor]:
     """Layer-l states of the key-slot tokens in full and twin, each clip run whole and by itself."""
     found = {"full": [], "twin": []}
     for e in ragged:
@@ -135,7 +109,7 @@ def test_states_of_full_and_early_exit_twin(lm, ragged, monkeypatch):
     assert (full - twin).abs().max() > 1e-3
 
 
-def gradients(lm: vp.VideoLM, batch: vp.Batch) -> list[torch.Tensor]:
+def gradients(lm: videolm.VideoLM, batch: videolm.Batch) -> list[torch.Tensor]:
     """Loss and every gradient of one step."""
     lm.zero_grad()
     out = lm(batch)
@@ -234,9 +208,7 @@ def test_describe_equals_generate(lm, plain, ragged):
     both = lm.describe(ragged, max_new_tokens=8)
     for b, e in enumerate(ragged):
         for r, pixels in enumerate((e.pixels, e.pixels if e.source is None else degraded(e))):
-            inputs = plain_inputs(e, e.input_ids[: e.prompt_length]) | {"pixel_values_videos": pixels}
-            if lm.config.model_type == "qwen2_5_vl":
-                inputs["second_per_grid_ts"] = torch.tensor([e.seconds_per_slot])
+            inputs = plain_inputs(e, lm.config, e.input_ids[: e.prompt_length]) | {"pixel_values_videos": pixels}
             banned = lm.banned.tolist()
             want = plain.generate(**inputs, max_new_tokens=8, do_sample=False, suppress_tokens=banned)
             want = want[0, e.prompt_length :]
@@ -247,10 +219,10 @@ def test_contrastive_layer_is_checked(checkpoint):
     """Below Qwen3-VL's deepstack layers, or beyond the last, the layer is refused with the range that is allowed."""
     hf = AutoModelForImageTextToText.from_pretrained(checkpoint)
     lowest = 2 if hf.config.model_type == "qwen3_vl" else 1
-    vp.VideoLM(hf, lowest)
+    videolm.VideoLM(hf, lowest)
     for layer in (lowest - 1, 4, 9):
         with pytest.raises(ValueError, match=f"taken after {lowest} to 3"):
-            vp.VideoLM(hf, layer)
+            videolm.VideoLM(hf, layer)
 
 
 def test_lora_through_the_adapter(lm, ragged):
@@ -259,7 +231,7 @@ def test_lora_through_the_adapter(lm, ragged):
 
     plain = copy.deepcopy(lm.hf)
     linears = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-    adapted = vp.VideoLM(get_peft_model(lm.hf, LoraConfig(r=4, target_modules=linears)))
+    adapted = videolm.VideoLM(get_peft_model(lm.hf, LoraConfig(r=4, target_modules=linears)))
     torch.manual_seed(0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -270,7 +242,7 @@ def test_lora_through_the_adapter(lm, ragged):
     (out.lm_loss + out.contrastive_loss).backward()
     plain.load_state_dict(MergedWeights(adapted.hf), strict=True)
     with torch.no_grad():
-        merged = vp.VideoLM(plain).train()(batch, contrastive=False).lm_loss
+        merged = videolm.VideoLM(plain).train()(batch, contrastive=False).lm_loss
     torch.testing.assert_close(merged, out.lm_loss.detach(), rtol=1e-4, atol=1e-4)
 
 

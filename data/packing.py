@@ -1,0 +1,141 @@
+"""Packing: sequences in which branches share what stands before them, so that nothing is run twice.
+
+A *branch* is a run of tokens that sees itself and its ancestors, and no other branch; its positions go on from its parent's
+end. A prompt forks into the full video and its twin at the first replaced slot, and may fork again into questions or into
+rollouts:
+
+    [shared prefix]--[rest of the prompt, full video]--[rollout 1 of the full video]
+                  \\                                \\--[rollout 2]
+                   \\-[rest of the prompt, twin]------[rollout 1 of the twin]
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+
+def move(record, device: torch.device | str):
+    """A copy of a record with all its tensors on another device, copied without waiting."""
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            values[name] = value.to(device, non_blocking=True)
+        elif is_dataclass(value):
+            values[name] = move(value, device)
+    return replace(record, **values)
+
+
+@dataclass
+class Packed:
+    """A batch of trees, padded to the right.
+
+    input_ids, token_types, branch (B, T); position_ids (3, B, T); ancestors (B, n, n) bool: whether branch i sees branch j,
+    itself included. visual_index (V,): which of the encoded visual tokens stands at each visual place. rows (M,): rows of
+    the flattened (B*T) sequence whose states are wanted. Of rollouts: targets (M,), the token that each row predicts, and
+    rollout (M,), whose it is, counted through the batch.
+    """
+
+    input_ids: Tensor
+    token_types: Tensor
+    branch: Tensor
+    position_ids: Tensor
+    ancestors: Tensor
+    visual_index: Tensor
+    rows: Tensor
+    targets: Tensor | None = None
+    rollout: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Packed":
+        """The same sequences on another device."""
+        return move(self, device)
+
+    def sees(self, branch: Tensor) -> Tensor:
+        """Which tokens of its clip's sequence a branch sees: (B, R) numbers of branches -> (B, R, T) bool."""
+        clip = torch.arange(len(branch), device=branch.device)[:, None, None]
+        return self.ancestors[clip, branch[:, :, None], self.branch[:, None, :]]
+
+    def mask(self) -> Tensor:
+        """(B, 1, T, T) bool: which token sees which."""
+        T = self.branch.shape[1]
+        return (self.sees(self.branch) & torch.ones(T, T, dtype=torch.bool, device=self.branch.device).tril())[:, None]
+
+    def block_mask(self) -> BlockMask:
+        """The same for flex_attention, which leaves out the blocks that nobody sees."""
+        B, T = self.branch.shape
+        branch, ancestors = self.branch, self.ancestors
+        return create_block_mask(
+            lambda b, h, q, k: ancestors[b, branch[b, q], branch[b, k]] & (q >= k), B, None, T, T, device=branch.device
+        )
+
+
+@dataclass
+class Tree:
+    """One clip's sequence while it grows.
+
+    ids, types (t,), positions (3, t) of each branch; visual: the encoded visual tokens that stand in it, in their order.
+    parent, tip: number of each branch's parent (-1: none), and the place of its last token. wanted: places whose states are
+    wanted.
+    """
+
+    ids: list[Tensor] = field(default_factory=list)
+    types: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
+    visual: list[Tensor] = field(default_factory=list)
+    parent: list[int] = field(default_factory=list)
+    tip: list[int] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
+    length: int = 0
+
+    def grow(self, parent: int, ids: Tensor, types: Tensor, positions: Tensor, visual: Tensor) -> int:
+        """Add a branch behind `parent` (-1: a root) and return its number."""
+        self.ids.append(ids)
+        self.types.append(types)
+        self.positions.append(positions)
+        self.visual.append(visual)
+        self.parent.append(parent)
+        self.length += len(ids)
+        self.tip.append(self.length - 1)
+        return len(self.tip) - 1
+
+    def grow_text(self, parent: int, ids: Tensor) -> int:
+        """Add a branch of text. The branch before it ends in text, so that the last position is the largest so far."""
+        positions = self.positions[parent][:, -1:] + 1 + torch.arange(len(ids))
+        return self.grow(parent, ids, torch.zeros_like(self.types[parent][:1]).expand(len(ids)), positions, ids[:0])
+
+    def want(self, *places: int) -> None:
+        """Ask for the states at some places."""
+        self.wanted += places
+
+    def places(self, branch: int) -> range:
+        """The places of a branch's tokens."""
+        return range(self.tip[branch] + 1 - len(self.ids[branch]), self.tip[branch] + 1)
+
+    def ancestors(self, size: int) -> Tensor:
+        """(size, size) bool: which branch sees which; those that do not exist, such as padding, see themselves alone."""
+        sees = torch.eye(size, dtype=torch.bool)
+        for branch, parent in enumerate(self.parent):
+            if parent >= 0:
+                sees[branch] |= sees[parent]
+        return sees
+
+
+def pack(trees: Sequence[Tree], pad_id: int) -> Packed:
+    """Pad trees into one batch. Padding is a branch of its own."""
+
+    def pad(rows: list[Tensor], value: int) -> Tensor:
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    padding, width = max(len(tree.tip) for tree in trees), max(tree.length for tree in trees)
+    branch = [torch.arange(len(t.ids)).repeat_interleave(torch.tensor([len(ids) for ids in t.ids])) for t in trees]
+    return Packed(
+        input_ids=pad([torch.cat(tree.ids) for tree in trees], pad_id),
+        token_types=pad([torch.cat(tree.types) for tree in trees], 0),
+        branch=pad(branch, padding),
+        position_ids=pad([torch.cat(tree.positions, 1).T for tree in trees], 0).permute(2, 0, 1),
+        ancestors=torch.stack([tree.ancestors(padding + 1) for tree in trees]),
+        visual_index=torch.cat([part for tree in trees for part in tree.visual]),
+        rows=torch.cat([b * width + torch.tensor(tree.wanted, dtype=torch.long) for b, tree in enumerate(trees)]),
+    )
