@@ -185,6 +185,16 @@ class VideoLM(nn.Module):
         """The conditional-generation model, without any adapter wrapper."""
         return self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
 
+    @property
+    def caught(self) -> list[int]:
+        """What `output_hidden_states` must be to catch the states after l layers; see `states_after_l`."""
+        return [self.contrastive_layer - 1, self.contrastive_layer]
+
+    def states_after_l(self, hidden_states: Sequence[Tensor | None]) -> Tensor:
+        """The states after l layers among those caught: transformers counts the embeddings, too, but not before 5.23."""
+        embeddings_count = len(hidden_states) > len(self.base.model.language_model.layers)
+        return hidden_states[self.contrastive_layer - (not embeddings_count)]
+
     def first_layers(self) -> nn.Module:
         """The multimodal model cut off after l layers, before the final norm: a shallow copy that shares all weights."""
         model = copy.copy(self.base.model)
@@ -309,7 +319,7 @@ class VideoLM(nn.Module):
         the first l layers only. Without `contrastive` nothing of that is computed.
         """
         video = self.encode_video(batch)
-        keep = [self.contrastive_layer - 1, self.contrastive_layer] if contrastive else False
+        keep = self.caught if contrastive else False
         full = self.base.model(
             **self.inputs(batch, video), position_ids=batch.position_ids, output_hidden_states=keep, use_cache=False
         )
@@ -322,9 +332,7 @@ class VideoLM(nn.Module):
             return SFTOutput(lm_loss, lm_loss.new_zeros(()), {})
 
         prefix = slice(0, batch.prefix_length)
-        # transformers counts the embeddings among the states from 5.23 on
-        layer = self.contrastive_layer - (len(full.hidden_states) == len(self.base.model.language_model.layers))
-        h = full.hidden_states[layer][:, prefix].flatten(0, 1).index_select(0, batch.key_rows)  # (N, D)
+        h = self.states_after_l(full.hidden_states)[:, prefix].flatten(0, 1).index_select(0, batch.key_rows)  # (N, D)
         h_twin = None
         if twin_negatives:
             cut = self.inputs(batch, self.gather_video(video, batch.twin_index))

@@ -195,7 +195,7 @@ assert "torchcodec" not in sys.modules
 from data.run import models
 hf = models.load_trainable(sys.argv[2], "none", 0, False, True, torch.device("cpu"))
 torch.manual_seed(0)
-lm = importlib.import_module("vp").VideoLM(hf).train()
+lm = importlib.import_module("data.videolm").VideoLM(hf).train()
 out = lm(lm.collate(torch.load(sys.argv[3], weights_only=False)))
 (out.lm_loss + out.contrastive_loss).backward()
 gradient = sum(float(p.grad.abs().sum()) for p in hf.parameters())

@@ -165,12 +165,11 @@ def head_evidence(lm: videolm.VideoLM, example: vp.Example) -> list[Evidence]:
     best slot stands out, which is near 1 for an event that the model knows and near 0 for none.
     """
     batch = lm.collate([example]).to(lm.base.lm_head.weight.device)
-    keep = [lm.contrastive_layer]
     inputs = lm.inputs(batch, lm.encode_examples([example]))
-    out = lm.base.model(**inputs, position_ids=batch.position_ids, output_hidden_states=keep, use_cache=False)
+    out = lm.base.model(**inputs, position_ids=batch.position_ids, output_hidden_states=lm.caught, use_cache=False)
     places = torch.nonzero(example.token_types == 2).squeeze(1).view(int(example.grid[0]), -1)
     states = F.normalize(
-        lm.heads.visual(out.hidden_states[lm.contrastive_layer][0][places.to(batch.grid.device)].float()), dim=-1
+        lm.heads.visual(lm.states_after_l(out.hidden_states)[0][places.to(batch.grid.device)].float()), dim=-1
     )
     evidence = []
     for ids in example.keyword_ids:
