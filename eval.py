@@ -295,8 +295,8 @@ def markdown_row(results: dict, title: str) -> str:
 
 def run_evaluation(settings: EvalSettings, console: Console) -> dict:
     """The command `python eval.py`."""
-    lm, processor = load_model(settings.model)
     clips, problems = load_clips(settings.data, settings.root, settings.follow_links)
+    lm, processor = load_model(settings.model)
     if settings.limit >= 0:
         clips = clips[: settings.limit]
     preparation = Preparation(processor, settings.max_frames, settings.fps, max_pixels=settings.max_pixels)
