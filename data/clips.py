@@ -242,7 +242,7 @@ def load_clips(annotations: Path, root: Path | None = None, follow_links: bool =
     """
     annotations = Path(annotations)
     root = Path(root) if root is not None else annotations.parent
-    check_annotations(annotations, root)
+    check_annotations(annotations, root, follow_links)
     clips, problems = [], []
     with annotations.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -257,7 +257,7 @@ def load_clips(annotations: Path, root: Path | None = None, follow_links: bool =
                 problems.append(str(error))
     if not clips:
         shown = "\n  ".join(problems[:10]) or "it has no line"
-        shown += other_fields(annotations, root, FIELDS)
+        shown += other_fields(annotations, root, follow_links, FIELDS)
         raise ClipError(f"{annotations}: no usable clip among {len(problems)} lines:\n  {shown}")
     return clips, problems
 

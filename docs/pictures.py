@@ -1,6 +1,6 @@
 """Draw the pictures of the docs: the pipeline, from a clip of the embedded world; a prompt's fork and its attention mask.
 
-    python -m docs.pictures          # docs/pipeline.png and docs/fork.png
+python -m docs.pictures          # docs/pipeline.png and docs/fork.png
 """
 
 import tempfile
@@ -84,7 +84,15 @@ def draw_fork(lm: VideoLM, example, path: Path) -> None:
     rollouts = [torch.arange(4), torch.arange(3)]
     packed = lm.pack_prefixes([example], [rollouts])
     mask, branch = packed.mask()[0, 0], packed.branch[0]
-    names = ["prompt up to the first\nreplaced slot", "rest, full video", "rest, twin", "y1", "y2", "y1 (twin)", "y2 (twin)"]
+    names = [
+        "prompt up to the first\nreplaced slot",
+        "rest, full video",
+        "rest, twin",
+        "y1",
+        "y2",
+        "y1 (twin)",
+        "y2 (twin)",
+    ]
     figure, axis = plt.subplots(figsize=(8.5, 7))
     axis.imshow(mask.float(), cmap="Greens", vmin=0, vmax=1.4, interpolation="nearest")
     for number, name in enumerate(names):
@@ -93,7 +101,11 @@ def draw_fork(lm: VideoLM, example, path: Path) -> None:
         axis.axhline(last + 0.5, color=GREY, linewidth=0.6)
         axis.axvline(last + 0.5, color=GREY, linewidth=0.6)
         axis.text(len(branch) + 1, (first + last) / 2, name, va="center", fontsize=8)
-    axis.set(xlabel="token that is seen", ylabel="token that sees", title="One sequence: a prompt, its twin, and what follows each")
+    axis.set(
+        xlabel="token that is seen",
+        ylabel="token that sees",
+        title="One sequence: a prompt, its twin, and what follows each",
+    )
     axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

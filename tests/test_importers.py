@@ -579,6 +579,9 @@ def test_a_foreign_file_is_named_with_its_command(tmp_path):
         clips, problems = load_clips(folder / "clips.jsonl")
         assert clips and not problems and clips[0].caption in ("He jumps.", "One.", "Two.", "Five."), name
         (folder / "clips.jsonl").unlink()
+    (folder / "clips.jsonl").write_text("earlier")
+    with pytest.raises(ClipError, match=r"chat\.clips\.jsonl' --follow-links\nand go on with .*chat\.clips\.jsonl' --root"):
+        load_clips(folder / "chat.json", tmp_path, follow_links=True)  # nothing is overwritten
 
 
 def test_what_is_no_text_is_named(tmp_path):

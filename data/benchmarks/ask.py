@@ -125,7 +125,7 @@ def read_key_spans(path: Path, root: Path, follow_links: bool = False) -> tuple[
     """
     if not path.is_file():
         raise ClipError(f"--key-spans {path}: no such file; give lines with video and key_spans")
-    check_annotations(path, root)
+    check_annotations(path, root, follow_links)
     spans, problems = defaultdict(list), []
     for where, line in read_lines(path):
         try:

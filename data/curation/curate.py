@@ -405,7 +405,7 @@ def excluded_clips(s: Settings) -> tuple[set[str], Seen]:
             below = list_files(path, VIDEO_ENDINGS, follow_links=True).files  # whatever is a copy is to be left out
             videos = [Clip(path / v, "", str(path / v)) for v in below]
         else:
-            check_annotations(path, path.parent)
+            check_annotations(path, path.parent, s.follow_links)
             videos = [parse_line(text, f"{path}:{n}", path.parent, s.follow_links) for n, text in lines_of(path)]
         for clip in videos:
             try:
@@ -496,7 +496,7 @@ def finish(parts: Sequence[Path], s: Settings, console: Console) -> Counter:
 def main(s: Settings, console: Console | None = None) -> Counter:
     """Curate; returns the counts."""
     console = console or Console()
-    check_annotations(s.captions, s.root or s.captions.parent)
+    check_annotations(s.captions, s.root or s.captions.parent, s.follow_links)
     if not s.finders:
         raise ValueError("--finders: name at least one of motion, clip, self")
     for needs, name in ((s.keywords == "model" or "self" in s.finders, "model"), ("clip" in s.finders, "clip_model")):

@@ -243,8 +243,8 @@ class DescribeSettings:
 
 def run_evaluation(settings: EvalSettings, console: Console) -> dict:
     """The command `python eval.py`."""
-    lm, processor = load_model(settings.model)
     clips, problems = load_clips(settings.data, settings.root, settings.follow_links)
+    lm, processor = load_model(settings.model)
     if settings.limit >= 0:
         clips = clips[: settings.limit]
     s, context = settings, lm.config.text_config.max_position_embeddings
