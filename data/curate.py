@@ -41,6 +41,7 @@ from data.clips import Clip, ClipError, Frames, Preparation, make_example, parse
 from data.curate_report import group_of, records_of, report
 from data.fingerprints import Seen, file_hash, fingerprint, plain_hash
 from data.keywords import extract, keyword_prompt, looks_english, parse_keywords, rank
+from data.words import fold
 
 REASONS = {
     "malformed": "the line cannot be read",
@@ -417,7 +418,7 @@ def judge(parts: Sequence[Path], s: Settings, console: Console) -> dict[int, tup
         if "rejected" in record:
             continue
         line, where = record["line"], f"{s.captions}:{record['line']}"
-        words = " ".join(record["source"]["caption"].lower().split())
+        words = " ".join(fold(record["source"]["caption"]).split())
         digest = hashlib.sha256(words.encode()).hexdigest()[:16]
         same = excluded.find(record)
         plain = plain_hash(record["hashes"])

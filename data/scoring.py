@@ -13,13 +13,30 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
 
 from data.clips import Clip
+from data.words import fold, split_words
 
 LETTERS = string.ascii_uppercase
-ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-ROUGE_L = RougeScorer(["rougeL"], use_stemmer=True)
+
+
+class WordsOfAnyScript(Tokenizer):
+    """rouge-score's own tokenizer knows no letters but a to z; for ASCII texts this one gives the same tokens."""
+
+    def __init__(self):
+        self.stemmer = PorterStemmer()
+
+    def tokenize(self, text: str) -> list[str]:
+        """Stems of words; shorter than four letters, words."""
+        return [self.stemmer.stem(word) if len(word) > 3 else word for word in split_words(text)]
+
+
+ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)  # as VRU-Accident's authors
+ROUGE_L = RougeScorer(["rougeL"], tokenizer=WordsOfAnyScript())
+SENTENCE_END = r"(?<=[.!?])\s+|(?<=[。！？｡।॥؟։።])\s*"
 
 
 # --- Our rules ----------------------------------------------------------------------------------------------------------
@@ -39,7 +56,7 @@ def plain(response: str) -> str:
 
 def folded(text: str) -> str:
     """A text for comparison: case, blanks and a full stop at the end do not count."""
-    return " ".join(text.casefold().split()).rstrip(".")
+    return " ".join(fold(text).split()).rstrip(".。")
 
 
 def read_letter(response: str, options: Sequence[str] = (), labels: Sequence[str] = ()) -> str:
@@ -158,13 +175,14 @@ def official_tempcompass(response: str, kind: str, options: Sequence[str] = (), 
 
 
 def names(keyword: str, text: str) -> bool:
-    """Whether a keyword stands in a text, word for word, whatever the case and punctuation.
+    """Whether a keyword stands in a text, word for word, whatever the case and punctuation; in scripts without spaces,
+    character for character.
 
-    >>> names("jumps up", "The red circle jumps up."), names("jumps up", "It jumps upward.")
-    (True, False)
+    >>> names("jumps up", "The red circle jumps up."), names("jumps up", "It jumps upward."), names("跳下", "他跳下墙。")
+    (True, False, True)
     """
-    words = [" " + " ".join(re.findall(r"\w+", s.lower())) + " " for s in (keyword, text)]
-    return words[0] in words[1]
+    words = [" " + " ".join(split_words(s)) + " " for s in (keyword, text)]
+    return words[0].strip() != "" and words[0] in words[1]
 
 
 def similarity(reference: str, text: str) -> float:
@@ -226,7 +244,7 @@ def event_recall(encoder, events: Sequence[Sequence[str]], texts: Sequence[str])
     encoder: a `data.texts.TextEncoder`. An event counts as far as the sentence that covers it best: the mean over the
     event's tokens of their largest cosine to a token of the sentence (below 0: 0). The mean over events is taken.
     """
-    sentences = [[s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s] for text in texts]
+    sentences = [[s for s in re.split(SENTENCE_END, text.strip()) if s] for text in texts]
     flat = [s for group in (*events, *sentences) for s in group]
     embedded = dict(zip(flat, encoder(flat)))
 
