@@ -157,9 +157,9 @@ def build_text_encoder(out: Path, texts: Sequence[str] | None = None, seed: int 
     """Write a text encoder of static word embeddings to `out`: a SentenceTransformer directory, built offline.
 
     Words are those of `data/words.py`, of any script. A word is like itself (1), and, in the world, a little like the
-    words of its kind (0.3: colours, shapes, verbs, what follows a verb, the rest); an unknown word is like nothing, not even
-    itself. With `texts` it knows their words instead, each a kind of its own: nothing but equal words is alike. It is a BERT
-    without layers, so that it loads and embeds like a trained encoder. What is already there is kept.
+    words of its kind (0.3: colours, shapes, verbs, what follows a verb, the rest); an unknown word is like nothing, not
+    even itself. With `texts` it knows their words instead, each a kind of its own: nothing but equal words is alike. It is
+    a BERT without layers, so that it loads and embeds like a trained encoder. What is already there is kept.
     """
     if (out / "modules.json").exists():
         return out

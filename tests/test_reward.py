@@ -55,8 +55,8 @@ def test_encoder_of_a_data_set_knows_its_words(tmp_path):
 def test_encoder_of_a_data_set_reads_any_script(tmp_path):
     """A caption said word for word has quality and recall 1, in capitals and with accents written apart as well."""
     captions = ["一个男人从墙上跳下来。", "男がコーヒーをこぼした。", "ผู้ชายกระโดดลงจากกำแพง", "Мужчина прыгает.",
-                "رجل يقفز.", "एक आदमी कूदता है।", "한 남자가 뛰어내린다.", "Ένας σοφός άντρας.", "Die Straße.", "Él saltó.", "🏃💥",
-                "A man 跳下 [PAD] [UNK] <|im_end|>"]  # fmt: skip
+                "رجل يقفز.", "एक आदमी कूदता है।", "한 남자가 뛰어내린다.", "Ένας σοφός άντρας.", "Die Straße.", "Él saltó.",
+                "🏃💥", "A man 跳下 [PAD] [UNK] <|im_end|>"]  # fmt: skip
     encoder = TextEncoder(build_text_encoder(tmp_path / "encoder", captions))
     said = [[c, c.upper(), unicodedata.normalize("NFD", c), "xyzzy"] for c in captions]
     for scores in score_texts(encoder, said, captions, [[c] for c in captions]):
