@@ -59,7 +59,7 @@ def guess_columns(names: list[str]) -> tuple[str, str] | None:
 
 @dataclass
 class Foreign:
-    """What a file is. importer: the one of data/curation/importers.py that reads it; columns: its fields, if they are to be named;
+    """What a file is. importer: what data/curation/importers.py calls it; columns: its fields, if they are to be named;
     fix: what to do if there is no importer."""
 
     kind: str

@@ -28,6 +28,7 @@ class TextEncoder:
             self.model = SentenceTransformer(str(model), device=str(device), trust_remote_code=False).eval()
         except OSError as error:
             raise ValueError(f"--text-encoder {model}: {str(error).strip().splitlines()[0]}") from None
+        self.model.tokenizer.split_special_tokens = True  # "[PAD]" in a text is text
         self.special = set(self.model.tokenizer.all_special_ids) - {self.model.tokenizer.unk_token_id}
 
     def __call__(self, texts: Sequence[str]) -> list[EmbeddedText]:

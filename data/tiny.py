@@ -8,7 +8,6 @@ They are ordinary Hugging Face directories (safetensors, config, tokenizer, chat
 
 import contextlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -39,6 +38,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
+from data.words import WORD
 from data.world import ACTIONS, COLOURS, PIXELS, SHAPES
 
 Family = Literal["qwen2_5_vl", "qwen3_vl", "qwen3_5"]
@@ -156,22 +156,25 @@ def build_tiny(out: Path, family: Family = "qwen2_5_vl", seed: int = 0) -> Path:
 def build_text_encoder(out: Path, texts: Sequence[str] | None = None, seed: int = 0) -> Path:
     """Write a text encoder of static word embeddings to `out`: a SentenceTransformer directory, built offline.
 
-    A word is like itself (1), and, in the world, a little like the words of its kind (0.3: colours, shapes, verbs, what
-    follows a verb, the rest); an unknown word is like nothing, not even itself. With `texts` it knows their words instead,
-    each a kind of its own: nothing but equal words is alike. It is a BERT without layers, so that it loads and embeds like
-    a trained encoder. What is already there is kept.
+    Words are those of `data/words.py`, of any script. A word is like itself (1), and, in the world, a little like the
+    words of its kind (0.3: colours, shapes, verbs, what follows a verb, the rest); an unknown word is like nothing, not
+    even itself. With `texts` it knows their words instead, each a kind of its own: nothing but equal words is alike. It is
+    a BERT without layers, so that it loads and embeds like a trained encoder. What is already there is kept.
     """
     if (out / "modules.json").exists():
         return out
+    # Lowercase is not Python's casefold: final sigma and sharp s are folded beside it.
+    fold = [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace("ς", "σ"), normalizers.Replace("ß", "ss")]
+    normalizer, splitter = normalizers.Sequence(fold), pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
+    normalize, split = normalizer.normalize_str, splitter.pre_tokenize_str
     if texts is None:
         first, follow = {a.split()[0] for a in ACTIONS}, {w for a in ACTIONS for w in a.split()[1:]} - {"a"}
         kinds = [list(COLOURS), list(SHAPES), sorted(first), sorted(follow), ["a", "and", "the", "something"]]
     else:
-        kinds = [[word] for word in sorted({w for text in texts for w in re.findall(r"\w+", text.lower())})]
+        kinds = [[word] for word in sorted({word for text in texts for word, _ in split(normalize(text))})]
     vocabulary = {"[PAD]": 0, "[UNK]": 1} | {w: i for i, w in enumerate((w for kind in kinds for w in kind), 2)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True)
+    words.normalizer, words.pre_tokenizer = normalizer, splitter
     width = 64 if texts is None else 384
     sizes = dict(hidden_size=width, num_hidden_layers=0, num_attention_heads=1, intermediate_size=width, type_vocab_size=1)
     bert = BertModel(BertConfig(vocab_size=len(vocabulary), **sizes))

@@ -48,9 +48,37 @@ MORE = [
     ("A. jumps\nB. walks\nC. turns\nD. falls", ""), ("A. jumps\nB. walks\nC. turns\nD. falls\nAnswer: C", "C"),
     ("walks", "B"), ("Turns.", "C"), ("he walks", ""), ("\u00c5", ""), ("B" * 5000, ""), ("(" * 5000, ""),
 ]  # fmt: skip
+# Thoughts cut off or begun in the prompt; full-width letters; "option b"; other languages; articles and pronouns.
+WILD = [
+    ("<think>A looks right, but", ""), ("<thinking>A looks right. The answer is B", ""), ("<reasoning>B", ""),
+    ("◁think▷A◁/think▷B", "B"), ("◁think▷A fits, so B", ""), ("A fits, so maybe C.</think>\n\nB", "B"),
+    ("A fits</think>", ""), ("<think>A</think>", ""), ("B<think>hm", "B"), ("<THINK>\nA\n</THINK>\nB", "B"),
+    ("[THINK]A fits[/THINK]B", "B"), ("[THINK]A fits", ""), ("<think>A</think>B<think>C</think>", "B"),
+    ("<think>no<think>A</think>B", "B"), ("<think>A</think><answer>B</answer>", "B"),
+    ("<think> A </think> <answer>(B)</answer>", "B"), ("Ｂ", "B"), ("（Ｂ）", "B"), ("Ｂ．", "B"), ("ｂ", "B"),
+    ("Ⓑ", "B"), ("The answer is option (b).", "B"), ("option b", "B"), ("Option b.", "B"), ("I pick option b", "B"),
+    ("option (b)", "B"), ("Choice c is right", "C"), ("choice b", "B"), ("option a man", ""),
+    ("option a or option b", ""), ("Option a is wrong, option b fits", "B"), ("选B", "B"), ("选 B", "B"),
+    ("答案是B", "B"), ("答案：B", "B"), ("答案:B。", "B"), ("答案是：Ｂ", "B"), ("正确答案是（B）。", "B"),
+    ("正解はB", "B"), ("正解はBです。", "B"), ("答えはBです", "B"), ("答案应该是B", "B"), ("A不对，选B", "B"),
+    ("不是A，是B", "B"), ("A和B都对", ""), ("A、B", ""), ("我选择C", "C"), ("选项B正确", "B"),
+    ("选项A错误，选项B正确", "B"), ("B选项", "B"), ("B。因为他跳", "B"), ("B、走", "B"), ("정답은 B입니다", "B"),
+    ("정답: B", "B"), ("คำตอบคือB", "B"), ("Ответ: B", "B"), ("Ответ — B", "B"),
+    ("La respuesta correcta es B.", "B"), ("La réponse est (B)", "B"), ("Die Antwort ist B.", "B"),
+    ("Jawaban: B", "B"), ("उत्तर: B", "B"), ("الجواب B", "B"), ("\\boxed{B}", "B"),
+    ("A seems ok, but \\boxed{\\text{B}}", "B"), ("$\\boxed{(B)}$", "B"), ("**B.**", "B"), ("B:", "B"),
+    ("**Answer:** B", "B"), ("**Answer: (b)**", "B"), ("Answer: option C", "C"), ("Answer: **Option C**", "C"),
+    ("The correct answer choice is C", "C"), ("答案是E", ""), ("The answer is option (e).", ""), ("Ｅ", ""),
+    ("\\boxed{E}", ""), ("option e", ""), ("A 3-year-old jumps", ""), ("I think it jumps", ""), ("I", ""),
+    ("A élan jumps", ""), ("a", "A"), ("A 因为他跳", "A"), ("The answer is the letter B", "B"), ("我认为是B", "B"),
+    ("B是对的", "B"), ("The answer is B或C", ""), ("他穿T恤", ""), ("A个人跳", ""), ("以上都不对", ""),
+    ("A.跳\nB.走\nC.转\nD.倒", ""), ("A、跳\nB、走\nC、转\nD、倒\n答案：C", "C"), ("答案不是A，是B", "B"),
+    ("The answer A is wrong; B", "B"), ("No sé la respuesta correcta", ""), ("la respuesta correcta es la B", "B"),
+    ("Not A", ""), ("A车撞了B车", ""), ("B 是因为他走", "B"), ("A、B和C", ""), ("NOT A but B", "B"), ("B번", "B"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("response, letter", PAGE + MORE)
+@pytest.mark.parametrize("response, letter", PAGE + MORE + WILD)
 def test_our_letter(response, letter):
     """Every row of the extraction table, and more."""
     assert read_letter(response, ["jumps", "walks", "turns", "falls"]) == letter
@@ -70,6 +98,11 @@ def test_our_letter(response, letter):
         ("Option 12", ["x", "y"], ["Option 1", "Option 2"], ""),
         ("Caption B: y", ["x", "y"], ["Caption A", "Caption B"], "B"),
         ("B", ["x", "y"], ["Option 1", "Option 2"], "B"),
+        ("选Option 2", ["x", "y"], ["Option 1", "Option 2"], "B"),
+        ("穿T恤。", ["走", "穿T恤"], (), "B"),
+        ("I think it is C", list("opqrstuvwx"), (), "C"),  # ten options: I may be one
+        ("I because it fits", list("opqrstuvwx"), (), "I"),
+        ("I am not sure", list("opqrstuvwx"), (), ""),
     ],
 )
 def test_our_letter_with_options_and_labels(response, options, labels, letter):
@@ -81,7 +114,8 @@ def test_our_letter_with_options_and_labels(response, options, labels, letter):
     "response, word",
     [("Yes", "yes"), ("yes.", "yes"), ("No, it is not", "no"), ("**No**", "no"), ("The answer is yes", "yes"), ("", ""),
      ("Not sure", ""), ("Nothing moves", ""), ("yes and no", ""), ("Yes. No doubt.", "yes"), ("I say no", "no"),
-     ("Yesterday", ""), ("answer" + " " * 20_000 + "q", ""), ("Answer: (yes)", "yes"), ("<think>no</think>Yes", "yes")],
+     ("Yesterday", ""), ("answer" + " " * 20_000 + "q", ""), ("Answer: (yes)", "yes"), ("<think>no</think>Yes", "yes"),
+     ("<think>Yes, but", ""), ("no, so</think>Yes", "yes"), ("Ｙｅｓ", "yes")],
 )  # fmt: skip
 def test_our_yes_or_no(response, word):
     """Whole words; what begins the response, or is announced, or is the only one."""

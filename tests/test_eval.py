@@ -1,17 +1,20 @@
 """Scores of descriptions, on small cases worked out by hand, and a whole evaluation."""
 
+import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
+from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import eval as evaluation
 from data import videolm
-from data.benchmarks.scoring import score_description
+from data.benchmarks.scoring import event_recall, names, score_description, similarity
 from data.clips import Clip, Preparation, load_clips
 from data.measure import cost
 from data.run.models import load_model
+from data.texts import EmbeddedText
 from data.world import ACTIONS
 
 ALL = set(ACTIONS)
@@ -53,6 +56,73 @@ def test_clips_without_truth_have_no_truth_scores():
     clip = Clip(Path("a.mp4"), "A man jumps off.", "c:1", keywords=["jumps off", "falls"])
     assert score_description(clip, "He jumps off.", set()).keys() == {"caption similarity", "keyword recall"}
     assert score_description(clip, "He jumps off.", set())["keyword recall"] == 0.5
+
+
+SCRIPTS = [
+    ("一个男人从墙上跳下来。", "跳下来"), ("男がコーヒーをこぼした。", "コーヒーをこぼした"),
+    ("ผู้ชายกระโดดลงจากกำแพง", "กระโดดลง"),
+    ("ຜູ້ຊາຍໂດດລົງ", "ໂດດລົງ"), ("បុរសលោតចុះ", "លោតចុះ"), ("အမျိုးသားခုန်ချသည်။", "ခုန်ချ"),
+    ("Мужчина прыгает со стены.", "прыгает со стены"), ("رجل يقفز من على الجدار.", "يقفز"),
+    ("एक आदमी दीवार से कूदता है।", "कूदता है"), ("한 남자가 벽에서 뛰어내린다.", "뛰어내린다"),
+    ("Ένας άντρας πηδάει.", "πηδάει"),
+    ("Người đàn ông nhảy.", "nhảy"), ("A man 跳下来 from the wall.", "跳下来"), ("🏃💥🇩🇪", "💥"),
+    ("Él saltó el año 3.", "saltó"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("caption, keyword", SCRIPTS)
+def test_the_caption_itself_scores_one_in_any_script(caption, keyword):
+    """Case and the way accents are written (composed, decomposed) do not count."""
+    clip = Clip(Path("a.mp4"), caption, "c:1", keywords=[keyword])
+    for form in ("NFC", "NFD", "NFKC"):
+        for text in (caption, caption.upper()):
+            got = score_description(clip, unicodedata.normalize(form, text), set())
+            assert got == {"caption similarity": 1, "keyword recall": 1}
+    assert score_description(clip, "xyzzy", set()) == {"caption similarity": 0, "keyword recall": 0}
+    assert score_description(clip, "", set()) == {"caption similarity": 0, "keyword recall": 0}
+
+
+@pytest.mark.parametrize(
+    "keyword, text, stands",
+    [
+        ("跳下", "他从墙上跳下来。", True), ("跳下", "他跳起来，下墙。", False), ("कूद", "आदमी कूदता है", False),
+        ("आदम", "आदमी", False), ("прыг", "Мужчина прыгает", False), ("caf", "a café", False),
+        ("cafe", "a cafe\u0301", False),
+        ("cafe\u0301", "a CAFÉ.", True), ("jumps", "jumps_off", True), ("straße", "STRASSE", True),
+        ("σοφός", "ΣΟΦΌΣ", True),
+        ("ＪＵＭＰＳ", "he jumps", True), ("!", "he jumps!", False), ("", "", False), ("뛰어", "뛰어내린다", False),
+    ],
+)  # fmt: skip
+def test_words_end_where_they_end(keyword, text, stands):
+    """A part of a word is no word, its vowel signs and accents belong to it; a script without spaces goes by characters."""
+    assert names(keyword, text) == stands
+
+
+def test_half_of_a_chinese_caption():
+    """Four of eight characters, in order: precision 1, recall 1/2."""
+    assert similarity("男人从墙上跳下", "男人跳下") == pytest.approx(2 * (4 / 7) / (1 + 4 / 7))
+
+
+def test_english_similarity_is_that_of_rouge_score(world):
+    """Bit for bit, on the world's captions and on ASCII texts with all kinds of marks."""
+    rouge = RougeScorer(["rougeL"], use_stemmer=True)
+    texts = [clip.caption for clip in load_clips(world / "test.jsonl")[0]][:12]
+    texts += ["He's jumping_off (twice)!", "Jumped; 3.5 metres.", "RUNNING and falling", "", "..."]
+    for a in texts:
+        for b in texts:
+            assert similarity(a, b) == rouge.score(a, b)["rougeL"].fmeasure
+
+
+def test_sentences_end_in_any_script():
+    """Each event is looked for in the sentence that covers it best."""
+    encoded = []
+
+    def encoder(texts):
+        encoded.extend(texts)
+        return [EmbeddedText([1], torch.ones(1, 2)) for _ in texts]
+
+    assert event_recall(encoder, [["一"]], ["他跑。他跳！真的吗？कूदता है। He runs. 3.5 m"]) == [pytest.approx(1)]
+    assert encoded == ["一", "他跑。", "他跳！", "真的吗？", "कूदता है।", "He runs.", "3.5 m"]
 
 
 def test_evaluation_counts_what_it_says(world, qwen2_5, monkeypatch):

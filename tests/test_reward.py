@@ -1,6 +1,7 @@
 """The reward, equations (2) to (4): against loops by hand, and against every trick that a policy could try."""
 
 import math
+import unicodedata
 
 import pytest
 import torch
@@ -50,6 +51,21 @@ def test_encoder_of_a_data_set_knows_its_words(tmp_path):
         a, b, c, d = (e.embeddings for e in encoder(["word7", "WORD7", "number7", "nowhere"]))
         for other, want in ((b, 1.0), (c, 0.0), (d, 0.0)):
             assert torch.cosine_similarity(a, other).item() == pytest.approx(want, abs=0.2 if count == 900 else 0.02)
+
+
+def test_encoder_of_a_data_set_reads_any_script(tmp_path):
+    """A caption said word for word has quality and recall 1, in capitals and with accents written apart as well."""
+    captions = ["一个男人从墙上跳下来。", "男がコーヒーをこぼした。", "ผู้ชายกระโดดลงจากกำแพง", "Мужчина прыгает.",
+                "رجل يقفز.", "एक आदमी कूदता है।", "한 남자가 뛰어내린다.", "Ένας σοφός άντρας.", "Die Straße.", "Él saltó.",
+                "🏃💥", "A man 跳下 [PAD] [UNK] <|im_end|>"]  # fmt: skip
+    encoder = TextEncoder(build_text_encoder(tmp_path / "encoder", captions))
+    said = [[c, c.upper(), unicodedata.normalize("NFD", c), "xyzzy"] for c in captions]
+    embedded = embed_texts(encoder, said, captions, [[c] for c in captions], [4] * len(said), [0] * len(said))
+    for rewards in vp.paired_rewards(embedded, "recall"):
+        for score in (rewards.quality, rewards.keyword_recall):
+            assert score.tolist() == pytest.approx([1, 1, 1, 0], abs=0.02)
+    whole, part = encoder(["कूदता", "कूदत"])
+    assert len(whole.tokens) == len(part.tokens) == 1 and whole.tokens != part.tokens  # vowel signs belong to the word
 
 
 def test_encoder_is_an_ordinary_sentence_transformer(encoder, tmp_path):

@@ -8,38 +8,85 @@ figures again; each says where it was read. `read_letter` is ours.
 import itertools
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
 
 from data.clips import Clip
+from data.words import fold, split_words
 
 LETTERS = string.ascii_uppercase
-ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-ROUGE_L = RougeScorer(["rougeL"], use_stemmer=True)
+
+
+class WordsOfAnyScript(Tokenizer):
+    """rouge-score's own tokenizer knows no letters but a to z; for ASCII texts this one gives the same tokens."""
+
+    def __init__(self):
+        self.stemmer = PorterStemmer()
+
+    def tokenize(self, text: str) -> list[str]:
+        """Stems of words; shorter than four letters, words."""
+        return [self.stemmer.stem(word) if len(word) > 3 else word for word in split_words(text)]
+
+
+ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)  # as VRU-Accident's authors
+ROUGE_L = RougeScorer(["rougeL"], tokenizer=WordsOfAnyScript())
+SENTENCE_END = r"(?<=[.!?])\s+|(?<=[。！？｡।॥؟։።])\s*"
 
 
 # --- Our rules ----------------------------------------------------------------------------------------------------------
 
-# After "A", these words tell the letter from the article.
+# Tags around a thought: <think>, <thinking>, <reasoning>, [THINK], ◁think▷ and the like.
+THOUGHT = r"(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)"
+OPENING, CLOSING = (rf"(?i:[<◁]{slash}{THOUGHT}\s*[>▷]|\[{slash}think\])" for slash in ("", "/"))
+# After "A", these words tell the letter from the article, and after "I" from the pronoun.
 NO_NOUN = "is|was|because|since|as|and|or|but|with|in|if|for|based|given|seems|fits|matches|than|over|to|not|rather"
-ARTICLE = rf"(?!(?<=A) +(?!(?:{NO_NOUN})\b)[A-Za-z]\w)"
-LETTER = rf"(?<![\w'’.-])[A-Z](?![\w'’-]){ARTICLE}"
-WRONG = r"(?! +(?:is|are|was) +(?:wrong|incorrect|false|not)\b)"
-ANSWER = r"(?i:\banswer|\b(?:best|correct|right) (?:option|choice))(?i: (?:is|should be|would be|must be))?[\s:=]*"
+ARTICLE = rf"(?!(?<=A) +(?!(?:{NO_NOUN})\b)(?:[A-Za-zÀ-ɏ]\w|\d))"
+PRONOUN = r"(?!(?<=I) +(?!(?:is|because|since|fits|matches)\b)[A-Za-z])"
+LETTER = rf"(?<![\w'’.-])[A-Z](?![\w'’-]){ARTICLE}{PRONOUN}"
+WRONG = r"(?! +(?:(?:is|are|was) +(?:wrong|incorrect|false|not)\b|不|错|錯|は(?:違|間違|誤)))"
+NOT = r"(?<!\b[Nn][Oo][Tt] )(?<!n't )(?<!不是 )(?<!不选 )(?<!不選 )"
+OR = r"(?:,|/|&|、|and|or|和|与|及|或|と|や|와|과|또는|или|и|oder|und|ou|et|o|y|e)"
+OPTION = r"(?i:the |option|choice|letter|选项|選項)"
+ENGLISH_ANSWER = (
+    r"(?i:\banswer(?: choice| option)?|\b(?:best|correct|right) (?:option|choice))"
+    r"(?i: (?:is|should be|would be|must be))?"
+)
+WESTERN_ANSWER = r"(?i:\b(?:respuesta|réponse|antwort|risposta|resposta|antwoord|jawaban|cevap)\b)[^A-Z\n.;]{0,20}?"
+OTHER_ANSWER = (
+    r"(?:答案|选择|選擇|选(?!项)|選(?!項|択肢)|正解|正答|答え|정답|답은|คำตอบ|उत्तर|الجواب|الإجابة|(?i:\bответ\b))"
+    r"[^A-Za-z\d\n.;。不非]{0,12}?"
+)
+ANSWER = rf"(?:{ENGLISH_ANSWER}|{WESTERN_ANSWER}|{OTHER_ANSWER})[\s:=]*(?:{OPTION}[\s:]*)*"
+# Scripts that put no space beside a letter: 选B; and what may follow one that is an answer: B是对的, not A车 (car A).
+NO_SPACES = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
+AFTER_LETTER = (
+    "(?:是|因|对|對|正|选|選|项|項|吧|和|与|或|及|都|两|兩|均|不|错|錯|更|最|符"
+    "|で|が|だ|を|と|や|は|입|이|가|은|는|번|를|을|와|과|또)"
+)
 
 
 def plain(response: str) -> str:
-    """A response without its thoughts and without Markdown's marks."""
-    return re.sub(r"[*_`#]+", "", response.split("</think>")[-1]).strip()
+    """A response without its thoughts and Markdown's marks, full-width letters made ordinary ones.
+
+    A thought that has only its end began in the prompt; one that has no end was cut off, and no answer follows it.
+    """
+    behind = re.split(OPENING, re.split(CLOSING, response)[-1])[0]
+    if not behind.strip():  # what stands before or between thoughts
+        around = re.sub(rf"{OPENING}(?:(?!{OPENING}).)*?{CLOSING}", " ", response, flags=re.S)
+        behind = re.split(OPENING, re.split(CLOSING, around)[-1])[0]
+    return re.sub(r"[*_`#]+", "", unicodedata.normalize("NFKC", behind)).strip()
 
 
 def folded(text: str) -> str:
     """A text for comparison: case, blanks and a full stop at the end do not count."""
-    return " ".join(text.casefold().split()).rstrip(".")
+    return " ".join(fold(text).split()).rstrip(".。")
 
 
 def read_letter(response: str, options: Sequence[str] = (), labels: Sequence[str] = ()) -> str:
@@ -61,19 +108,27 @@ def read_letter(response: str, options: Sequence[str] = (), labels: Sequence[str
     for letter, known in (*zip(letters, labels), *zip(letters, options)):
         if folded(known) == folded(text):
             return letter
-    named = [letter for letter, label in zip(letters, labels) if re.search(rf"(?i)\b{re.escape(label)}\b", text)]
+    named = [
+        letter
+        for letter, label in zip(letters, labels)
+        if re.search(rf"(?i)(?<![a-z\d]){re.escape(label)}(?![a-z\d])", text)
+    ]
     if len(named) == 1:
         return named[0]
-    text = re.sub(rf"{LETTER}[)\]]?(?:\s*(?:,|/|&|and|or)\s*[(\[]?[A-Z](?![\w'’-])[)\]]?)+", " ", text)
-    announced = re.findall(rf"{ANSWER}[(\[\"']*({LETTER}|[a-z](?=[)\]]|\W*$))", text)
-    listed = set(re.findall(r"(?:^|\s)\(?([A-Z])[).:]\s", text))
+    text = re.sub(rf"(?<={NO_SPACES})(?=[A-Za-z(])|(?<=[A-Za-z)])(?={AFTER_LETTER})", " ", text)
+    text = re.sub(rf"{LETTER}[)\]]?(?:\s*{OR}\s*[(\[]?[A-Z](?![\w'’-])[)\]]?)+", " ", text)
+    announced = re.findall(rf"{ANSWER}[(\[\"']*({LETTER}{WRONG}|(?<![^\W\d_])[a-z](?=[)\]]|\W*$))", text)
+    announced += re.findall(r"(?:\\boxed\{\s*(?:\\\w+\{)?|<answer>)\s*\(?([A-Za-z])\b", text)
+    behind = rf"(?=[)\].,:;\"']|\s*$| (?:{NO_NOUN})\b){WRONG}"
+    called = set(re.findall(rf"(?i:\b(?:option|choice)) *[(\[\"':]*([a-z]){behind}", text))  # "option b"
+    listed = set(re.findall(r"(?:^|\s)\(?([A-Z])[).:、]", text))
     if announced:
         found = announced[-1:]
     elif len(letters) > 2 and listed >= set(letters):  # it only repeats the options
         found = []
     else:
-        found = re.findall(r"^\W*([A-Z](?=\s*[)\].:])|[a-z](?=\s*[)\].:](?:\s|$)))", text)
-        found += re.findall(rf"(?<!\bnot )(?<!n't ){LETTER}{WRONG}", text)
+        found = re.findall(r"^\W*([A-Z](?=\s*[)\].:、])|[a-z](?=\s*[)\].:、](?:\s|$)))", text)
+        found += re.findall(rf"{NOT}{LETTER}{WRONG}", text) or (list(called) if len(called) == 1 else [])
     return next((letter.upper() for letter in found if letter.upper() in letters), "")
 
 
@@ -162,13 +217,14 @@ def official_tempcompass(response: str, kind: str, options: Sequence[str] = (), 
 
 
 def names(keyword: str, text: str) -> bool:
-    """Whether a keyword stands in a text, word for word, whatever the case and punctuation.
+    """Whether a keyword stands in a text, word for word, whatever the case and punctuation; in scripts without spaces,
+    character for character.
 
-    >>> names("jumps up", "The red circle jumps up."), names("jumps up", "It jumps upward.")
-    (True, False)
+    >>> names("jumps up", "The red circle jumps up."), names("jumps up", "It jumps upward."), names("跳下", "他跳下墙。")
+    (True, False, True)
     """
-    words = [" " + " ".join(re.findall(r"\w+", s.lower())) + " " for s in (keyword, text)]
-    return words[0] in words[1]
+    words = [" " + " ".join(split_words(s)) + " " for s in (keyword, text)]
+    return words[0].strip() != "" and words[0] in words[1]
 
 
 def similarity(reference: str, text: str) -> float:
@@ -233,7 +289,7 @@ def event_recall(encoder, events: Sequence[Sequence[str]], texts: Sequence[str])
     encoder: a `data.texts.TextEncoder`. An event counts as far as the sentence that covers it best: the mean over the
     event's tokens of their largest cosine to a token of the sentence (below 0: 0). The mean over events is taken.
     """
-    sentences = [[s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s] for text in texts]
+    sentences = [[s for s in re.split(SENTENCE_END, text.strip()) if s] for text in texts]
     flat = [s for group in (*events, *sentences) for s in group]
     embedded = dict(zip(flat, encoder(flat)))
 

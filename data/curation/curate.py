@@ -45,6 +45,7 @@ from data.files import VIDEO_ENDINGS, list_files
 from data.foreign import check_annotations
 from data.loader import worker_context
 from data.run.sheets import printable
+from data.words import fold
 
 LONGEST_CAPTION = 20_000  # characters; spaCy takes a megabyte of memory for every thousand
 REASONS = {
@@ -440,7 +441,7 @@ def judge(parts: Sequence[Path], s: Settings, console: Console) -> dict[int, tup
         if "rejected" in record:
             continue
         line, where = record["line"], f"{s.captions}:{record['line']}"
-        words = " ".join(record["source"]["caption"].lower().split())
+        words = " ".join(fold(record["source"]["caption"]).split())
         digest = hashlib.sha256(words.encode()).hexdigest()[:16]
         same = excluded.find(record)
         plain = plain_hash(record["hashes"])
