@@ -85,17 +85,14 @@ def parse_line(line: str, where: str, root: Path) -> Clip:
         raise ClipError(f"{where}: not JSON ({error}); write one JSON object a line") from None
     if not isinstance(record, dict):
         raise ClipError(f"{where}: found a JSON {type(record).__name__}; write one JSON object a line")
-    if unknown := [name for name in record if name not in FIELDS]:
-        near = {name: difflib.get_close_matches(name, FIELDS, 1) for name in unknown}
-        hints = [f"for '{name}', did you mean '{found[0]}'?" for name, found in near.items() if found]
-        if not all(near.values()):
-            hints.append(f"known fields are {', '.join(FIELDS)}")
-        listed = ", ".join(f"'{name}'" for name in unknown)
-        what = f"field {listed} is" if len(unknown) == 1 else f"fields {listed} are"
-        raise ClipError(f"{where}: {what} unknown; {'; '.join(hints)}")
-    if missing := [f"'{name}'" for name in ("video", "caption") if name not in record]:
-        what = f"field {missing[0]} is" if len(missing) == 1 else f"fields {' and '.join(missing)} are"
-        raise ClipError(f"{where}: {what} missing; every clip needs a video and a caption")
+    for name in record:
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known fields are {', '.join(FIELDS)}"
+            raise ClipError(f"{where}: field '{name}' is unknown; {hint}")
+    for name in ("video", "caption"):
+        if name not in record:
+            raise ClipError(f"{where}: field '{name}' is missing; every clip needs a video and a caption")
     for name in ("video", "caption", "prompt"):
         if name in record and (not isinstance(record[name], str) or not record[name].strip()):
             raise wrong(name, record[name], "give a text that is not empty")
