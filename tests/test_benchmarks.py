@@ -802,7 +802,7 @@ def test_tempcompass_authors_own_files(tmp_path):
             ]
         }
     }
-    answers = {"1": {"order": [("Is it?", "yes"), ("Is it not?", "no")]}}
+    answers = {"1": {"order": [("Is it?", "yes"), ("Is it?", "no")]}}
     theirs = {"multi-choice": ask, "caption_matching": captions, "yes_no": answers}  # fmt: skip
     said = {"multi-choice": [" A. x.", "The man does y.", " slow", "B"], "caption_matching": [" B.", "1"],
             "yes_no": [" Yes, it is.", None]}  # fmt: skip
