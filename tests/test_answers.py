@@ -1,9 +1,11 @@
 """Running a benchmark: shared prefills against plain generate(), kills, broken videos, twins, other models, probes."""
 
+import itertools
 import json
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -29,13 +31,14 @@ from transformers import (
 
 from data import videolm
 from data.benchmarks import ask as answers
+from data.benchmarks import probes
 from data.benchmarks.ask import common_prefix, group_questions, make_asked, read_part, share_prompt
 from data.benchmarks.formats import Question
-from data.benchmarks.questions import Benchmark, load_benchmark, probes, prompt
+from data.benchmarks.questions import Benchmark, load_benchmark, prompt
 from data.clips import Clip, ClipError, Preparation, load_clips, read_frames
 from data.measure import cost
 from data.tiny import build_tiny, train_tokenizer
-from eval import RunSettings, run_benchmark
+from eval import RunSettings, ScoreSettings, run_benchmark, run_score
 from tests.helpers import degraded, plain_inputs, published_positions
 from tests.test_benchmarks import make_mvbench, make_tempcompass, make_video_mme, make_vru_accident, write
 from tests.test_clips import Marked
@@ -748,7 +751,7 @@ def test_needle_curve_from_the_command(world, sharp, tmp_path):
         "out": tmp_path / "out",
         "needle": True,
     }
-    settings |= {"lengths": (1, 3), "limit": 8, "max_new_tokens": 2, "num_frames": 8, "twin": True}
+    settings |= {"lengths": (1, 3), "limit": 4, "max_new_tokens": 2, "num_frames": 8, "twin": True}
     _, shown = run(tmp_path, **settings)
     ids = list(said(tmp_path / "out/predictions.jsonl"))
     assert len(ids) == 8 and all(id.endswith((" in 1", " in 3")) for id in ids)
@@ -836,20 +839,116 @@ def test_full_and_twin_in_one_prompt(world, sharp2_5, tmp_path):
     assert len(results["rows"]) == 3 and results["scores"]["video right"]["value"] == 0 and "IoU" in shown
 
 
+def test_labels_of_the_curve_do_not_overlap(tmp_path, monkeypatch):
+    """A label a point, none of matplotlib's own between them; where points are dense, fewer."""
+    from matplotlib import pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    for lengths in ((1, 2, 4, 8), range(1, 20), [2**i for i in range(12)]):
+        points = [{"event share": 0.3 / n, "value": 0.5, "low": 0.4, "high": 0.6} for n in lengths]
+        probes.draw_curve({"full": points, "twin": points[:1]}, tmp_path / "needle.png")
+        figure = figures.pop()
+        figure.canvas.draw()
+        axis = figure.axes[0].xaxis
+        labels = [label for minor in (False, True) for label in axis.get_ticklabels(minor) if label.get_text()]
+        boxes = sorted((label.get_window_extent().x0, label.get_window_extent().x1) for label in labels)
+        assert 3 < len(boxes) < 8
+        assert all(end + 3 < begin for (_, end), (begin, _) in itertools.pairwise(boxes)), [x.get_text() for x in labels]
+
+
 def test_settings_that_cannot_be(world, tmp_path, sharp2_5):
-    """Each is one line that names the setting."""
+    """Each is one line that names the setting, several of them at once; no folder is left."""
     settings = {"benchmark": "clips", "root": world / "test.jsonl", "model": str(sharp2_5), "out": tmp_path / "out"}
     root = dress("vru-accident", make_vru_accident, tmp_path / "root", world)
+    (tmp_path / "elsewhere").mkdir()
+    alone = {"root": Path(shutil.copy(world / "test.jsonl", tmp_path / "elsewhere"))}
     for change, words in (
         ({"needle": True, "diff": True}, "one at a time"),
         ({"diff": True, "twin": True}, "leave --twin out"),
         ({"benchmark": "vru-accident", "root": root, "needle": True}, "--needle: needs clips with keywords"),
         ({"benchmark": "vru-accident", "root": root, "twin": True}, "no question has key spans"),
         ({"model": str(tmp_path / "nowhere")}, "--model"),
-    ):
+        ({"batch_size": 0, "num_frames": -1, "max_new_tokens": 0, "max_pixels": 0, "time_limit": 0.0, "workers": -1},
+         "--batch-size 0: .*--num-frames -1: .*--max-new-tokens 0: .*--max-pixels 0: .*--time-limit 0.0: .*--workers -1: "),
+        ({"limit": 0}, "--limit 0: give a number above 0, or -1 for all"), ({"limit": -2}, "--limit -2"),
+        *(({"needle": True, "lengths": x}, "--lengths .*each 1 or more") for x in ((0,), (1, -2), (), (2, 2))),
+        ({"needle": True, "lengths": (100,)}, "(?s)no question of clips can be asked.*not hidden in 100"),
+        (alone, "none of the 24 videos exists, the first is .*elsewhere.*000000.mp4; give --videos"),
+        (alone | {"limit": 3}, "none of the 3 videos exists"),
+        ({"videos": tmp_path / "nowhere"}, "--videos .*nowhere: no such folder"),
+        ({"benchmark": "vru-accident", "root": root, "videos": tmp_path}, "--videos: only for clips"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             run(tmp_path, **settings | change)
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(world, tmp_path, sharp2_5, monkeypatch, capsys):
+    """No traceback, the exit code of an interrupt."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answers, "answer", interrupted)
+    arguments = ["run", "--benchmark", "clips", "--root", world / "test.jsonl", "--model", sharp2_5, "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(HERE / "eval.py"), run_name="__main__")
+    assert stopped.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+
+
+def test_clips_whose_videos_lie_elsewhere(world, tmp_path, sharp2_5):
+    """What data.curate wrote is evaluated where it lies; ids are the paths in the file, for `score`, too."""
+    lines = [json.loads(x) for x in (world / "test.jsonl").read_text().splitlines()[:3]]
+    lines[2]["video"] = "gone.mp4"
+    path = write(tmp_path / "curated" / "clips.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+    settings = {"benchmark": "clips", "model": str(sharp2_5), "out": tmp_path / "out", "max_new_tokens": 2, "num_frames": 8}
+    results, shown = run(tmp_path, root=path, videos=world, twin=True, **settings)
+    got = said(tmp_path / "out" / "predictions.jsonl")
+    assert list(got) == [x["video"] for x in lines[:2]] and "missing videos: 1" in shown
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert "perception gap: full minus twin" in page and "| overall | keyword recall | 2 |" in page
+    assert "- problems: 1, in problems.txt" in page
+    scored, console = (
+        ScoreSettings("clips", path, tmp_path / "out", videos=world),
+        Console(file=(tmp_path / "log").open("w+")),
+    )
+    assert [row["response"] for row in run_score(scored, console)["rows"]] == [*got.values(), None]
+    console.file.seek(0)
+    assert "missing predictions: 1" in (log := console.file.read()) and "missing videos" not in log
+    # --limit is of videos: the first two are asked, and count
+    results, _ = run(tmp_path, root=path.parent, videos=world, limit=1, **settings | {"out": tmp_path / "one"})
+    assert list(said(tmp_path / "one" / "predictions.jsonl")) == [lines[0]["video"]] and results["counts"]["scored"] == 1
+
+
+NEEDLE = {"twin": True, "needle": True}
+
+
+@pytest.mark.parametrize("more", [{"twin": True}, NEEDLE | {"lengths": (1, 2)}, NEEDLE | {"lengths": (1,)}, {"diff": True}])
+def test_no_twin_can_be_made(world, tmp_path, sharp2_5, more):
+    """Key spans that hold everything leave no twin: a line says so beside the other results; a pair needs one."""
+    lines = [json.loads(x) for x in (world / "test.jsonl").read_text().splitlines()[:4]]
+    lines = [x | {"key_spans": [[[0, 2]]], "truth": None} for x in lines]
+    path = write(tmp_path / "clips.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+    settings = {"benchmark": "clips", "root": path, "videos": world, "model": str(sharp2_5), "out": tmp_path / "out"}
+    settings |= {"max_new_tokens": 2, "num_frames": 8, "limit": 2} | more
+    if "diff" in more:
+        with pytest.raises(ClipError, match=r"no question could be answered: .*problems\.txt says why"):
+            run(tmp_path, **settings)
+        assert (tmp_path / "out" / "problems.txt").read_text().count("no twin") == 2
+        return
+    results, shown = run(tmp_path, **settings)
+    page = (tmp_path / "out" / "results.md").read_text()
+    if "needle" in more and more["lengths"] == (1, 2):  # alone without a twin, in footage with one
+        numbers = {name: [p["footage"] for p in curve] for name, curve in results["curves"].items()}
+        assert numbers == {"full": ["1 clips", "2 clips"], "twin": ["2 clips"]} and page.count(" | - |") == 1
+        assert [point["questions"] for point in results["curves"]["full"]] == [2, 2]  # --limit: two clips, at both lengths
+    elif "needle" in more:
+        assert list(results["curves"]) == ["full"] and "no twin could be made" in shown
+    else:
+        assert results["perception gap"] == {} and "| overall | 2 |" in page
+        assert "no twin could be made" in shown and "no twin could be made" in page
 
 
 def test_cost_of_questions_compares_equal_answers(qwen2_5):

@@ -148,7 +148,7 @@ def test_official_mvbench_by_hand():
 
 
 def test_official_tempcompass_by_hand():
-    """The authors' code of May 2024: blanks around a response do not count, and a caption's letter or number is enough."""
+    """The authors' later code: blanks around a response do not count, and a caption's letter or number is enough."""
     rule = scoring.official_tempcompass
     cases = [("B", "B"), ("B. x", "B"), ("B) x", "B"), ("B x", ""), ("(B)", ""), ("b", ""), ("C</s>", "C"), ("", ""),
              (" B. x\n", "B"), ("</s> D ", "D"), ("E. x", "")]  # fmt: skip
@@ -816,6 +816,155 @@ def test_vru_accident_file_that_disagrees(tmp_path):
     expect(problems, differs, ("second time",), differs, ("x", "found 3"), ("'pred': 1",))
     with pytest.raises(ClipError, match="no prediction for a question of vru-accident"):  # the annotation in its place
         read_predictions(tmp_path / "MetaData" / "DoTA" / "DoTA_VQA_annotation.json", benchmark)
+
+
+def test_tempcompass_authors_own_files(tmp_path):
+    """A model's folder gives the authors' counts: predictions belong to the question whose text they repeat."""
+    ask = {
+        "1": {
+            "action": [("Does what?\nA. x\nB. y", "A. x"), ("Does it?\nA. x\nB. y", "B. y")],
+            "speed": [("How fast?\nA. fast\nB. slow", "B. slow")],
+        },
+        "2_reverse": {"action": [("Is?\nA. x\nB. y", "A. x")]},
+    }
+    captions = {
+        "1": {
+            "action": [
+                ("Which caption?\nCaption A: It falls.\nCaption B: It jumps.", "Caption B: It jumps."),
+                ("Which option?\nOption 1: It falls.\nOption 2: It jumps.", "Option 2: It jumps."),
+            ]
+        }
+    }
+    answers = {"1": {"order": [("Is it?", "yes"), ("Is it?", "no")]}}
+    theirs = {"multi-choice": ask, "caption_matching": captions, "yes_no": answers}  # fmt: skip
+    said = {"multi-choice": [" A. x.", "The man does y.", " slow", "B"], "caption_matching": [" B.", "1"],
+            "yes_no": [" Yes, it is.", None]}  # fmt: skip
+    for kind, videos in theirs.items():
+        questions, predictions, texts = {}, {}, iter(said[kind])
+        for video, aspects in videos.items():
+            questions[video] = {a: [{"question": q, "answer": x} for q, x in pairs] for a, pairs in aspects.items()}
+            predictions[video] = {a: [{"question": q, "answer": x, "prediction": next(texts)} for q, x in pairs]
+                                  for a, pairs in aspects.items()}  # fmt: skip
+        write(tmp_path / "questions" / f"{kind}.json", questions)
+        write(tmp_path / "theirs" / f"{kind}.json", predictions)
+    write(tmp_path / "theirs" / "captioning.json", {"1": {"action": []}})
+    benchmark = load_benchmark("tempcompass", tmp_path)
+    predictions, problems = read_predictions(tmp_path / "theirs", benchmark)
+    assert predictions == {
+        "multi-choice/1/action/0": " A. x.", "multi-choice/1/action/1": "The man does y.",
+        "multi-choice/1/speed/0": " slow", "multi-choice/2_reverse/action/0": "B",
+        "yes_no/1/order/0": " Yes, it is.", "yes_no/1/order/1": "",
+        "caption_matching/1/action/0": " B.", "caption_matching/1/action/1": "1",
+    }  # fmt: skip
+    expect(problems, ("captioning needs a judge",))
+    results = score(benchmark, predictions)  # right: the first, " B.", " Yes, it is."
+    found = {
+        c: (cell["accuracy"]["value"], cell["accuracy"]["questions"]) for c, cell in results["tables"]["category"].items()
+    }
+    assert found == {"multi-choice": (1 / 4, 4), "yes_no": (1 / 2, 2), "caption_matching": (1 / 2, 2)}
+    assert results["match rate"] == 5 / 8
+    # one file, called otherwise, in another order, with what the authors' script adds, and with what is wrong
+    entries = [{"question": q, "gt-answer": a, "video-llm-prediction": a} for q, a in ask["1"]["action"][::-1]]
+    entries += [{"question": "Gone?", "answer": "yes", "prediction": "yes"}, entries[0], {"question": "Does it?"}, 5]
+    entries += [{"question": ask["1"]["action"][0][0], "answer": "B. y", "response": "B"}]
+    path = write(tmp_path / "gemini.json", {"1.mp4": {"action": entries, "speed": "x"}, "9": {"action": entries[:1]}})
+    predictions, problems = read_predictions(path, benchmark)
+    assert predictions == {"multi-choice/1/action/0": "A. x", "multi-choice/1/action/1": "B. y"}
+    expect(problems, ("'Gone?'", "left out"), ("multi-choice/1/action/1", "second time"), ("question", "prediction"),
+           ("found 5",), ("its answer is B. y", "annotation's A. x"), ("action/0", "another response"),
+           ("speed, 1", "found x"), ("9: action", "no such question"))  # fmt: skip
+    for name in ("multi-choice.json", "captioning.json"):  # questions in the place of predictions; nothing to score
+        with pytest.raises(ClipError, match="no prediction for a question of tempcompass"):
+            read_predictions(
+                tmp_path / {"multi-choice.json": "questions", "captioning.json": "theirs"}[name] / name, benchmark
+            )
+
+
+def test_video_mme_authors_own_file(tmp_path):
+    """Their list of videos, by question_id; what the file calls missing is left out, and is in no figure of theirs."""
+    facts = make_video_mme(tmp_path, random.Random(0))[:6]
+    letters = ["ABCD"[f["right"]] for f in facts]
+    said = [f"The best answer is {letters[0]}.", letters[1], " none", None, letters[4], letters[5]]
+    videos = [{"video_id": f"{v:03d}", "duration": "short", "domain": "Knowledge", "sub_category": "Law", "questions": [
+        {"question_id": f["id"], "task_type": "x", "question": "What?", "options": [], "answer": letter, "response": r}
+        for f, letter, r in zip(facts[3 * v :][:3], letters[3 * v :], said[3 * v :])]} for v in range(2)]  # fmt: skip
+    wrong = [{"video_id": "002", "missing": True, "questions": []}, {"questions": 1}, 7, {"questions": [{"response": "A"}]},
+             {"video_id": "x", "questions": [{"question_id": "gone", "response": "A"}]}]  # fmt: skip
+    path = write(tmp_path / "theirs.json", [*videos, *wrong])
+    benchmark = load_benchmark("video-mme", tmp_path)
+    predictions, problems = read_predictions(path, benchmark)
+    assert predictions == {f["id"]: r or "" for f, r in zip(facts, said)}
+    expect(problems, ("element 3", "was missing"), ("element 4",), ("element 5", "found 7"), ("element 6", "question_id"),
+           ("element 7", "'gone' is no question"))  # fmt: skip
+    results = score(benchmark, predictions)
+    assert (results["as published"]["accuracy"], results["as published"]["questions"]) == (1, 4)  # "none", null: no letter
+    assert results["tables"]["overall"]["overall"]["accuracy"]["value"] == 4 / 24
+    # any benchmark: a JSON list of {"id", "response"}
+    plain = write(tmp_path / "list.json", [{"id": f["id"], "response": r} for f, r in zip(facts, said)])
+    assert read_predictions(plain, benchmark) == (predictions, [])
+    write(tmp_path / "nothing.json", wrong)
+    with pytest.raises(ClipError, match=r"no prediction for a question of video-mme in it:\n  nothing.json: element 1"):
+        read_predictions(tmp_path / "nothing.json", benchmark)
+
+
+def test_motionbench_as_the_authors_count(tmp_path):
+    """Their script's acc and answered_acc by hand, with answers to hidden questions and without; their forms of files."""
+    ask = [("p1", "A"), ("p2", "B"), ("p3", "A"), ("h1", "NA"), ("h2", "NA")]
+    lines = [{"question_type": "Action Order", "video_path": f"{uid}.mp4", "qa": [
+        {"uid": uid, "question": "?\nA. x\nB. y", "answer": answer}]} for uid, answer in ask]  # fmt: skip
+    lines_file(tmp_path / "video_info.meta.jsonl", *lines)
+    benchmark = load_benchmark("motionbench", tmp_path)
+
+    def theirs(said: dict) -> tuple:
+        script = score(benchmark, said)["authors' script"]
+        return tuple((script[n]["accuracy"], script[n]["questions"]) for n in ("acc", "answered_acc"))
+
+    # compute_accuracy: an answered hidden question leaves total_qa_num, but stays in total_answered_num
+    assert theirs({"p1": "A", "p2": "A"}) == ((1 / 5, 5), (1 / 2, 2))
+    assert theirs({"p1": "A", "p2": "B", "p3": "B", "h1": "A"}) == ((2 / 4, 4), (2 / 4, 4))
+    assert theirs({"p1": "A", "p2": "B", "p3": "A", "h1": "A", "h2": "B"}) == ((1, 3), (3 / 5, 5))
+    assert "authors' script" not in score(load_benchmark("motionbench", tmp_path, "ours"), {"p1": "A"})
+    for name, content in (("a.json", {"p1": "A", "h1": "B"}), ("a.jsonl", '{"p1": "A"}\n{"h1": "B"}')):
+        path = write(tmp_path / name, content)
+        assert read_predictions(path, benchmark) == ({"p1": "A", "h1": "B"}, [])
+    console = Console(file=(tmp_path / "log").open("w+"), width=300)
+    evaluation.run_score(evaluation.ScoreSettings("motionbench", tmp_path, path), console)
+    console.file.seek(0)
+    shown = " ".join(console.file.read().split())
+    assert "accuracy as published figures count: 100.00, of 1 answered questions" in shown
+    assert "prints acc 25.00, of 4: hidden questions that are not answered count as wrong" in shown
+    assert "answered_acc 50.00, of 2: hidden questions that are answered count as wrong" in shown
+    write(tmp_path / "hidden.json", {"h1": "A"})
+    with pytest.raises(ClipError, match="hidden answer; nothing can be scored"):
+        evaluation.run_score(evaluation.ScoreSettings("motionbench", tmp_path, tmp_path / "hidden.json"), console)
+    assert json.loads((tmp_path / "hidden.official.submission.json").read_text()) == {"h1": "A"}  # for the leaderboard
+
+
+@pytest.mark.parametrize("protocol", ["official", "ours"])
+def test_one_candidate_is_asked_and_counted(tmp_path, protocol):
+    """MVBench has five such questions: its letter is right, silence is by the authors' rule, "B" is wrong."""
+    entry = {"video": "a.mp4", "question": "?", "candidates": ["x"], "answer": "x"}
+    write(tmp_path / "json" / "counterfactual_inference.json", [entry] * 4)
+    benchmark = load_benchmark("mvbench", tmp_path, protocol)
+    assert len(benchmark.questions) == 4 and "(A) x\n" in prompt(benchmark, benchmark.questions[0])[0]
+    results = score(benchmark, {f"counterfactual_inference/{i}": r for i, r in enumerate(("A) x", "B", ""))})
+    right = {"official": [1, 0, 1, 0], "ours": [1, 0, 0, 0]}[protocol]
+    assert [row["scores"]["accuracy"] for row in results["rows"]] == right
+
+
+def test_predictions_of_another_benchmark(tmp_path):
+    """A run's folder says what it was made for, and is read as a folder; MVBench and TVBench share ids."""
+    make_mvbench(tmp_path / "mv", random.Random(0), ("action_count",))
+    write(tmp_path / "tv" / "json" / "action_count.json", (tmp_path / "mv" / "json" / "action_count.json").read_text())
+    write(tmp_path / "run" / "settings.json", {"settings": {"benchmark": "mvbench"}})
+    lines_file(tmp_path / "run" / "predictions.jsonl", {"id": "action_count/0", "response": "A"})
+    assert read_predictions(tmp_path / "run", load_benchmark("mvbench", tmp_path / "mv"))[0] == {"action_count/0": "A"}
+    tvbench = load_benchmark("tvbench", tmp_path / "tv")
+    for path in (tmp_path / "run", tmp_path / "run" / "predictions.jsonl"):
+        with pytest.raises(
+            ClipError, match=r"predictions of mvbench, as its settings\.json says; give --benchmark mvbench"
+        ):
+            read_predictions(path, tvbench)
 
 
 # --- Descriptions -------------------------------------------------------------------------------------------------------

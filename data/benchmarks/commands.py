@@ -210,7 +210,8 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
             benchmark.questions = asked
         results = benchmarks.score(benchmark, lines.responses())
         results["counts"]["missing videos"] = sum(not video.exists() for video in asked_about)
-        shown = show_scores(results | {"problems": []}, f"{s.benchmark}, {s.protocol}: {s.model}", console)
+        shown = show_scores(results, f"{s.benchmark}, {s.protocol}: {s.model}", console)
+        shown += f"- problems: {num_problems}, in problems.txt\n"
         if twin_lines:
             gaps = answers.perception_gap(benchmark, lines.responses(), twin_lines.responses())
             shown += answers.show_gap(gaps, console)

@@ -101,15 +101,15 @@ def needle_curve(parts: Sequence[Part], lines: Mapping[str, dict]) -> list[dict]
     ]
 
 
-def ticks_apart(shares: Iterable[float], apart: float = 1.25) -> list[float]:
-    """Those shares, from the largest on, that are so many times smaller than the one before that labels do not overlap.
+def ticks_apart(shares: Iterable[float], most: int = 6) -> list[float]:
+    """Those of some shares, from the largest on, whose labels do not overlap on a logarithmic axis with room for `most`.
 
-    >>> ticks_apart([0.1, 0.25, 0.24, 0.5])
-    [0.5, 0.25, 0.1]
+    >>> ticks_apart([0.5, 0.25, 0.24, 0.125])
+    [0.5, 0.25, 0.125]
     """
-    ticks: list[float] = []
-    for share in sorted(shares, reverse=True):
-        if not ticks or share * apart <= ticks[-1]:
+    shares, ticks = sorted(shares, reverse=True), []
+    for share in shares:
+        if not ticks or ticks[-1] / share >= (shares[0] / shares[-1]) ** (1 / most):
             ticks.append(share)
     return ticks
 

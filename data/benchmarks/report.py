@@ -79,12 +79,13 @@ def show_scores(results: dict, title: str, console: Console) -> str:
     console.print(table)
     for note in notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
-    problems = results["problems"]
-    for problem in problems[:20]:
-        console.print(f"[yellow]problem[/] {escape(printable(problem))}", highlight=False, soft_wrap=True)
-    if len(problems) > 20:
-        console.print(f"[yellow]{len(problems) - 20} more problems[/] are in the results", highlight=False)
-    notes += [f"problems: {len(problems)}"]
+    if "problems" in results:  # of `eval.py score`; `eval.py run` has shown them as they came
+        problems = results["problems"]
+        for problem in problems[:20]:
+            console.print(f"[yellow]problem[/] {escape(printable(problem))}", highlight=False, soft_wrap=True)
+        if len(problems) > 20:
+            console.print(f"[yellow]{len(problems) - 20} more problems[/] are in the results", highlight=False)
+        notes.append(f"problems: {len(problems)}")
     listed = "".join(f"- {note}\n" for note in notes)
     return (
         f"{title}: percent, with 95 percent intervals by a bootstrap over videos\n\n{markdown_table(head, rows)}\n{listed}"

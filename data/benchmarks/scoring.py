@@ -196,8 +196,8 @@ def official_video_mme(response: str) -> str:
 def official_tempcompass(response: str, kind: str, options: Sequence[str] = (), labels: Sequence[str] = ()) -> str:
     """The letter, or "yes" or "no", by the hand-made rules; "" where its authors would ask GPT.
 
-    llyx97/TempCompass, commit c2ec41e of May 2024: eval_multi-choice.py, eval_yes_no.py, eval_caption_matching.py, with
-    --disable_llm. A response that is the whole right answer is right, too: see `data.benchmarks.questions.read_answer`.
+    llyx97/TempCompass as of commit c2ec41e: eval_multi-choice.py, eval_yes_no.py, eval_caption_matching.py, with
+    --disable_llm. A response that is the whole right answer is right, too: see `questions.read_answer`.
     """
     text = response.replace("</s>", "").strip()
     if kind == "yes_no":
