@@ -437,7 +437,7 @@ SFT_CASES = {
         grad_clip=100.0,
     ),
     "no-twin": dict(
-        twin_negatives=False, contrastive_layer=3, batch_size=3, micro_batch_size=3, learning_rate=5e-4, warmup=0.0, seed=1,
+        twin_negatives=False, contrastive_layer=3, batch_size=4, micro_batch_size=4, learning_rate=5e-4, warmup=0.0, seed=1,
         freeze_vision=True,
     ),
     "qwen3": dict(batch_size=2, micro_batch_size=2, learning_rate=1e-4, warmup=0.0, steps=2),
@@ -472,24 +472,24 @@ def check_logs(logged: list[dict], expected: list[dict]) -> None:
     """Every number that the reference knows is logged, at every step."""
     assert [line["step"] for line in logged] == [line["step"] for line in expected]
     for line, want in zip(logged, expected):
-        got = {name: line.get(name) for name in want}
-        assert got == pytest.approx(want, rel=1e-4, abs=2e-6), f"step {want['step']}"
+        close = {name: pytest.approx(value, rel=1e-4, abs=2e-6) for name, value in want.items()}
+        wrong = [f"{name} is {line.get(name)}, not {want[name]:.6g}" for name in want if line.get(name) != close[name]]
+        assert not wrong, f"step {line['step']}: {'; '.join(wrong)}"
 
 
-def check_weights(before: dict[str, Tensor], got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Weights are equal to 1e-5, and what training changed about them to a two-thousandth.
+def check_weights(before: dict[str, Tensor], got: dict[str, Tensor], want: dict[str, Tensor], rounding: float) -> None:
+    """Weights are equal to 1e-5, and what training changed about them is, as a whole, the same up to `rounding`.
 
     Float32 rounds the two loops differently, and AdamW makes a whole step even of a gradient that is mostly rounding: one
-    weight in 100,000 may be further off (measured: at most one of 1.3 million). The change was the same to 3e-5 in the
-    cases of Qwen2.5-VL and to 2e-4 in that of Qwen3-VL; every fault of `tests.mutations` moves it by much more.
+    weight in 100,000 may be further off than 1e-5 (measured: at most one of 1.3 million with Qwen2.5-VL).
     """
-    assert got.keys() == expected.keys()
-    far = sum(((got[name] - expected[name]).abs() > 1e-5).sum().item() for name in expected)
-    assert far <= 1e-5 * sum(x.numel() for x in expected.values())
+    assert got.keys() == want.keys()
+    far = sum(((got[name] - want[name]).abs() > 1e-5).sum().item() for name in want)
+    assert far <= 1e-5 * sum(x.numel() for x in want.values()), f"{far} weights differ"
     error, change = (
-        torch.stack([(expected[name] - other[name]).norm() for name in expected]).norm().item() for other in (got, before)
+        torch.stack([(want[name] - other[name]).norm() for name in want]).norm().item() for other in (got, before)
     )
-    assert error < 5e-4 * change
+    assert error < rounding * change, f"of the change {error / change:.1e} is wrong"
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -520,7 +520,8 @@ def test_stage_1(case, folder, stories, qwen2_5_learned):
     result = weights(load(s.out / "checkpoint")[0])
     if heads:
         result |= load_file(s.out / "checkpoint/heads.safetensors")
-    check_weights(before, result, weights(model) | {name: head.detach() for name, head in heads.items()})
+    trained = weights(model) | {name: head.detach() for name, head in heads.items()}
+    check_weights(before, result, trained, rounding=1e-3 if case == "qwen3" else 2e-4)  # measured: 2e-4, 1e-5
 
 
 @pytest.mark.parametrize("case", RL_CASES)
@@ -540,7 +541,7 @@ def test_stage_2(case, folder, stories, qwen2_5_learned):
         assert max(line["policy/kl"] for line in expected) > 0.005
     if case == "similarity":  # groups without spread are left out, their KL to the reference, too
         assert any(line["rollout/no_spread"] > 0 for line in expected)
-    check_weights(before, weights(load(s.out / "checkpoint")[0]), weights(model))
+    check_weights(before, weights(load(s.out / "checkpoint")[0]), weights(model), rounding=2e-4)  # measured: 2e-5
 
 
 def test_faults_can_be_planted():
