@@ -40,9 +40,6 @@ from tests.mutations import FAULTS, HERE
 
 NUM_SLOTS, FPS = 5, 8.0  # a clip of this test: 10 frames, two in a slot
 BANNED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|endoftext|>")
-# Where text begins behind a video: at the largest position so far + 1, as published (True), or at start + max(height,
-# width) of the video, as transformers 5.3 to 5.24 have it for Qwen2.5-VL (False). It must be what the scripts do.
-PUBLISHED_POSITIONS = False
 
 
 @dataclass(eq=False)
@@ -167,7 +164,7 @@ def positions(model: nn.Module, prompt: dict[str, Tensor], num_more: int) -> Ten
             grid = torch.meshgrid(t, torch.arange(height), torch.arange(width), indexing="ij")
             part = torch.stack([axis.flatten() for axis in grid])
         parts.append(here + part)
-        here += max(height, width) if kind and not PUBLISHED_POSITIONS else int(part.max()) + 1
+        here += int(part.max()) + 1  # text behind a video starts at the largest position so far + 1
     return torch.cat(parts, 1)[:, None]
 
 
@@ -363,7 +360,7 @@ class Group:
 def reference_rl(model: nn.Module, processor, stories: list[Story], s) -> list[dict]:
     """Stage 2 with plain transformers. Trains the model in place; returns what should be logged."""
     frozen, G = copy.deepcopy(model), s.num_rollouts
-    model.model.visual.requires_grad_(s.train_vision)
+    model.model.visual.requires_grad_(not s.freeze_vision)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, s.learning_rate, betas=(0.9, 0.99), weight_decay=s.weight_decay)
     schedule = get_linear_schedule_with_warmup(optimizer, int(s.warmup * s.steps * s.epochs), s.steps * s.epochs)
@@ -449,7 +446,7 @@ RL_CASES = {
     ),
     "pooled": dict(
         reward="pooled", divide_by_spread=True, loss_level="sequence", epochs=3, seed=1, warmup=0.0, steps=2,
-        micro_batch_size=3, train_vision=True, num_rollouts=3,
+        micro_batch_size=3, freeze_vision=False, num_rollouts=3,
     ),
     "recall": dict(
         reward="recall", alpha=2.0, beta=0.0, epochs=1, num_twin_rollouts=0, warmup=0.0, temperature=1.2,
