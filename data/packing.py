@@ -18,11 +18,12 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 def move(record, device: torch.device | str):
-    """A copy of a record with all its tensors on another device, copied without waiting."""
+    """A copy of a record with all its tensors on another device."""
     values = {f.name: getattr(record, f.name) for f in fields(record)}
     for name, value in values.items():
         if isinstance(value, Tensor):
-            values[name] = value.to(device, non_blocking=True)
+            # A copy to the host is read at once, so it waits; one to the device need not.
+            values[name] = value.to(device, non_blocking=torch.device(device).type != "cpu")
         elif is_dataclass(value):
             values[name] = move(value, device)
     return replace(record, **values)
