@@ -59,11 +59,7 @@ def test_marks_in_a_page_never_cut_a_tag(tmp_path):
     assert "A <mark>&amp;</mark> <mark>B (</mark><mark>mark</mark>)" in page
 
 
-HOSTILE = (
-    r"A man pays $5 and $\frac{ [bold] [/] jumps \N{GRINNING FACE} \N{CJK UNIFIED IDEOGRAPH-8A9E}"
-    + "\x1b[31m\x00"
-    + " word" * 2000
-)
+HOSTILE = "A man pays $\\frac{$ [bold] [/] jumps \N{GRINNING FACE} \u8a9e" + "\x1b[31m\x00" + " word" * 2000
 
 
 @pytest.fixture
