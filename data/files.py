@@ -239,16 +239,18 @@ def whole_objects(path: Path, first: str) -> list | None:
             return None  # each line by itself
     except (ValueError, RecursionError):
         pass
+    objects, at, blank = [], 0, re.compile(r"\s*")
     try:
-        text, at, objects = path.read_text("utf-8-sig"), 0, []
-        while at < len(text.rstrip()):
-            at += len(text[at:]) - len(text[at:].lstrip())
-            found, at = json.JSONDecoder().raw_decode(text, at)
+        text = path.read_text("utf-8-sig")
+        while (begin := blank.match(text, at).end()) < len(text):
+            found, at = json.JSONDecoder().raw_decode(text, begin)
+            if "\n" not in text[begin:at] and not objects and len(text) > at + 1:
+                return None  # a line by itself, with something behind it
             objects.append(found)
     except (ValueError, RecursionError):
         if not objects:
             return None
-        objects.append(text[at : at + 200])
+        objects.append(text[at : at + 200].strip())
     return (find_records(objects[0]) if len(objects) == 1 else None) or objects
 
 

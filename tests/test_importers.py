@@ -487,6 +487,21 @@ def test_what_a_chat_leaves_out_is_counted(tmp_path, capsys):
     assert (further["where"], further["field"], further["found"]) == ("swift.jsonl:3", "response[2]", "And then?")
 
 
+def test_broken_json_among_chats(tmp_path):
+    """A bad line costs that line; in objects over lines, what is behind the break is refused with its beginning."""
+    videos, good = files(tmp_path / "v", "a.mp4"), LLAVA[0][0]
+    other = good | {"conversations": said("<video>\nWhat?", "Two.")}
+    for first in ('{"a": 1} x', '{"video": "a.mp4",', '{"a": "\udca1'):
+        text = "\n".join([first, json.dumps(good), json.dumps(other)])
+        (tmp_path / "t.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
+        clips, rejected = imported("llava", tmp_path / "t.jsonl", videos)
+        assert [clip["caption"] for clip in clips] == ["One.", "Two."]
+        assert rejected == [("t.jsonl:1", "malformed record", "")]
+    (tmp_path / "t.jsonl").write_text(json.dumps(good, indent=1) + "\n{" + json.dumps(other, indent=1))
+    clips, rejected = imported("llava", tmp_path / "t.jsonl", videos)
+    assert len(clips) == 1 and rejected == [("t.jsonl: element 2", "malformed record", "")]
+
+
 def test_records(tmp_path):
     """A list of clips keeps the fields of clips.jsonl; others are counted; what is no clip is refused; parquet too."""
     import pyarrow
