@@ -9,7 +9,7 @@ An annotation file is JSONL, one clip a line:
 `prompt`; `start` and `end`, seconds of the part to use; `keywords`, event-action phrases; `key_spans`, for each keyword
 its [start, end] in seconds from the beginning of the part, or a list of them; `truth`, which only evaluation reads;
 `frames_per_second`, if `video` is a folder of numbered pictures (00001.jpg and on).
-Keywords without key spans get theirs from `data.curation.finders.find_key_slots`.
+Keywords without key spans get theirs from `data.key_slots.find_key_slots`.
 
 What is wrong with a line or a file never stops a run and never passes in silence: it is skipped, named and counted.
 """
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vp
-from data.files import ClipError, PathError, inside_root
+from data.files import ClipError, PathError, inside_root, is_number
 from data.foreign import check_annotations, other_fields
 from data.key_slots import find_key_slots
 from data.user_text import SEAM, disarm, encode, put_back, take_out
@@ -70,11 +70,6 @@ def named(clip: "Clip", what: str = "it cannot be used") -> Iterator[None]:
 
 
 # --- The annotation file ------------------------------------------------------------------------------------------------
-
-
-def is_number(value: object) -> bool:
-    """A finite JSON number (true and false are none)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def read_record(line: str, where: str) -> dict:

@@ -338,3 +338,16 @@ def seconds(text: str | None) -> object:
         return float(text) if text and text.strip() else None
     except ValueError:
         return text
+
+
+def is_number(value: object) -> bool:
+    """A finite JSON number (true and false are none)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def is_seconds(value: object) -> bool:
+    """A finite number, 0 or more, that is no integer of hundreds of digits."""
+    try:
+        return is_number(value) and value >= 0
+    except OverflowError:
+        return False

@@ -235,7 +235,7 @@ def test_comparing_finders(world, tmp_path, qwen2_5):
     lines = [json.loads(x) for x in (world / "train.jsonl").open()][:12]
     known = world / "known-spans.jsonl"
     known.write_text("".join(json.dumps(x | {"key_spans": [[x["truth"]["span"]]]}) + "\n" for x in lines))
-    shown = run("-m", "data.curation.finders", known, "--model", qwen2_5, cwd=tmp_path).stdout
+    shown = run("-m", "data.curation.compare_finders", known, "--model", qwen2_5, cwd=tmp_path).stdout
     found = re.findall(r"\u2502 ([a-z][^\u2502]*?) +\u2502 +([\d.]+) \u2502 +([\d.]+) \u2502", shown)
     overlap, inside = ({row[0]: float(row[column]) for row in found} for column in (1, 2))
     assert overlap["motion"] > 0.8 > 0.6 > overlap["middle 70 %"] and inside["motion"] > 0.8 > 0.6 > inside["middle 70 %"]

@@ -13,7 +13,7 @@ import train_rl
 import train_sft
 from data import videolm
 from data.clips import Preparation, load_clips, prepare
-from data.run import memory, models, sizes
+from data.run import memory, models, precision, sizes
 
 CPU = torch.device("cpu")
 
@@ -190,14 +190,14 @@ def test_a_script_refuses_before_it_loads(tmp_path, world, qwen2_5, capsys):
 
 def test_attention_is_chosen_by_what_is_there(monkeypatch):
     """No GPU: sdpa. With one: the newest flash-attn that is installed, else sdpa."""
-    assert models.choose_attention() == "sdpa" or torch.cuda.is_available()
+    assert precision.choose_attention() == "sdpa" or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for version in (2, 3, 4):
         monkeypatch.setattr(models, f"is_flash_attn_{version}_available", lambda: False)
-    assert models.choose_attention() == "sdpa"
+    assert precision.choose_attention() == "sdpa"
     for version in (2, 3, 4):
         monkeypatch.setattr(models, f"is_flash_attn_{version}_available", lambda: True)
-        assert models.choose_attention() == f"flash_attention_{version}"
+        assert precision.choose_attention() == f"flash_attention_{version}"
 
 
 def test_masks_count_with_the_square_of_the_length():

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from data.benchmarks.scoring import LETTERS
 from data.clips import ClipError, load_clips
-from data.curation.importers import is_seconds
-from data.files import PathError, inside_root, path_below, read_json, read_objects, with_any_ending
+from data.files import PathError, inside_root, is_seconds, path_below, read_json, read_objects, with_any_ending
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from data.chats import Unusable, chat_clip, video_path, without_mark
-from data.clips import FIELDS, ClipError, is_number, parse_line
+from data.clips import FIELDS, ClipError, parse_line
 from data.files import (
     COMMON_ENDINGS,
     VIDEO_ENDINGS,
@@ -43,6 +43,7 @@ from data.files import (
     bare_name,
     inside_root,
     is_broken,
+    is_seconds,
     list_files,
     path_below,
     read_json,
@@ -407,14 +408,6 @@ IMPORTERS = {
 
 
 # --- The import ---------------------------------------------------------------------------------------------------------
-
-
-def is_seconds(value: object) -> bool:
-    """A finite number, 0 or more, that is no integer of hundreds of digits."""
-    try:
-        return is_number(value) and value >= 0
-    except OverflowError:
-        return False
 
 
 def make_clip(record: Record, index: VideoIndex, refuse: Refuse) -> dict | None:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data import positions, videolm
+from data.run.precision import choose_attention, nf4_config
 
 Quantize = Literal["none", "nf4"]
 
@@ -46,33 +46,11 @@ def find_checkpoint(model: str | Path) -> str:
     return str(path.resolve()) if path.is_dir() else str(path)
 
 
-def choose_attention() -> str:
-    """The fastest attention at hand, as transformers names it: flash-attn 4, 3 or 2 on a GPU that has it, else sdpa.
-
-    Branches behind a shared prefix (stage 2) need a mask that flash-attn does not know: VideoLM runs them with
-    flex_attention on a GPU and sdpa elsewhere, whatever is chosen here.
-    """
-    if torch.cuda.is_available():
-        available = {4: is_flash_attn_4_available, 3: is_flash_attn_3_available, 2: is_flash_attn_2_available}
-        for version, at_hand in available.items():
-            if at_hand():
-                return f"flash_attention_{version}"
-    return "sdpa"
-
-
 def choose_threads(hf: nn.Module, device: torch.device | str) -> None:
     """One thread for a small model on a CPU, unless OMP_NUM_THREADS asks for another number: on tensors this small threads
     mostly wait for each other, and on a busy machine for seconds a step."""
     if torch.device(device).type == "cpu" and num_parameters(hf) < SMALL_MODEL and not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(1)
-
-
-def nf4_config() -> BitsAndBytesConfig:
-    """4-bit NormalFloat with double quantisation; the vision encoder and the output head stay as they are."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["model.visual", "lm_head"],
-    )  # fmt: skip
 
 
 def load_processor(model: str | Path) -> object:

@@ -22,7 +22,8 @@ from data.clips import Clip, ClipError, Preparation, load_clips
 from data.loader import ClipLoader
 from data.run import checkpoints, memory, processes
 from data.run.log import RunLog, describe_environment, progress_table
-from data.run.models import choose_attention, num_parameters
+from data.run.models import num_parameters
+from data.run.precision import choose_attention
 from data.run.settings import TrainSettings
 from data.run.sheets import warn
 

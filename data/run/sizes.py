@@ -20,6 +20,8 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
+from data.run.precision import choose_attention, nf4_config
+
 QWEN2_5_VISION = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, patch_size=14, window_size=112,
                       fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)  # fmt: skip
 QWEN2_5_TEXT = dict(max_position_embeddings=128000, rms_norm_eps=1e-6, hidden_act="silu", rope_parameters={
@@ -95,8 +97,6 @@ def random_model(name: str, dtype: torch.dtype, nf4: bool, device: torch.device 
 
     Each weight is made by itself, and a 4-bit one packed at once: no more memory is taken than the model holds in the end.
     """
-    from data.run.models import choose_attention
-
     config = random_config(name)
     with torch.device("meta"):
         hf = AutoModelForImageTextToText.from_config(config, attn_implementation=choose_attention())
@@ -119,8 +119,6 @@ def random_model(name: str, dtype: torch.dtype, nf4: bool, device: torch.device 
 def quantize_language_model(hf: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
     """Put random 4-bit layers in place of a skeleton's linear layers in the language model, as loading with nf4 does."""
     from bitsandbytes.nn import Linear4bit, Params4bit
-
-    from data.run.models import nf4_config
 
     for name, linear in list(hf.model.language_model.named_modules()):
         if not isinstance(linear, nn.Linear):
