@@ -95,10 +95,9 @@ def read_frames(
     path = clip.video
     if not path.exists():
         raise ClipError(f"{clip.where}: {path}: no such file")
-    if path.is_dir() and clip.frames_per_second is None:
-        raise ClipError(f"{clip.where}: {path}: a folder; give 'frames_per_second' if it holds numbered pictures")
-    if not path.is_file() and not path.is_dir():
-        raise ClipError(f"{clip.where}: {path}: not a regular file")
+    if not path.is_file() and not (path.is_dir() and clip.frames_per_second):
+        advice = "; for a folder of numbered pictures give 'frames_per_second'" * path.is_dir()
+        raise ClipError(f"{clip.where}: {path}: not a regular file{advice}")
     if path.is_file() and path.stat().st_size == 0:
         raise ClipError(f"{clip.where}: {path}: the file is empty")
     try:
@@ -214,7 +213,7 @@ def read_pictures(folder: Folder, times: Sequence[float], side: int | None) -> S
         try:
             picture = decode_image(str(folder.pictures[k]), ImageReadMode.RGB, apply_exif_orientation=True)
         except RuntimeError:
-            raise Damage(f"{folder.pictures[k].name} is no picture that can be read, or damaged") from None
+            raise Damage(f"{folder.pictures[k].name} cannot be decoded: no picture, or damaged") from None
         if pixels and picture.shape != pixels[0].shape:
             raise Damage(f"{folder.pictures[k].name} has another size than {folder.pictures[at[0]].name}")
         pixels.append(picture)
