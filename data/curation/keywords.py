@@ -48,6 +48,8 @@ FOREIGN = words("""
     dos duas due il i ang ng hai ek bir ve yang di dan seorang na je na w z si nu cu och på zwei deux
 """)
 SHARED = words("van die den do no mit in on as is was so me he per")
+# Which the small model takes for forms of "hop" and "hat".
+LEMMAS = {"hopes": "hope", "hoped": "hope", "hoping": "hope", "hates": "hate", "hated": "hate", "hating": "hate"}
 MOVING = "turn|swerve?|veer|lean|steer|move?|head|drift|pull|bank|roll|slide?|step|walk|runn?|go|look|drive?"
 EVENTS = (
     "a sudden event",
@@ -128,7 +130,7 @@ def is_event(verb) -> bool:
         return False
     lemma = verb.lemma_.lower()
     has_object = any(c.dep_ in ("dobj", "prt") for c in verb.children)
-    if lemma == "use" and not has_object:
+    if (lemma == "use" and not has_object) or (lemma == "get" and any(c.lower_ == "ready" for c in verb.children)):
         return False
     if lemma in STATIC and not (lemma in ("stand", "sit", "lie", "look", "hold", "fill") and any(
         c.dep_ == "prt" or (c.dep_ == "advmod" and c.lower_ in ("up", "down", "out")) for c in verb.children
@@ -195,7 +197,7 @@ def phrase_of(verb, longest: int = 7) -> tuple[int, int]:
     end = verb.i
     for child in verb.rights:
         denied = [c for c in child.children if c.dep_ == "pcomp" and did_not_happen(c)]
-        if denied or child.left_edge.lower_ in ("not", "never"):
+        if denied or child.left_edge.lower_ in ("not", "never", "rather", "instead"):
             break  # crosses the road, without looking; hits the ball, not once
         if child.dep_ not in ("prt", "dobj", "dative", "advmod", "prep", "agent", "oprd", "acomp", "npadvmod"):
             if child.dep_ in ("punct", "cc", "conj", "advcl", "xcomp", "ccomp", "mark"):
@@ -232,6 +234,8 @@ def extract(captions: Sequence[str], model: str = GRAMMAR) -> list[list[Keyword]
     plain = [plain_for_the_parser(caption) for caption in captions]
     for caption, doc in zip(captions, load_grammar(model).pipe(plain)):
         keywords = []
+        for token in doc:
+            token.lemma_ = LEMMAS.get(token.lower_, token.lemma_)
         for token in itertools.chain.from_iterable(x for x in doc.sents if not is_question(x)):
             hidden = is_hidden_verb(token)
             if (not hidden and not is_event(token)) or did_not_happen(token):

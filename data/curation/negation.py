@@ -106,7 +106,7 @@ def is_hypothetical(verb) -> bool:
 def is_negated(verb) -> bool:
     """Whether a verb's own words deny it: an adverb before it, a modal verb, nobody as its subject or object."""
     for c in verb.children:
-        if c.dep_ == "aux" and c.norm_ in MODALS | {"ca", "wo", "'ll", "’ll"} and verb.lemma_ not in PERCEPTION:
+        if c.dep_ == "aux" and c.norm_ in MODALS | {"ca", "wo", "'ll", "’ll"}:
             return True
         before = [c, *c.children] if c.dep_ in ("aux", "auxpass") else [c]  # rarely does it stop
         if any((t.i < verb.i or verb.lemma_ in ("be", "do")) and is_denial(t) and t.dep_ != "cc" for t in before):
