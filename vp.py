@@ -75,12 +75,21 @@ def span_slots(spans: Sequence[Sequence[float]], timestamps: Sequence[float], fr
 
 
 @dataclass
+class Keyword:
+    """An event-action phrase of a caption: its text, its tokens ids (W,), and its key slots (S,) bool."""
+
+    text: str
+    ids: Tensor
+    slots: Tensor
+
+
+@dataclass
 class Example:
     """One clip, ready for a model: everything that can be known before the model runs, on the CPU.
 
     input_ids, token_types (T,): prompt, then the caption's tokens; token_types 2 marks visual tokens. prompt_length: how
     many belong to the prompt. pixels (patches, C*2*p*p), grid (3,): as the processor made them. seconds_per_slot: for
-    M-RoPE. source (S,) long: `twin_sources`, or None. keyword_ids: tokens of each keyword; keyword_slots (S,) bool each.
+    M-RoPE. source (S,) long: `twin_sources`, or None. keywords: those of the caption.
     """
 
     name: str
@@ -91,9 +100,7 @@ class Example:
     grid: Tensor
     seconds_per_slot: float
     source: Tensor | None
-    keywords: list[str]
-    keyword_ids: list[Tensor]
-    keyword_slots: list[Tensor]
+    keywords: list[Keyword]
 
 
 @dataclass

@@ -356,10 +356,8 @@ def make_example(clip: Clip, frames: Frames, preparation: Preparation) -> vp.Exa
         grid=inputs["video_grid_thw"][0],
         seconds_per_slot=float(inputs["second_per_grid_ts"][0]) if "second_per_grid_ts" in inputs else 1.0,
         source=vp.twin_sources(torch.stack(slots).any(0)) if slots else None,
-        keywords=clip.keywords,
         # with the leading space that the phrase has inside a caption: the tokens that the model will have to write
-        keyword_ids=[torch.tensor(encode(tokenizer, " " + k)) for k in clip.keywords],
-        keyword_slots=slots,
+        keywords=[vp.Keyword(k, torch.tensor(encode(tokenizer, " " + k)), s) for k, s in zip(clip.keywords, slots)],
     )
 
 

@@ -89,29 +89,26 @@ def index_keywords(
     visual_places: for each clip (S, tokens of a slot) places in its sequence. Returns key_rows (N,), keyword_ids (K, W)
     padded with -1, and who asks for whom; see `Batch`.
     """
-    keywords = [
-        (b, text, ids, slots)
-        for b, e in enumerate(examples)
-        for text, ids, slots in zip(e.keywords, e.keyword_ids, e.keyword_slots)
-        if e.source is not None and slots.any()
-    ]
+    shown = [[k for k in e.keywords if e.source is not None and k.slots.any()] for e in examples]  # by clip
+    keywords = [keyword for of_clip in shown for keyword in of_clip]
     key_rows, clip, slot = [], [], []
-    for b, places in enumerate(visual_places):
-        of_clip = [slots for c, _, _, slots in keywords if c == b]
-        key = torch.stack(of_clip).any(0).nonzero().squeeze(1) if of_clip else torch.empty(0, dtype=torch.long)
+    for b, (places, of_clip) in enumerate(zip(visual_places, shown)):
+        key = torch.empty(0, dtype=torch.long)
+        if of_clip:
+            key = torch.stack([keyword.slots for keyword in of_clip]).any(0).nonzero().squeeze(1)
         key_rows.append((b * prefix_length + places[key]).flatten())
         clip.append(torch.full_like(key_rows[-1], b))
         slot.append(key.repeat_interleave(places.shape[1]))
     keyword_slots = torch.zeros(len(keywords), max(len(p) for p in visual_places), dtype=torch.bool)
-    for j, (_, _, _, slots) in enumerate(keywords):
-        keyword_slots[j, : len(slots)] = slots
-    number = {text: i for i, text in enumerate(dict.fromkeys(text for _, text, _, _ in keywords))}
-    ids = [ids for _, _, ids, _ in keywords]
+    for j, keyword in enumerate(keywords):
+        keyword_slots[j, : len(keyword.slots)] = keyword.slots
+    number = {text: i for i, text in enumerate(dict.fromkeys(keyword.text for keyword in keywords))}
+    ids = [keyword.ids for keyword in keywords]
     asks = dict(
         clip=torch.cat(clip),
         slot=torch.cat(slot),
-        keyword_clip=torch.tensor([b for b, _, _, _ in keywords], dtype=torch.long),
-        keyword_id=torch.tensor([number[text] for _, text, _, _ in keywords], dtype=torch.long),
+        keyword_clip=torch.tensor([b for b, of_clip in enumerate(shown) for _ in of_clip], dtype=torch.long),
+        keyword_id=torch.tensor([number[keyword.text] for keyword in keywords], dtype=torch.long),
         keyword_slots=keyword_slots,
     )
     return (

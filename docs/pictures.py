@@ -39,7 +39,7 @@ def draw_pipeline(clip, frames, example, path: Path) -> None:
     """Caption, keyword, key slots, twin, one vision pass, two language passes, both losses."""
     num_slots = int(example.grid[0])
     shown = rearrange(frames.pixels, "(s f) c h w -> s f h w c", s=num_slots)[:, 0].numpy()
-    key = torch.stack(example.keyword_slots).any(0).tolist()
+    key = torch.stack([keyword.slots for keyword in example.keywords]).any(0).tolist()
     source = example.source.tolist()
     figure, axis = plt.subplots(figsize=(11, 5.6))
     axis.set(xlim=(0, 110), ylim=(0, 56))

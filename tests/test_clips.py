@@ -445,7 +445,7 @@ def test_special_tokens_of_others_are_characters(hostile, text):
     newline = tokenizer("\n").input_ids
     labels = example.input_ids[example.prompt_length :].tolist()
     assert labels == [*want, end, *newline] and labels.count(end) == 1
-    assert example.keyword_ids[0].tolist() == characters(tokenizer, " " + text)
+    assert example.keywords[0].ids.tolist() == characters(tokenizer, " " + text)
     other = make_example(replace(clip, prompt="Zq"), frames, preparation)
     prompt, short = (e.input_ids[: e.prompt_length].tolist() for e in (example, other))
     word = tokenizer("Zq").input_ids

@@ -152,7 +152,7 @@ def test_fall_evidence_against_passes_by_hand(lm, ragged):
     e = ragged[0]
     (found,) = finders.fall_evidence(lm, e, longest=2, batch_size=5)
     S, per_slot = int(e.grid[0]), len(e.pixels) // int(e.grid[0])
-    answer, ids = e.input_ids[e.prompt_length :].tolist(), e.keyword_ids[0].tolist()
+    answer, ids = e.input_ids[e.prompt_length :].tolist(), e.keywords[0].ids.tolist()
     at = next(i for i in range(len(answer)) if answer[i : i + len(ids)] == ids)
     places = e.prompt_length + at + torch.arange(len(ids))
 
@@ -180,7 +180,7 @@ def test_head_evidence_by_hand(lm, ragged):
     (found,) = finders.head_evidence(lm, e)
     with torch.no_grad():
         hidden = plain_forward(lm.hf, e, output_hidden_states=True).hidden_states[lm.contrastive_layer][0]
-        text = lm.heads.text(lm.base.get_input_embeddings()(e.keyword_ids[0]).mean(0))
+        text = lm.heads.text(lm.base.get_input_embeddings()(e.keywords[0].ids).mean(0))
         cosines = torch.cosine_similarity(lm.heads.visual(hidden[e.token_types == 2]), text, dim=-1)
     near = cosines.view(int(e.grid[0]), -1).amax(1)
     torch.testing.assert_close(found.curve, (near - near.median()).clamp(min=0), atol=1e-5, rtol=1e-4)

@@ -110,7 +110,7 @@ def long_example(e: vp.Example, slots: int) -> vp.Example:
         pixels=e.pixels[:per_slot].repeat(slots, 1),
         grid=torch.tensor([slots, *e.grid[1:].tolist()]),
         source=torch.arange(slots).index_fill(0, torch.tensor([slots // 2]), slots // 2 - 1),
-        keyword_slots=[torch.arange(slots) == slots // 2] * len(e.keywords),
+        keywords=[replace(keyword, slots=torch.arange(slots) == slots // 2) for keyword in e.keywords],
     )
 
 

@@ -71,7 +71,7 @@ def test_contact_sheets(world, qwen2_5, tmp_path, frames):
     path = contact_sheet(clip, read_frames(clip, frames), example, tmp_path / "sheet.png")
     colours = {c for _, c in Image.open(path).convert("RGB").getcolors(1 << 24)}
     assert {(0x1A, 0x98, 0x50), (0xD7, 0x30, 0x27)} <= colours
-    example.source, example.keyword_slots = None, []
+    example.source, example.keywords = None, []
     contact_sheet(clip, read_frames(clip, frames), example, tmp_path / "plain.png")
     colours = {c for _, c in Image.open(tmp_path / "plain.png").convert("RGB").getcolors(1 << 24)}
     assert (0xD7, 0x30, 0x27) not in colours

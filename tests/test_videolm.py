@@ -88,7 +88,7 @@ def states_by_hand(lm: videolm.VideoLM, ragged) -> tuple[torch.Tensor, torch.Ten
             clip.pixels = pixels
             hidden = plain_forward(lm.hf, clip, output_hidden_states=True).hidden_states[lm.contrastive_layer][0]
             places = (e.token_types == 2).nonzero().squeeze(1).view(int(e.grid[0]), -1)
-            found[kind].append(hidden[places[torch.stack(e.keyword_slots).any(0)].flatten()])
+            found[kind].append(hidden[places[torch.stack([k.slots for k in e.keywords]).any(0)].flatten()])
     return torch.cat(found["full"]), torch.cat(found["twin"])
 
 
@@ -101,7 +101,7 @@ def test_states_of_full_and_early_exit_twin(lm, ragged, monkeypatch):
     with torch.no_grad():
         lm(lm.collate(ragged))
         full, twin = states_by_hand(lm, ragged)
-        keywords = [k for e in ragged if e.source is not None for k in e.keyword_ids]
+        keywords = [k.ids for e in ragged if e.source is not None for k in e.keywords]
         t = torch.stack([lm.base.get_input_embeddings()(k).mean(0) for k in keywords])
     torch.testing.assert_close(seen["h"], full, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen["h_twin"], twin, rtol=1e-4, atol=1e-5)
@@ -138,7 +138,7 @@ def test_contrastive_gradient_against_separate_runs(lm, ragged):
     weights = [p for n, p in lm.named_parameters() if any(x in n for x in ("layers.0.", "visual.blocks", "embed_tokens"))]
     got = torch.autograd.grad(lm(batch).contrastive_loss, weights, allow_unused=True)
     full, twin = states_by_hand(lm, ragged)
-    keywords = [k for e in ragged if e.source is not None for k in e.keyword_ids]
+    keywords = [k.ids for e in ragged if e.source is not None for k in e.keywords]
     t = torch.stack([lm.base.get_input_embeddings()(k).mean(0) for k in keywords]).detach()
     loss, _ = lm.heads(full, twin, t, batch.key_tokens)
     want = torch.autograd.grad(loss, weights, allow_unused=True)

@@ -252,7 +252,7 @@ def share_prompt(processor, texts: Sequence[str], frames: Frames) -> tuple[vp.Ex
         name="", input_ids=first[:n], token_types=types[:n], prompt_length=n, pixels=inputs["pixel_values_videos"],
         grid=inputs["video_grid_thw"][0],
         seconds_per_slot=float(inputs["second_per_grid_ts"][0]) if "second_per_grid_ts" in inputs else 1.0,
-        source=None, keywords=[], keyword_ids=[], keyword_slots=[],
+        source=None, keywords=[],
     )  # fmt: skip
     return example, [p[n:] for p in prompts]
 

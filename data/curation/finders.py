@@ -169,8 +169,8 @@ def head_evidence(lm: videolm.VideoLM, example: vp.Example) -> list[Evidence]:
         lm.heads.visual(lm.states_after_l(out.hidden_states)[0][places.to(batch.grid.device)].float()), dim=-1
     )
     evidence = []
-    for ids in example.keyword_ids:
-        text = lm.base.get_input_embeddings()(ids.to(states.device)).mean(0)
+    for keyword in example.keywords:
+        text = lm.base.get_input_embeddings()(keyword.ids.to(states.device)).mean(0)
         near = (states @ F.normalize(lm.heads.text(text.float()), dim=-1)).amax(1).cpu()  # (S,)
         curve = (near - near.median()).clamp(min=0)
         evidence.append(Evidence(curve, min(1.0, float(curve.max()))))
@@ -191,8 +191,8 @@ def fall_evidence(lm: videolm.VideoLM, example: vp.Example, longest: int = 3, ba
     video = lm.encode_examples([example])
     per_slot = len(video.pooler_output[0]) // num_slots
     rows = []  # places of each keyword's tokens in the sequence; the whole answer where it does not stand in it
-    for ids in example.keyword_ids:
-        ids = ids.tolist()
+    for keyword in example.keywords:
+        ids = keyword.ids.tolist()
         at = next((i for i in range(len(answer)) if answer[i : i + len(ids)] == ids), None)
         rows.append(torch.arange(len(answer)) if at is None else at + torch.arange(len(ids)))
     logps = []

@@ -76,7 +76,7 @@ def long_example(lm: videolm.VideoLM, processor, visual_tokens: int) -> vp.Examp
     return vp.Example(
         name="random", input_ids=ids, token_types=2 * (ids == lm.config.video_token_id).long(), prompt_length=len(ids),
         pixels=torch.randn(num_slots * 64, width, generator=generator), grid=torch.tensor([num_slots, 8, 8]),
-        seconds_per_slot=0.5, source=vp.twin_sources(key), keywords=[], keyword_ids=[], keyword_slots=[],
+        seconds_per_slot=0.5, source=vp.twin_sources(key), keywords=[],
     )  # fmt: skip
 
 
@@ -88,8 +88,8 @@ def step_jobs(settings: CostSettings) -> dict:
     caption = torch.randint(0, 256, (settings.new_tokens,), generator=torch.Generator().manual_seed(1))
     slots = example.source != torch.arange(len(example.source))
     example = replace(
-        example, input_ids=torch.cat([example.input_ids, caption]), keywords=["it"], keyword_ids=[caption[:3]],
-        token_types=torch.cat([example.token_types, torch.zeros_like(caption)]), keyword_slots=[slots],
+        example, input_ids=torch.cat([example.input_ids, caption]), keywords=[vp.Keyword("it", caption[:3], slots)],
+        token_types=torch.cat([example.token_types, torch.zeros_like(caption)]),
     )  # fmt: skip
     batch, hf, layer = lm.collate([example]), lm.hf, lm.contrastive_layer
     per_slot = len(example.pixels) // len(slots)

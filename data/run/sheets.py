@@ -65,7 +65,9 @@ def contact_sheet(clip: Clip, frames: Frames, example: vp.Example, path: Path, c
 
     num_slots = int(example.grid[0])
     slots = rearrange(frames.pixels, "(s f) c h w -> s f h w c", s=num_slots)
-    key = torch.stack(example.keyword_slots).any(0) if example.keyword_slots else torch.zeros(num_slots, dtype=torch.bool)
+    key = torch.zeros(num_slots, dtype=torch.bool)
+    for keyword in example.keywords:
+        key |= keyword.slots
     source = torch.arange(num_slots) if example.source is None else example.source
     shown = torch.arange(num_slots)
     if num_slots > columns // 2:  # both frames of a slot fit only in a short clip: show the first of each
