@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 
 def move(record, device: torch.device | str):
@@ -63,13 +64,29 @@ class Packed:
         T = self.branch.shape[1]
         return (self.sees(self.branch) & torch.ones(T, T, dtype=torch.bool, device=self.branch.device).tril())[:, None]
 
-    def block_mask(self) -> BlockMask:
-        """The same for flex_attention, which leaves out the blocks that nobody sees."""
-        B, T = self.branch.shape
-        branch, ancestors = self.branch, self.ancestors
-        return create_block_mask(
-            lambda b, h, q, k: ancestors[b, branch[b, q], branch[b, k]] & (q >= k), B, None, T, T, device=branch.device
-        )
+    def block_mask(self, size: int = 128) -> BlockMask:
+        """The same for flex_attention, which leaves out the blocks that nobody sees.
+
+        Blocks are counted by branches: in a block below the diagonal, count(q) @ ancestors @ count(k) pairs see each other.
+        torch's create_block_mask makes the (B, T, T) mask first, and takes ten bytes for each of its entries.
+        """
+        branch, ancestors, (T, n) = self.branch, self.ancestors, (self.branch.shape[1], self.ancestors.shape[-1])
+        filled = F.pad(branch, (0, -T % size), value=n)  # to whole blocks; n is no branch
+        counts = F.one_hot(filled, n + 1)[..., :n].unflatten(1, (-1, size)).sum(2).float()  # (B, blocks, n)
+        pairs = counts @ ancestors.float() @ counts.mT  # (B, blocks, blocks)
+        below = torch.ones_like(pairs[0], dtype=torch.bool).tril(-1)
+        whole = below & (pairs == size * size)  # all of a block is seen: no mask is asked there
+        some = (below & (pairs > 0) & ~whole) | torch.eye(len(below), dtype=torch.bool, device=branch.device)
+
+        def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+            """How many blocks each row of blocks has, and which, those first."""
+            which = blocks.int().argsort(dim=2, descending=True, stable=True)
+            return blocks.sum(2)[:, None].int(), which[:, None].int()
+
+        return BlockMask.from_kv_blocks(
+            *ordered(some), *ordered(whole), BLOCK_SIZE=size, seq_lengths=(T, T),
+            mask_mod=lambda b, h, q, k: ancestors[b, branch[b, q], branch[b, k]] & (q >= k),
+        )  # fmt: skip
 
 
 @dataclass

@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import vp
 from data import videolm
 from data.clips import Preparation, load_clips, prepare
+from data.packing import Tree, pack
 from data.tiny import build_tiny
 from tests.helpers import degraded, plain_inputs
 from tests.test_videolm import count_calls
@@ -192,6 +193,35 @@ def test_flex_attention_sees_the_same(lm, ragged, monkeypatch):
             lm.flex = True
             torch.testing.assert_close(lm.run_packed(packed, video), want, rtol=1e-4, atol=1e-5)
     assert lm.base.model.language_model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_block_mask_against_torch(seed):
+    """Random ragged trees: the same blocks, whole and in part, as torch's create_block_mask finds pair by pair."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    g = torch.Generator().manual_seed(seed)
+    trees = []
+    for _ in range(3):
+        tree, parents = Tree(), [-1]
+        for _ in range(int(torch.randint(1, 7, (1,), generator=g))):
+            n = int(torch.randint(1, 60, (1,), generator=g))
+            parent = parents[int(torch.randint(len(parents), (1,), generator=g))]
+            ids = torch.zeros(n, dtype=torch.long)
+            parents.append(tree.grow(parent, ids, ids, ids.expand(3, -1), ids[:0]))
+        trees.append(tree)
+    packed = pack(trees, 0)
+    B, T = packed.branch.shape
+    mine = packed.block_mask(16)
+    want = create_block_mask(mine.mask_mod, B, None, T, T, device="cpu", BLOCK_SIZE=16)
+    for name in ("kv", "full_kv"):
+        nums = getattr(want, f"{name}_num_blocks")
+        assert torch.equal(getattr(mine, f"{name}_num_blocks"), nums)
+        ours, theirs = getattr(mine, f"{name}_indices"), getattr(want, f"{name}_indices")
+        for at in nums.nonzero().tolist():
+            k = int(nums[tuple(at)])
+            assert sorted(ours[tuple(at)][:k].tolist()) == sorted(theirs[tuple(at)][:k].tolist())
+    assert packed.mask().shape == (B, 1, T, T)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: flex_attention has no backward on a CPU")

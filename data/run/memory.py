@@ -125,8 +125,8 @@ def estimate(hf: nn.Module, load: Load, settings: Mapping, gpu: bool, num_proces
     cache = load.prompts * layers * half * kv * (2 * prompt + (load.rollouts + load.twin_rollouts) * load.new_tokens)
     square = load.clips * (prompt + load.rollouts * load.new_tokens) ** 2 * (load.clips > 1 or load.rollouts > 0)
     square = max(square, load.prompts * (load.text_tokens + 2 * load.visual_tokens) ** 2)  # of a prefix and its twin
-    # A block mask is worked out from 10 bytes a pair of tokens; sdpa makes numbers of its mask of bools, there and back.
-    masks = square * (10 if gpu and load.rollouts else 1 + 2 * half)
+    # sdpa makes numbers of its mask of bools, there and back; flex_attention's mask is of blocks of 128 x 128 tokens.
+    masks = square * (16 / 128**2 if gpu and load.rollouts else 1 + 2 * half)
     largest = max(text.vocab_size * D, I * D) * half * (parts > 1)  # gathered from the other processes
     return {
         "weights": count / parts + largest,
