@@ -3,17 +3,15 @@
 import copy
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, LogitsProcessor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from data.attention import choose_by_mask
 from data.packing import Packed, Tree, move, pack
 from data.positions import rope_index, use_published_positions
 from kernels.contrastive import ids_shown
@@ -118,30 +116,6 @@ def index_keywords(
     )
 
 
-def attend_in_chunks(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float,
-    dropout: float = 0.0, cu_seq_lens_q: Tensor | None = None, **_,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention inside each chunk of a packed sequence (a slot, or a window of one), chunks of a length in one call.
-
-    query, key, value: (1, heads, P, head_dim), cut at cu_seq_lens_q (chunks + 1,). Returns (1, P, heads, head_dim). Without
-    flash-attn, transformers calls sdpa once for every chunk: a clip of 16 slots makes hundreds of small calls.
-    """
-    lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
-    starts, out = cu_seq_lens_q[:-1].tolist(), torch.empty_like(query.transpose(1, 2))
-    for length in sorted(set(lengths)):
-        rows = torch.tensor([s for s, n in zip(starts, lengths) if n == length], device=query.device)
-        rows = (rows[:, None] + torch.arange(length, device=query.device)).flatten()
-        q, k, v = (rearrange(x[0][:, rows], "h (n l) d -> n h l d", l=length) for x in (query, key, value))
-        attended = F.scaled_dot_product_attention(q, k, v, scale=scaling, dropout_p=dropout)
-        out = out.index_copy(1, rows, rearrange(attended, "n h l d -> 1 (n l) h d"))
-    return out, None
-
-
-# transformers hands cu_seqlens to implementations with "flash" in their name, and to no others.
-ALL_ATTENTION_FUNCTIONS.register("chunked_not_flash", attend_in_chunks)
-
-
 class VideoLM(nn.Module):
     """A Hugging Face video-language model, seen as the method needs it: vision once, full and twin from it.
 
@@ -160,6 +134,7 @@ class VideoLM(nn.Module):
         vision_config = base.model.visual.config
         if "flash" not in (vision_config._attn_implementation or ""):
             vision_config._attn_implementation = "chunked_not_flash"
+        choose_by_mask(base.model.language_model.config)
         num_layers = self.config.text_config.num_hidden_layers
         # Qwen3-VL adds visual features to the states after its first layers: the states are taken behind that.
         deepstack = len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
@@ -174,7 +149,11 @@ class VideoLM(nn.Module):
         # Linear attention carries a state along the sequence: branches cannot share a prefix by a mask there.
         layer_types = getattr(self.config.text_config, "layer_types", None) or ["full_attention"]
         self.shares_prefix = set(layer_types) == {"full_attention"}
-        self.flex = torch.cuda.is_available()  # attention among branches: flex_attention, or sdpa with a mask
+
+    @property
+    def flex(self) -> bool:
+        """Whether branches attend by flex_attention, on a GPU, or by sdpa with a mask of token pairs."""
+        return self.base.lm_head.weight.is_cuda
 
     # The modules below belong to self.hf; properties keep them from being registered, and saved, twice.
     @property
@@ -444,28 +423,16 @@ class VideoLM(nn.Module):
             mask = (packed.branch < packed.ancestors.shape[-1] - 1).long()  # (B, T): all but padding
         else:
             mask = packed.block_mask() if self.flex else packed.mask()
-        name = "flex_attention" if self.flex else "sdpa"
-        with self.text_attention(name) if self.shares_prefix else nullcontext():
-            out = self.base.model(
-                input_ids=packed.input_ids,
-                mm_token_type_ids=packed.token_types,
-                attention_mask=mask,
-                position_ids=packed.position_ids,
-                mm_encoder_outputs={"video": self.gather_video(video, packed.visual_index)},
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
+        out = self.base.model(
+            input_ids=packed.input_ids,
+            mm_token_type_ids=packed.token_types,
+            attention_mask=mask,
+            position_ids=packed.position_ids,
+            mm_encoder_outputs={"video": self.gather_video(video, packed.visual_index)},
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
         return out.last_hidden_state.flatten(0, 1).index_select(0, packed.rows)
-
-    @contextmanager
-    def text_attention(self, name: str) -> Iterator[None]:
-        """Run the language model with another of transformers' attention implementations."""
-        config = self.base.model.language_model.config
-        before, config._attn_implementation = config._attn_implementation, name
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
 
     def log_probs(self, packed: Packed, video, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probability (M,) of every token of packed rollouts, and the entropy (M,) where it was chosen."""
@@ -513,14 +480,13 @@ class VideoLM(nn.Module):
             # Asking whether all are done waits for the device: on a GPU only now and then.
             if t + 1 == max_new_tokens or ((device.type == "cpu" or t % 8 == 7) and done.all()):
                 break
-            with self.text_attention("sdpa"):  # flash-attn knows no mask that tells branches apart
-                h = self.base.model.language_model(
-                    inputs_embeds=self.base.get_input_embeddings()(tokens[:, :, t]),
-                    position_ids=position + t,
-                    attention_mask=mask[..., : T + num * (t + 1)],
-                    past_key_values=cache,
-                    use_cache=True,
-                ).last_hidden_state
+            h = self.base.model.language_model(
+                inputs_embeds=self.base.get_input_embeddings()(tokens[:, :, t]),
+                position_ids=position + t,
+                attention_mask=mask[..., : T + num * (t + 1)],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
         seconds = {"prefill": prefilled - began, "decode": wait_and_time(device) - prefilled}
         return Rollouts(tokens[:, :, : t + 1], logps[:, :, : t + 1], lengths, done, seconds)
 

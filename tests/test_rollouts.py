@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vp
 from data import videolm
@@ -188,11 +190,11 @@ def test_flex_attention_sees_the_same(lm, ragged, monkeypatch):
     with torch.no_grad():
         video = lm.encode_examples(ragged)
         for packed in (lm.pack_prefixes(ragged), lm.pack_rollouts(ragged, ys)):
-            lm.flex = False
             want = lm.run_packed(packed, video)
-            lm.flex = True
-            torch.testing.assert_close(lm.run_packed(packed, video), want, rtol=1e-4, atol=1e-5)
-    assert lm.base.model.language_model.config._attn_implementation == "sdpa"
+            with monkeypatch.context() as patched:
+                patched.setattr(videolm.VideoLM, "flex", True)
+                got = lm.run_packed(packed, video)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -225,17 +227,42 @@ def test_block_mask_against_torch(seed):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: flex_attention has no backward on a CPU")
-def test_flex_attention_gradients(lm, ragged):
+def test_flex_attention_gradients(lm, ragged, monkeypatch):
     """On a GPU: gradients of the packed update by flex_attention equal those by sdpa with a mask."""
     lm.to("cuda")
     ys = [[torch.arange(n) for n in ns] for ns in ((5, 1, 7), (3, 3, 2), (8, 4, 1), (2, 6, 6))]
     packed, gradients = lm.pack_rollouts(ragged, ys).to("cuda"), []
-    for lm.flex in (False, True):
+    for flex in (False, True):
+        monkeypatch.setattr(videolm.VideoLM, "flex", flex)
         lm.zero_grad()
         lm.log_probs(packed, lm.encode_examples(ragged))[0].sum().backward()
         gradients.append({n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-2, atol=1e-4, msg=name)
+
+
+def test_checkpointed_layers_see_the_same_mask(checkpoint, ragged):
+    """Layers that run again in the backward pass have the mask of the forward pass, whatever attends without a mask."""
+
+    def without_mask(module, query, key, value, attention_mask, **more):
+        assert attention_mask is None or attention_mask.ndim == 2
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **more)
+
+    ALL_ATTENTION_FUNCTIONS.register("without_mask", without_mask)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("without_mask", lambda *_, attention_mask=None, **more: attention_mask)
+    gradients = []
+    for name, again in (("sdpa", False), ("without_mask", False), ("without_mask", True)):
+        hf = AutoModelForImageTextToText.from_pretrained(checkpoint)
+        hf.model.language_model.config._attn_implementation = name
+        if again:
+            hf.activation_checkpointing_enable()
+        lm = videolm.VideoLM(hf).train()
+        ys = [[torch.arange(n) for n in ns] for ns in ((5, 1), (3, 2), (8, 4), (2, 6))]
+        lm.log_probs(lm.pack_rollouts(ragged, ys), lm.encode_examples(ragged))[0].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in hf.model.language_model.parameters() if p.grad is not None]))
+    assert gradients[0].abs().max() > 0
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-5)
 
 
 def test_sampled_log_probs_are_those_of_the_update(lm, ragged):

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from data import videolm
+from data.attention import attend_in_chunks
 from data.clips import Preparation, make_example, prepare, read_frames
 from data.run.merge import MergedWeights
 from tests.helpers import degraded, plain_forward, plain_inputs
@@ -33,7 +34,7 @@ def test_chunked_attention_against_a_loop(lengths):
     torch.manual_seed(len(lengths))
     qkv = [torch.randn(1, 3, sum(lengths), 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     cuts = torch.tensor([0, *lengths]).cumsum(0)
-    got, _ = videolm.attend_in_chunks(None, *qkv, None, 0.3, cu_seq_lens_q=cuts)
+    got, _ = attend_in_chunks(None, *qkv, None, 0.3, cu_seq_lens_q=cuts)
     parts = []
     for a, b in itertools.pairwise(cuts):
         q, k, v = (x[:, :, a:b] for x in qkv)
