@@ -156,8 +156,9 @@ def test_sigterm_saves_and_ends_well(tmp_path, world, qwen2_5):
 
 
 def readme_commands() -> list[str]:
-    """Every `python ...` and `torchrun ...` line of the README's shell blocks."""
-    blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    """Every `python ...` and `torchrun ...` line of the shell blocks of the README and of docs/."""
+    pages = [HERE / "README.md", *sorted(HERE.glob("docs/*.md"))]
+    blocks = [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)]
     lines = [x.split("#")[0].strip() for block in blocks for x in block.splitlines()]
     return [x for x in lines if x.startswith(("python ", "torchrun "))]
 
