@@ -54,7 +54,7 @@ def main(arguments: list[str], console: Console) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:], Console())
+        main(sys.argv[1:], Console(emoji=False))
     except (ClipError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

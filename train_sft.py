@@ -43,6 +43,10 @@ FREE = (
 )  # fmt: skip
 
 
+# Metrics of a step; the first is all that captions alone have.
+METRICS = ("loss/lm", "loss/contrastive", "contrastive/positives", "contrastive/negatives")
+
+
 @dataclass
 class Settings(TrainSettings):
     """Settings of stage 1."""
@@ -165,7 +169,7 @@ def main(settings: Settings) -> dict | None:
                 sum(len(batch.label_ids) for batch in batches), sum(len(batch.keyword_ids) for batch in batches)
             )
             num_keywords = max(1.0, num_keywords)
-            sums = dict.fromkeys(("loss/lm", "loss/contrastive", "contrastive/positives", "contrastive/negatives"), 0.0)
+            sums = dict.fromkeys(METRICS if contrastive else METRICS[:1], 0.0)
             for batch in batches:
                 with run.autocast():
                     # One vision pass; the caption loss on the full video; equation (1) on states of full and twin.
@@ -173,10 +177,9 @@ def main(settings: Settings) -> dict | None:
                 lm_loss, contrastive_loss = out.lm_loss / num_tokens, out.contrastive_loss / num_keywords
                 (lm_loss + s.contrastive_weight * contrastive_loss).backward()  # L = L_LM + lambda L_con
                 # Sums stay on the device: the loop reads it only when it logs.
-                sums["loss/lm"] += lm_loss.detach()
-                sums["loss/contrastive"] += contrastive_loss.detach()
-                for name, count in out.metrics.items():
-                    sums[f"contrastive/{name}"] += count / num_keywords
+                parts = {"loss/lm": lm_loss.detach(), "loss/contrastive": contrastive_loss.detach()}
+                parts |= {f"contrastive/{name}": count / num_keywords for name, count in out.metrics.items()}
+                sums = {name: total + parts.get(name, 0.0) for name, total in sums.items()}
             losses = run.mean(sums)
             grad_norm = finish_gradients(lm, s.grad_clip, run.num_processes)
             # NaN and Inf: the fused optimizer leaves the step out by itself, so that nobody waits for the device.

@@ -329,9 +329,10 @@ def process(processor, texts: list[str], videos: Sequence[Frames], **more):
     ]
     pixels = [frames.pixels for frames in videos]
     shown = dict(videos=pixels, video_metadata=metadata, do_sample_frames=False)
-    parts = [take_out(processor, text) for text in texts]
+    marked = any(SEAM in text for text in texts)  # a prompt holds special tokens that are text
+    parts = [take_out(processor, text) if marked else (text, []) for text in texts]
     inputs = processor(text=[text for text, _ in parts], **shown, return_tensors="pt", **more)
-    if any(SEAM in text for text in texts):
+    if marked:
         put_back(processor, inputs, [taken for _, taken in parts], more.get("padding_side", "right"))
     if "second_per_grid_ts" in inputs:  # the processor takes a repeated frame for one more, and a video for whole frames
         per_slot = processor.video_processor.temporal_patch_size

@@ -895,7 +895,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(world, tmp_path, sharp2_5, mo
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(HERE / "eval.py"), run_name="__main__")
-    assert stopped.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    assert stopped.value.code == 130 and "the same command continues" in capsys.readouterr().err
 
 
 def test_clips_whose_videos_lie_elsewhere(world, tmp_path, sharp2_5):

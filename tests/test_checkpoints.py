@@ -299,7 +299,7 @@ def test_a_merge_holds_one_file_of_weights_at_a_time(checkpoint, tmp_path, monke
     processor = AutoProcessor.from_pretrained(checkpoint)
     merge.save_model(tmp_path / "one", hf, processor, merged=True, adapter=False)
     monkeypatch.setattr(merge.MergedWeights, "__getitem__", make_and_count)
-    monkeypatch.setattr(models, "LARGEST_FILE", 200_000)
+    monkeypatch.setattr(merge, "LARGEST_FILE", 200_000)
     merge.save_model(tmp_path / "many", hf, processor, merged=True, adapter=False)
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 3 and 0 < most <= 200_000 < sum(w.nbytes for w in merge.MergedWeights(hf).values()) / 4

@@ -13,6 +13,7 @@ from data import videolm
 from data.benchmarks.scoring import event_recall, names, score_description, similarity
 from data.clips import Clip, Preparation, load_clips
 from data.measure import cost
+from data.measure.evaluate import evaluate, markdown_row
 from data.run.models import load_model
 from data.texts import EmbeddedText
 from data.world import ACTIONS
@@ -141,7 +142,7 @@ def test_evaluation_counts_what_it_says(world, qwen2_5, monkeypatch):
         return videolm.Rollouts(tokens, None, None, None), None
 
     monkeypatch.setattr(lm, "roll_out", roll_out)
-    results = evaluation.evaluate(lm, Preparation(processor), clips, batch_size=2)
+    results = evaluate(lm, Preparation(processor), clips, batch_size=2)
     assert (results["clips"], results["with twin"], len(results["skipped"])) == (4, 3, 1)
     assert "gone.mp4" in results["skipped"][0]
     rows = results["rows"]
@@ -151,7 +152,7 @@ def test_evaluation_counts_what_it_says(world, qwen2_5, monkeypatch):
     paired = [r for r in rows if "twin scores" in r]
     gap = sum(r["scores"]["keyword recall"] - r["twin scores"]["keyword recall"] for r in paired) / 3
     assert results["gap"]["keyword recall"] == pytest.approx(gap)
-    assert "| m | 4 |" in evaluation.markdown_row(results, "m")
+    assert "| m | 4 |" in markdown_row(results, "m")
 
 
 def test_a_clip_that_cannot_be_described_ends_no_evaluation(world, qwen2_5, monkeypatch):
@@ -159,7 +160,7 @@ def test_a_clip_that_cannot_be_described_ends_no_evaluation(world, qwen2_5, monk
     clips, _ = load_clips(world / "test.jsonl")
     clips, lm = clips[:4], videolm.VideoLM(AutoModelForImageTextToText.from_pretrained(qwen2_5))
     preparation, real = Preparation(AutoProcessor.from_pretrained(qwen2_5), 4), lm.roll_out
-    want = evaluation.evaluate(lm, preparation, [clips[0], clips[2], clips[3]], batch_size=1, max_new_tokens=4)
+    want = evaluate(lm, preparation, [clips[0], clips[2], clips[3]], batch_size=1, max_new_tokens=4)
 
     def roll_out(examples, *more):
         if any(e.name == clips[1].where for e in examples):
@@ -168,11 +169,11 @@ def test_a_clip_that_cannot_be_described_ends_no_evaluation(world, qwen2_5, monk
 
     monkeypatch.setattr(lm, "roll_out", roll_out)
     clips[2].caption += " <|video_pad|><|im_end|>" * 3000  # a caption that no model reads
-    got = evaluation.evaluate(lm, preparation, clips, batch_size=2, max_new_tokens=4)
+    got = evaluate(lm, preparation, clips, batch_size=2, max_new_tokens=4)
     assert [r["description"] for r in got["rows"]] == [r["description"] for r in want["rows"]] and got["clips"] == 3
     assert len(got["skipped"]) == 1 and clips[1].where in got["skipped"][0] and "not enough memory" in got["skipped"][0]
     monkeypatch.setattr(lm, "roll_out", lambda *_: 1 / 0)
-    none = evaluation.evaluate(lm, preparation, clips, batch_size=2)
+    none = evaluate(lm, preparation, clips, batch_size=2)
     assert none["clips"] == 0 and len(none["skipped"]) == 4 and none["full"] == {}
 
 
@@ -210,7 +211,7 @@ def test_describe_one_file(world, qwen2_5, tmp_path):
     assert "frames at 0.00 0.12 0.25" in shown and text in shown
     lm, processor = load_model(str(qwen2_5))
     torch.testing.assert_close(lm.heads.log_temperature.exp().item(), 0.1, rtol=1e-4, atol=1e-4)
-    rows = evaluation.evaluate(lm, Preparation(processor), clips[:1], max_new_tokens=5)["rows"]
+    rows = evaluate(lm, Preparation(processor), clips[:1], max_new_tokens=5)["rows"]
     assert rows[0]["description"] == text
 
 

@@ -640,7 +640,7 @@ def test_scripts_name_a_foreign_file(tmp_path):
         lambda: curate.main(curate.Settings(tmp_path / "chat.json", tmp_path / "out"), Console(quiet=True)),
         lambda: load_benchmark("clips", tmp_path / "chat.json"),
     ):
-        with pytest.raises(ClipError, match=r"LLaVA conversations; .*\n  python -m data\.importers llava"):
+        with pytest.raises(ClipError, match=r"LLaVA conversations; .*\n  python -m data\.curation\.importers llava"):
             run()
 
 

@@ -1,5 +1,6 @@
 """Models to train: which weights move, 4 bits, true architectures with random weights, and will it fit."""
 
+import itertools
 from dataclasses import asdict
 
 import pytest
@@ -163,7 +164,8 @@ def test_several_settings_together(limit):
     advice = memory.advice(hf, load, settings | {"max_frames": 32}, True, limit * memory.GIB).splitlines()
     assert len(advice) == 5 and not any("(fits)" in line for line in advice[:4]) and advice[4].endswith("(fits)")
     words = advice[4].split(":")[0].split()
-    given = dict(zip(words[::2], words[1::2]))
+    flags = [*words, "--"]
+    given = {a: b for a, b in itertools.pairwise(flags) if a.startswith("--")}  # "--flag value" and "--flag"
     slots, tokens = int(given.get("--max-frames", 32)) // 2, int(given.get("--max-pixels", 391 * 28**2)) // 28**2
     load = memory.Load(int(given.get("--micro-batch-size", 2)), slots * tokens, 160, 14)
     settings |= dict(quantize=given.get("--quantize", "none"), lora_rank=int(given.get("--lora-rank", 64)))
@@ -193,10 +195,10 @@ def test_attention_is_chosen_by_what_is_there(monkeypatch):
     assert precision.choose_attention() == "sdpa" or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for version in (2, 3, 4):
-        monkeypatch.setattr(models, f"is_flash_attn_{version}_available", lambda: False)
+        monkeypatch.setattr(precision, f"is_flash_attn_{version}_available", lambda: False)
     assert precision.choose_attention() == "sdpa"
     for version in (2, 3, 4):
-        monkeypatch.setattr(models, f"is_flash_attn_{version}_available", lambda: True)
+        monkeypatch.setattr(precision, f"is_flash_attn_{version}_available", lambda: True)
         assert precision.choose_attention() == f"flash_attention_{version}"
 
 
@@ -211,7 +213,7 @@ def test_masks_count_with_the_square_of_the_length():
     assert masks(clips=2, text_tokens=1000) == 2 * 5000**2 * 9  # bools, and numbers there and back
     assert masks(clips=2, text_tokens=6000) == 4 * masks(clips=2, text_tokens=1000)
     packed = dict(clips=1, text_tokens=1000, rollouts=8, new_tokens=500)
-    assert masks(**packed) == 9000**2 * 9 and masks(True, **packed) == 9000**2 * 10
+    assert masks(**packed) == 9000**2 * 9 and masks(True, **packed) < 1e6  # blocks, on a GPU
     assert masks(**packed, prompts=4) == 4 * 9000**2 * 9  # the prefix and its twin: 1000 + 2 * 4000
 
 

@@ -27,7 +27,7 @@ from data import loader, videolm
 from data.curation import curate
 from data.measure import cost
 from data.run import log as runs
-from data.run import memory, merge, models, processes, sizes
+from data.run import memory, merge, models, processes, run, sizes
 
 HERE = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -310,7 +310,8 @@ def test_speed_after_resume_is_that_of_this_process(script, world, qwen2_5, tmp_
     else:
         clock = Clock()
         more = {"num_rollouts": 2, "num_twin_rollouts": 1, "max_new_tokens": 2, "show_every": -1}
-    monkeypatch.setattr(script, "time", clock)
+    for module in (run, runs):
+        monkeypatch.setattr(module, "time", clock)
     more |= dict(steps=8, batch_size=2, micro_batch_size=2, workers=0, log_every=4, save_every=6, out=tmp_path / "o")
     settings = dict(model=str(qwen2_5), data=world / "train.jsonl") | more
     script.main(script.Settings(**settings))

@@ -35,7 +35,7 @@ def kill():
     time.sleep(seconds)
     os.kill(os.getpid(), signal.SIGKILL)
 threading.Thread(target=kill, daemon=True).start()
-script.main(script.tyro.cli(script.Settings))
+script.main(script.parse_settings(script.Settings, script.__doc__))
 """
 SMALL = {
     "train_sft": ["--steps", "60", "--batch-size", "2", "--micro-batch-size", "1", "--sheets", "0"],

@@ -79,7 +79,7 @@ def main(s: BenchSettings) -> None:
     for name, rows in scores.items():
         overlap, inside = (sum(x) / len(rows) for x in zip(*rows))
         table.add_row(name, f"{overlap:.3f}", f"{inside:.3f}", str(len(rows)))
-    Console().print(table)
+    Console(emoji=False).print(table)
 
 
 if __name__ == "__main__":

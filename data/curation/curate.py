@@ -496,7 +496,7 @@ def finish(parts: Sequence[Path], s: Settings, console: Console) -> Counter:
 
 def main(s: Settings, console: Console | None = None) -> Counter:
     """Curate; returns the counts."""
-    console = console or Console()
+    console = console or Console(emoji=False)
     check_annotations(s.captions, s.root or s.captions.parent, s.follow_links)
     if not s.finders:
         raise ValueError("--finders: name at least one of motion, clip, self")

@@ -151,6 +151,7 @@ def repeat(packed: packing.Packed, count: int, visual_index: Tensor) -> packing.
     rows = (packed.rows + T * torch.arange(count)[:, None]).flatten()
     many = {name: getattr(packed, name).repeat(count, 1) for name in ("input_ids", "token_types", "branch")}
     positions, targets = packed.position_ids.repeat(1, count, 1), packed.targets.repeat(count)
+    many["ancestors"] = packed.ancestors.repeat(count, 1, 1)
     return replace(packed, **many, position_ids=positions, targets=targets, rows=rows, visual_index=visual_index)
 
 

@@ -509,6 +509,6 @@ def run_import(s: Settings, console: Console) -> int:
 
 if __name__ == "__main__":
     try:
-        run_import(tyro.cli(Settings, description=__doc__), Console())
+        run_import(tyro.cli(Settings, description=__doc__), Console(emoji=False))
     except (ClipError, OSError) as error:
         sys.exit(f"error: {error}")

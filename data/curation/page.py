@@ -76,8 +76,9 @@ def sample_sheet(record: dict, s: dict, folder: Path) -> str:
     frames = read_frames(clip, 32, s["fps"])
     slots = [vp.span_slots(spans, frames.timestamps) for spans in clip.key_spans]
     none = torch.zeros(0, dtype=torch.long)
+    keywords = [vp.Keyword(text, none, of_text) for text, of_text in zip(clip.keywords, slots)]
     example = vp.Example(clip.where, none, none, 0, none, torch.tensor([len(frames.pixels) // 2, 0, 0]), 1.0,
-                         vp.twin_sources(torch.stack(slots).any(0)), clip.keywords, [], slots)  # fmt: skip
+                         vp.twin_sources(torch.stack(slots).any(0)), keywords)  # fmt: skip
     small = finders.shrink(frames.pixels, 160).byte()
     path = contact_sheet(clip, Frames(small, frames.timestamps, frames.fps, frames.duration), example, folder / "sheet.png")
     picture = b64encode(path.read_bytes()).decode()

@@ -92,7 +92,7 @@ class Run:
         with self.accelerator.main_process_first():
             self.settings = resolve(settings)
         set_seed(self.settings.seed)
-        self.console = Console(quiet=not self.is_main)
+        self.console = Console(quiet=not self.is_main, emoji=False)
         self.resumed = checkpoints.resume(self.settings, free, self.num_processes)
         self.step = self.resumed.step
         self.problems: list[str] = []  # of the training file

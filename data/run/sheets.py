@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -28,7 +27,8 @@ def printable(text: str) -> str:
 
 def warn(console: Console, what: str, text: object) -> None:
     """Print a line that begins with a word in yellow; what follows is text, whatever it holds."""
-    console.print(f"[yellow]{what}[/] {escape(printable(str(text)))}", highlight=False)
+    # As Text, not as markup: rich makes an emoji of the ":100:" in "clips.jsonl:100: ..."
+    console.print(Text.assemble((what, "yellow"), " ", printable(str(text))), highlight=False)
 
 
 def safe_name(text: str) -> str:
