@@ -13,7 +13,7 @@ from rich.console import Console
 
 from data.measure.cost import step_seconds
 
-HERE = Path(__file__).parent.parent
+HERE = Path(__file__).parents[2]
 
 
 @dataclass
