@@ -22,9 +22,10 @@ the description), and similarity of the static part (all but that sentence).
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -35,17 +36,21 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+import vp
 from data import answers, benchmarks, predictions, probes, videolm
-from data.clips import PROMPT, Clip, ClipError, Preparation, load_clips, make_example, read_frames
+from data.clips import PROMPT, Clip, ClipError, Preparation, load_clips, make_example, named, read_frames, reason_of
 from data.cost import CostSettings, run_cost
 from data.loader import ClipLoader
+from data.memory import leave_out_long
 from data.models import gathered, load_model, load_plain, load_pretrained, save_model
 from data.report import ReportSettings, run_report
 from data.runs import describe_environment
 from data.score_report import read_results, show_comparison, show_scores
 from data.scoring import score_description
+from data.sheets import printable, warn
 
 
 @dataclass
@@ -58,6 +63,8 @@ class EvalSettings:
     """Annotation file (JSONL)."""
     root: Path | None = None
     """Folder of the videos (default: the annotation file's)."""
+    follow_links: bool = False
+    """Read videos that are links to files outside the root, as all files of a hub cache are."""
     out: Path | None = None
     """Where results.json and row.md go (default: the run's folder, or runs/eval)."""
     limit: int = -1
@@ -75,6 +82,9 @@ class EvalSettings:
     max_pixels: int | None = None
     """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: the processor's
     own limit)."""
+    max_text_tokens: int | None = None
+    """Tokens of a clip's prompt, at most; a clip with more is skipped (default: what the model's context leaves beside the
+    video)."""
     workers: int = 1
     """Processes that decode ahead (0: none)."""
     time_limit: float = 60.0
@@ -123,11 +133,16 @@ class ScoreSettings:
     root: Path | None = None
     """Folder of the benchmark as it was downloaded; clips: the JSONL file, or a folder with clips.jsonl."""
     predictions: Path | None = None
-    """Lines {"id", "response"} (.jsonl), {id: response} (.json), or VRU-Accident's own files or their folder."""
+    """Lines {"id", "response"} (.jsonl), {id: response} (.json), a run's folder, or the files, or a folder of them, that
+    the authors of VRU-Accident, TempCompass, Video-MME and MotionBench publish or ask for."""
     protocol: Literal["official", "ours"] = "official"
     """Answer rule of the benchmark's authors, or one strict rule for all."""
     subtitles: bool = False
     """Video-MME: the predictions were made with subtitles."""
+    follow_links: bool = False
+    """Read videos that are links to files outside the root, as all files of a hub cache are."""
+    videos: Path | None = None
+    """clips: folder that the paths of the videos are relative to (default: the JSONL file's)."""
     text_encoder: str | None = None
     """dream-1k: a sentence-transformers model, directory or name on the hub."""
     compare: tuple[Path, Path] | None = None
@@ -142,6 +157,8 @@ class RunSettings:
     """Which benchmark; clips: one's own annotation file."""
     root: Path
     """Folder of the benchmark as it was downloaded; clips: the JSONL file, or a folder with clips.jsonl."""
+    videos: Path | None = None
+    """clips: folder that the paths of the videos are relative to, data.curate's --root (default: the JSONL file's)."""
     model: str = "runs/sft"
     """A run's folder, a Hugging Face directory, or a name on the hub: any video-language model."""
     out: Path | None = None
@@ -151,6 +168,8 @@ class RunSettings:
     """Prompt, frames and answer rule of the benchmark's authors, or the same for all."""
     subtitles: bool = False
     """Video-MME: show the subtitles."""
+    follow_links: bool = False
+    """Read videos that are links to files outside the root, as all files of a hub cache are."""
     twin: bool = False
     """Ask the same about the twins, too: the perception gap by category."""
     key_spans: Path | None = None
@@ -170,7 +189,7 @@ class RunSettings:
     max_new_tokens: int | None = None
     """Longest answer (default: the protocol's)."""
     limit: int = -1
-    """Ask about the first so many videos only (-1: all)."""
+    """Ask about the first so many videos, or parts of videos, only (-1: all). --needle: so many clips, at all lengths."""
     batch_size: int = 4
     """Videos at a time; all questions about a video are asked at once."""
     workers: int = 1
@@ -179,13 +198,51 @@ class RunSettings:
     """Seconds after which a decoder counts as hung."""
 
 
+EVAL_TOKENS = 64  # the longest description of an evaluation in the middle of training
+
+
+def describe_batch(
+    lm: videolm.VideoLM, processor, group: Sequence[tuple[int, vp.Example]], max_new_tokens: int, temperature: float
+) -> list[tuple[str, str]]:
+    """Descriptions of the full video and of the twin of each (clip index, example)."""
+    numbers = None  # greedy
+    if temperature > 0:
+        draws = [np.random.default_rng([0, index]).random((2, max_new_tokens), np.float32) for index, _ in group]
+        numbers = torch.from_numpy(np.stack(draws))
+    examples = [example for _, example in group]
+    described, _ = lm.roll_out(examples, 1, 1, max_new_tokens, numbers, temperature or 1.0)
+    full, twin = (processor.batch_decode(t, skip_special_tokens=True) for t in described.tokens.unbind(1))
+    return list(zip(full, twin))
+
+
+def describe_group(
+    lm: videolm.VideoLM, loader: ClipLoader, processor, group: Sequence[tuple[int, vp.Example]], max_new_tokens: int,
+    temperature: float,
+) -> list[tuple[int, vp.Example, str, str]]:  # fmt: skip
+    """(clip index, example, description of the full video, of the twin). Where a batch fails, each clip is tried alone,
+    and skipped where it fails alone, too: one whose video is too large, say."""
+    try:
+        said = describe_batch(lm, processor, group, max_new_tokens, temperature)
+        return [(*pair, *texts) for pair, texts in zip(group, said)]
+    except Exception as error:
+        reason = reason_of(error)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(group) == 1:
+        clip = loader.clips[group[0][0]]
+        loader.skip(group[0][0], f"{clip.where}: {clip.video}: it cannot be described: {reason}")
+        return []
+    alone = (describe_group(lm, loader, processor, [pair], max_new_tokens, temperature) for pair in group)
+    return [row for rows in alone for row in rows]
+
+
 @torch.no_grad()  # not inference_mode: FSDP2 keeps buffers that it gathers here, and trains with them
 def evaluate(
     lm: videolm.VideoLM,
     preparation: Preparation,
     clips: Sequence[Clip],
     batch_size: int = 32,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = EVAL_TOKENS,
     workers: int = 0,
     time_limit: float = 60.0,
     temperature: float = 0.0,
@@ -194,14 +251,16 @@ def evaluate(
     """Describe every clip and its twin from one vision pass each, greedily or at a temperature, and average the scores.
 
     Twins are made from the truth's span where a clip has one, so that they are not as good as the finder. Clips that
-    cannot be decoded are listed under "skipped" and are in no average; clips without a twin have scores on full only.
+    cannot be read or described are listed under "skipped" and are in no average; clips without a twin have scores on full
+    only.
     The processes of an accelerator share the clips, and all of them get the results.
     """
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     spans = {i: [[c.truth["span"]]] * len(c.keywords) for i, c in enumerate(clips) if c.truth}
     clips = [Clip(**vars(c) | {"key_spans": spans.get(i, c.key_spans)}) for i, c in enumerate(clips)]
     actions = {c.truth["action"] for c in clips if c.truth}
-    loader = ClipLoader(clips, preparation, workers=workers, time_limit=time_limit, max_bad_share=1.0, shuffle=False,
+    shown = [replace(c, caption="") for c in clips]  # no model reads it here, however long it is
+    loader = ClipLoader(shown, preparation, workers=workers, time_limit=time_limit, max_bad_share=math.inf, shuffle=False,
                         rank=rank, world_size=world_size)  # fmt: skip
     rows = []
     training = lm.training
@@ -209,15 +268,8 @@ def evaluate(
     with loader, gathered(lm):
         stream = loader.examples(epochs=1)
         while group := list(islice(stream, batch_size)):
-            numbers = None  # greedy
-            if temperature > 0:
-                draws = [np.random.default_rng([0, index]).random((2, max_new_tokens), np.float32) for index, _ in group]
-                numbers = torch.from_numpy(np.stack(draws))
-            examples = [example for _, example in group]
-            described, _ = lm.roll_out(examples, 1, 1, max_new_tokens, numbers, temperature or 1.0)
-            said = described.tokens.unbind(1)
-            full, twin = (preparation.processor.batch_decode(t, skip_special_tokens=True) for t in said)
-            for (index, example), y, y_twin in zip(group, full, twin):
+            described = describe_group(lm, loader, preparation.processor, group, max_new_tokens, temperature)
+            for index, example, y, y_twin in described:
                 row = {
                     "index": index,
                     "clip": clips[index].where,
@@ -255,7 +307,7 @@ def evaluate(
 
 def show_results(results: dict, title: str, console: Console) -> None:
     """Print results as a table, and what was skipped by name."""
-    table = Table(title=f"{title}: {results['clips']} clips, {results['with twin']} with a twin")
+    table = Table(title=f"{escape(title)}: {results['clips']} clips, {results['with twin']} with a twin")
     for column in ("score", "full", "twin", "perception gap"):
         table.add_column(column, justify="left" if column == "score" else "right")
     for name, value in results["full"].items():
@@ -263,7 +315,7 @@ def show_results(results: dict, title: str, console: Console) -> None:
         table.add_row(name, f"{value:.3f}", *cells)
     console.print(table)
     for reason in results["skipped"]:
-        console.print(f"[yellow]skipped[/] {reason}", highlight=False)
+        warn(console, "skipped", reason)
 
 
 def show_change(before: dict, after: dict, console: Console) -> None:
@@ -289,20 +341,25 @@ def markdown_row(results: dict, title: str) -> str:
 def run_evaluation(settings: EvalSettings, console: Console) -> dict:
     """The command `python eval.py`."""
     lm, processor = load_model(settings.model)
-    clips, problems = load_clips(settings.data, settings.root)
+    clips, problems = load_clips(settings.data, settings.root, settings.follow_links)
     if settings.limit >= 0:
         clips = clips[: settings.limit]
-    preparation = Preparation(processor, settings.max_frames, settings.fps, max_pixels=settings.max_pixels)
-    s = settings
+    s, context = settings, lm.config.text_config.max_position_embeddings
+    preparation = Preparation(processor, s.max_frames, s.fps, max_pixels=s.max_pixels, context=context - s.max_new_tokens)
+    clips, too_long = leave_out_long(clips, preparation, s.max_text_tokens, captions=False)
+    problems += too_long
     results = evaluate(lm, preparation, clips, s.batch_size, s.max_new_tokens, s.workers, s.time_limit, s.temperature)
     results["skipped"] = problems + results["skipped"]
+    if not results["clips"]:
+        listed = "\n  ".join(results["skipped"][:10])
+        raise ClipError(f"{s.data}: no clip could be described:\n  {listed}")
     show_results(results, settings.model, console)
     model = Path(settings.model)
     out = settings.out or (model if (model / "checkpoint").exists() else Path("runs/eval"))
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "row.md").write_text(markdown_row(results, settings.model))
-    console.print(f"{out / 'results.json'}, {out / 'row.md'}", highlight=False)
+    console.print(f"{out / 'results.json'}, {out / 'row.md'}", highlight=False, markup=False)
     return results
 
 
@@ -313,21 +370,23 @@ def run_merge(settings: MergeSettings, console: Console) -> Path:
     if (settings.out / "config.json").exists():
         raise ValueError(f"--out {settings.out}: there is a model already; give another folder")
     save_model(settings.out, hf, processor, merged=True, adapter=False)
-    console.print(settings.out, highlight=False)
+    console.print(str(settings.out), highlight=False, markup=False)
     return settings.out
 
 
 def run_describe(settings: DescribeSettings, console: Console) -> str:
     """The command `python eval.py describe`."""
     lm, processor = load_model(settings.model)
-    clip = Clip(settings.video, "", "describe", settings.prompt)
-    preparation = Preparation(processor, settings.max_frames, settings.fps, max_pixels=settings.max_pixels)
-    frames = read_frames(clip, settings.max_frames, settings.fps, frames_per_slot=preparation.frames_per_slot)
-    example = make_example(clip, frames, preparation)
-    described = lm.describe([example], twin=False, max_new_tokens=settings.max_new_tokens)
+    s, clip = settings, Clip(settings.video, "", "describe", settings.prompt)
+    context = lm.config.text_config.max_position_embeddings - s.max_new_tokens
+    preparation = Preparation(processor, s.max_frames, s.fps, max_pixels=s.max_pixels, context=context)
+    with named(clip):
+        frames = read_frames(clip, s.max_frames, s.fps, frames_per_slot=preparation.frames_per_slot)
+        example = make_example(clip, frames, preparation)
+        described = lm.describe([example], twin=False, max_new_tokens=s.max_new_tokens)
     text = processor.batch_decode(described.tokens[0], skip_special_tokens=True)[0].strip()
     console.print(f"frames at {' '.join(f'{t:.2f}' for t in frames.timestamps)} s", highlight=False)
-    console.print(text, highlight=False)
+    console.print(printable(text), highlight=False, markup=False)
     return text
 
 
@@ -338,25 +397,27 @@ def run_score(settings: ScoreSettings, console: Console) -> dict:
         compared = benchmarks.compare(*map(read_results, s.compare))
         show_comparison(compared, s.compare, console)
         return compared
-    for name in ("benchmark", "root", "predictions"):
-        if getattr(s, name) is None:
-            raise ValueError(
-                f"--{name} is missing; give --benchmark, --root and --predictions, or --compare and two results"
-            )
-    benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles)
-    predictions, problems = benchmarks.read_predictions(s.predictions, benchmark)
+    missing = [f"--{name}" for name in ("benchmark", "root", "predictions") if getattr(s, name) is None]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)} missing; give --benchmark, --root and --predictions, or --compare and two results"
+        )
+    benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles, s.follow_links, s.videos)
+    responses, problems = predictions.read_predictions(s.predictions, benchmark)
     path = s.predictions.resolve() if s.predictions.is_dir() else s.predictions
     out = path.with_name(f"{path.name if path.is_dir() else path.stem}.{s.protocol}.json")
     if s.benchmark == "motionbench":
-        answers = out.with_suffix(".submission.json")
-        answers.write_text(json.dumps(benchmarks.submission(benchmark, predictions), indent=1) + "\n")
-        console.print(f"{answers}: for the leaderboard", highlight=False, markup=False, soft_wrap=True)
+        submission = out.with_suffix(".submission.json")
+        submission.write_text(json.dumps(benchmarks.submission(benchmark, responses), indent=1) + "\n")
+        console.print(f"{submission}: for the leaderboard", highlight=False, markup=False, soft_wrap=True)
+    if not any(q.id in responses for q in benchmark.questions if q.answer is not None):
+        raise ClipError(f"{s.predictions}: every question that it answers has a hidden answer; nothing can be scored")
     encoder = None
     if s.text_encoder is not None:
         from data.texts import TextEncoder  # late: only one benchmark needs it
 
         encoder = TextEncoder(s.text_encoder)
-    results = benchmarks.score(benchmark, predictions, encoder)
+    results = benchmarks.score(benchmark, responses, encoder)
     results |= {"problems": benchmark.problems + problems, "text encoder": s.text_encoder} | describe_environment()
     title = f"{s.benchmark}, {s.protocol}: {s.predictions.name}"
     report = show_scores(results, title, console)
@@ -366,36 +427,72 @@ def run_score(settings: ScoreSettings, console: Console) -> dict:
     return results
 
 
+def check_run(s: RunSettings) -> None:
+    """Raise ValueError that names every setting of `eval.py run` that cannot be."""
+    numbers = ("batch_size", "num_frames", "max_new_tokens", "max_pixels", "time_limit")
+    wrong = [name for name in numbers if getattr(s, name) is not None and not getattr(s, name) > 0]
+    problems = [f"--{name.replace('_', '-')} {getattr(s, name)}: give a number above 0" for name in wrong]
+    if s.limit != -1 and s.limit < 1:
+        problems.append(f"--limit {s.limit}: give a number above 0, or -1 for all")
+    if s.workers < 0:
+        problems.append(f"--workers {s.workers}: give 0 or more")
+    if not s.lengths or min(s.lengths) < 1 or len(set(s.lengths)) < len(s.lengths):
+        problems.append(f"--lengths {' '.join(map(str, s.lengths))}: give different whole numbers of clips, each 1 or more")
+    if s.needle and s.diff:
+        problems.append("--needle --diff: two probes; give one at a time")
+    if s.diff and s.twin:
+        problems.append("--diff --twin: the twin is part of the question; leave --twin out")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def first_parts(parts: Sequence[answers.Part], limit: int) -> list[answers.Part]:
+    """All that is asked about the first `limit` videos, or parts of videos (-1: about all)."""
+    keys = [(part.video, part.start, part.end) for part in parts]
+    kept = set(list(dict.fromkeys(keys))[: None if limit < 0 else limit])
+    return [part for part, key in zip(parts, keys) if key in kept]
+
+
 def run_benchmark(settings: RunSettings, console: Console) -> dict:
     """The command `python eval.py run`: predictions as they come, then results.json and what it shows."""
-    s, folder = settings, settings.root if settings.root.is_dir() else settings.root.parent
-    if s.needle and s.diff:
-        raise ValueError("--needle --diff: two probes; give one at a time")
-    if s.diff and s.twin:
-        raise ValueError("--diff --twin: the twin is part of the question; leave --twin out")
-    benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles)
+    s = settings
+    check_run(s)
+    folder = s.videos or (s.root if s.root.is_dir() else s.root.parent)
+    benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles, s.follow_links, s.videos)
     benchmark.num_frames = s.num_frames or benchmark.num_frames
     benchmark.max_pixels = s.max_pixels
     benchmark.max_new_tokens = s.max_new_tokens or benchmark.max_new_tokens
-    spans, wrong_spans = answers.read_key_spans(s.key_spans, folder) if s.key_spans else (None, [])
+    spans, wrong_spans = answers.read_key_spans(s.key_spans, folder, s.follow_links) if s.key_spans else (None, [])
     parts, probe = answers.group_questions(benchmark, spans), "needle" * s.needle + "diff" * s.diff
+    if probe:
+        probes.own_clips(parts, probe)  # refuses what has none, before the model is loaded
     if s.twin and not any(part.spans for part in parts):
         raise ValueError("--twin: no question has key spans; give --key-spans FILE, as data.curate writes it")
-    hf, processor = load_plain(s.model)
-    parts, marked = answers.drop_special(parts, processor)
-    if probe:
-        parts, left_out = probes.hide(parts, s.lengths, s.seed) if s.needle else probes.pair(parts, s.seed)
-        marked += left_out
-    more = {"twin": s.twin, "probe": probe} | ({"lengths": s.lengths, "seed": s.seed} if probe else {})
-    made_with = predictions.describe_run(benchmark, parts, hf, more)
-    parts = parts[: s.limit] if s.limit >= 0 else parts
     run = Path(s.model) if (Path(s.model) / "checkpoint").exists() else Path("runs/answers")
     apart = {"ours": s.protocol == "ours", "subtitles": s.subtitles, "twin": s.twin, probe: bool(probe)}
     out = s.out or run / "-".join([s.benchmark, *(name for name, asked in apart.items() if asked)])
+    asked_about = list(dict.fromkeys(part.video for part in first_parts(parts, s.limit)))
+    if not any(video.exists() for video in asked_about) and not (out / "predictions.jsonl").exists():
+        hint = "; give --videos, the folder that their paths are relative to" if s.benchmark == "clips" else ""
+        raise ClipError(f"none of the {len(asked_about)} videos exists, the first is {asked_about[0]}{hint}")
+    hf, processor = load_plain(s.model)
+    more = {"twin": s.twin, "probe": probe} | ({"lengths": s.lengths, "seed": s.seed} if probe else {})
+    made_with = predictions.describe_run(benchmark, parts, hf, more)
+    if s.needle:
+        parts, left_out = probes.hide(parts, s.lengths, s.seed, None if s.limit < 0 else s.limit)
+    else:
+        parts, left_out = probes.pair(parts, s.seed) if s.diff else (parts, [])
+        parts = first_parts(parts, s.limit)
+    if not parts:
+        listed = "\n  ".join(left_out[:10])
+        raise ClipError(f"no question of {s.benchmark} can be asked:\n  {listed}")
     lines, twin_lines, num_problems = answers.answer(
         hf, processor, benchmark, parts, folder, out, made_with, console, s.twin, s.batch_size, s.workers, s.time_limit,
-        [*benchmark.problems, *wrong_spans, *marked],
+        [*benchmark.problems, *wrong_spans, *left_out],
     )  # fmt: skip
+    asked = [q for part in parts for q in part.questions]
+    if not any(q.id in lines.records for q in asked):
+        raise ClipError(f"no question could be answered: {out / 'problems.txt'} says why; the same command tries again")
     about = {"made with": made_with, "problems": (out / "problems.txt").read_text().splitlines()} | describe_environment()
     if probe:
         report = probes.report_needle if s.needle else probes.report_differences
@@ -403,18 +500,27 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
     elif s.benchmark == "dream-1k":
         console.print("score them with `eval.py score --text-encoder`, by an encoder of your choice", highlight=False)
         results = {}
+    elif all(q.answer is None for q in asked):
+        console.print("the answers of all questions asked are hidden: nothing is scored", style="yellow", highlight=False)
+        results = {}
     else:
         if s.limit >= 0:
-            benchmark.questions = [q for part in parts for q in part.questions]
+            benchmark.questions = asked
         results = benchmarks.score(benchmark, lines.responses())
+        results["counts"]["missing videos"] = sum(not video.exists() for video in asked_about)
         shown = show_scores(results | {"problems": []}, f"{s.benchmark}, {s.protocol}: {s.model}", console)
-        (out / "results.md").write_text(shown)
         if twin_lines:
             gaps = answers.perception_gap(benchmark, lines.responses(), twin_lines.responses())
-            answers.show_gap(gaps, console)
+            shown += answers.show_gap(gaps, console)
             results["perception gap"] = gaps
+        (out / "results.md").write_text(shown, "utf-8")
     (out / "results.json").write_text(json.dumps(results | about, indent=1) + "\n")
-    console.print(f"{out}: predictions.jsonl, results.json; problems.txt: {num_problems}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{out}: predictions.jsonl, results.json; problems.txt: {num_problems}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     return results
 
 
@@ -437,3 +543,7 @@ if __name__ == "__main__":
             run_evaluation(tyro.cli(EvalSettings, description=__doc__), console)
     except (ClipError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        goes_on = "; what is answered is kept, and the same command goes on" if sys.argv[1:2] == ["run"] else ""
+        print(f"stopped{goes_on}", file=sys.stderr)
+        sys.exit(130)  # the code of a command that Ctrl-C ended

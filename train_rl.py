@@ -29,6 +29,7 @@ import tyro
 from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from torch import distributed as dist
 from transformers import get_linear_schedule_with_warmup
 
@@ -36,11 +37,11 @@ import vp
 from data import checkpoints, memory, models, runs, videolm
 from data.clips import ClipError, Preparation, load_clips
 from data.loader import ClipLoader
-from data.sheets import RolloutGroup, rollout_page, rollout_table
+from data.sheets import RolloutGroup, rollout_page, rollout_table, warn
 from data.texts import TextEncoder, embed_texts
 from data.tiny import build_text_encoder
 from data.world import embedded_world
-from eval import evaluate, show_change, show_results
+from eval import EVAL_TOKENS, evaluate, show_change, show_results
 
 PRESETS = {
     "tiny": dict(steps=450, batch_size=8, micro_batch_size=8, learning_rate=3e-4, max_frames=16, max_new_tokens=40),
@@ -72,6 +73,8 @@ class Settings:
     """Annotation file, JSONL (default: the embedded world)."""
     root: Path | None = None
     """Folder of the videos (default: the annotation file's)."""
+    follow_links: bool = False
+    """Read videos that are links to files outside the root, as all files of a hub cache are."""
     eval_data: Path | None = None
     """Annotation file to evaluate on before and after (default: the world's test split, or none)."""
     out: Path = Path("runs/rl")
@@ -139,6 +142,9 @@ class Settings:
     max_pixels: int | None = None
     """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: the processor's
     own limit)."""
+    max_text_tokens: int | None = None
+    """Tokens of a clip's prompt and caption, at most; a clip with more is skipped (default: what the model's context leaves
+    beside the video)."""
     workers: int | None = None
     """Processes that decode ahead (0: none, and no time limit; default: 1, none for the embedded world on a CPU)."""
     time_limit: float = 60.0
@@ -173,7 +179,7 @@ def resolve(settings: Settings) -> Settings:
     """Fill what is None from the preset, check what is given, and make the embedded world and encoder where needed."""
     s = runs.fill(settings, DEFAULTS | PRESETS[settings.preset])
     runs.above_zero(s, "steps", "batch_size", "micro_batch_size", "learning_rate", "log_every", "time_limit", "temperature")
-    runs.above_zero(s, "max_new_tokens", "epochs", "max_bad_steps", "max_pixels")
+    runs.above_zero(s, "max_new_tokens", "epochs", "max_bad_steps", "max_pixels", "max_text_tokens")
     if s.num_rollouts < 2:
         raise ValueError(f"--num-rollouts: got {s.num_rollouts}; a group needs 2 descriptions to compare")
     if s.num_twin_rollouts < 0 or (s.num_twin_rollouts == 0 and s.reward in ("relative", "pooled")):
@@ -209,13 +215,17 @@ def main(settings: Settings) -> dict | None:
         raise ValueError(f"--batch-size {s.batch_size} is not a multiple of {world_size} processes")
     console = Console(quiet=not main_process)
     resumed = checkpoints.resume(s, FREE, world_size)
-    clips, problems = load_clips(s.data, s.root)
-    eval_clips, eval_problems = load_clips(s.eval_data, s.root) if s.eval_data else ([], [])
+    clips, problems = load_clips(s.data, s.root, s.follow_links)
+    eval_clips, eval_problems = load_clips(s.eval_data, s.root, s.follow_links) if s.eval_data else ([], [])
     num_prompts, G, G_twin = s.batch_size // world_size, s.num_rollouts, s.num_twin_rollouts
     processor = models.load_processor(s.model)
-    preparation = Preparation(processor, s.max_frames, s.fps, max_pixels=s.max_pixels)
-
     architecture = memory.skeleton(s.model)
+    context = architecture.config.text_config.max_position_embeddings
+    preparation = Preparation(processor, s.max_frames, s.fps, max_pixels=s.max_pixels, context=context)
+    clips, too_long = memory.leave_out_long(clips, preparation, s.max_text_tokens, s.max_new_tokens)
+    longest = max(s.max_new_tokens, EVAL_TOKENS)
+    eval_clips, eval_too_long = memory.leave_out_long(eval_clips, preparation, s.max_text_tokens, longest, captions=False)
+    problems, eval_problems = problems + too_long, eval_problems + eval_too_long
     load = memory.Load(
         s.micro_batch_size, *memory.longest(clips, preparation), rollouts=G, twin_rollouts=G_twin, prompts=num_prompts,
         new_tokens=s.max_new_tokens, reference=s.beta > 0 and not s.lora_rank,
@@ -255,7 +265,7 @@ def main(settings: Settings) -> dict | None:
     saved = checkpoints.restore(resumed, lm, optimizer, schedule, loader, rank) if resumed.path else {}
     loader.start()
     log = runs.RunLog(s.out, s, accelerator, resumed.step)
-    notes = resumed.notes + [f"[yellow]skipped[/] {problem}" for problem in eval_problems]
+    notes = resumed.notes + [f"[yellow]skipped[/] {escape(problem)}" for problem in eval_problems]
     runs.show_start(console, s, clips, problems, lm, notes, world_size)
     if not lm.shares_prefix:
         console.print("[yellow]this model has layers of linear attention: its prefix is repeated for every rollout")
@@ -468,14 +478,14 @@ def main(settings: Settings) -> dict | None:
     if eval_clips and step == s.steps:
         results = evaluation(step, -1)
     for reason in loader.skipped.values():
-        console.print(f"[yellow]skipped[/] {reason}", highlight=False)
+        warn(console, "skipped", reason)
     if main_process:
         panels = [["reward/quality", "reward/twin_quality"], ["reward/keyword_recall", "reward/twin_keyword_recall"]]
         panels += [["reward/beaten_twins", "rollout/no_spread"], ["policy/kl"], ["policy/entropy"]]
         if results and before:
             show_change(before, results, console)
         console.print(f"{log.plot(panels)}\n{s.out / 'rollouts.html'}\n{s.out / 'checkpoint'}  "
-                      f"({step} steps in {seconds:.0f} s)")  # fmt: skip
+                      f"({step} steps in {seconds:.0f} s)", markup=False)  # fmt: skip
     accelerator.end_training()
     return results
 

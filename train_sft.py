@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,16 +31,17 @@ import tyro
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from torch import distributed as dist
 from transformers import get_cosine_schedule_with_warmup
 
 from data import checkpoints, memory, models, runs, videolm
-from data.clips import ClipError, Preparation, load_clips, make_example, read_frames
+from data.clips import ClipError, Preparation, load_clips
 from data.loader import ClipLoader
-from data.sheets import contact_sheet
+from data.sheets import draw_sheets, warn
 from data.tiny import build_tiny
 from data.world import embedded_world
-from eval import evaluate, show_results
+from eval import EVAL_TOKENS, evaluate, show_results
 
 PRESETS = {
     "tiny": dict(steps=1000, batch_size=16, micro_batch_size=16, learning_rate=7e-4, max_frames=16, eval_every=250),
@@ -73,6 +74,8 @@ class Settings:
     """Annotation file, JSONL (default: the embedded world of data/world.py, made on the spot)."""
     root: Path | None = None
     """Folder of the videos (default: the annotation file's)."""
+    follow_links: bool = False
+    """Read videos that are links to files outside the root, as all files of a hub cache are."""
     eval_data: Path | None = None
     """Annotation file to evaluate on (default: the world's test split, or none)."""
     out: Path = Path("runs/sft")
@@ -118,6 +121,9 @@ class Settings:
     max_pixels: int | None = None
     """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: the processor's
     own limit)."""
+    max_text_tokens: int | None = None
+    """Tokens of a clip's prompt and caption, at most; a clip with more is skipped (default: what the model's context leaves
+    beside the video)."""
     jitter: bool = False
     """Jitter the sampled moments, differently in every epoch."""
     workers: int | None = None
@@ -152,7 +158,7 @@ def resolve(settings: Settings) -> Settings:
     """Fill what is None from the preset, check what is given, and make the embedded world and model where needed."""
     s = runs.fill(settings, DEFAULTS | PRESETS[settings.preset])
     runs.above_zero(s, "steps", "batch_size", "micro_batch_size", "learning_rate", "max_frames", "log_every", "time_limit")
-    runs.above_zero(s, "max_bad_steps", "max_pixels")
+    runs.above_zero(s, "max_bad_steps", "max_pixels", "max_text_tokens")
     if s.shard and s.quantize == "nf4":
         raise ValueError(
             "--shard with --quantize nf4: FSDP2 damages 4-bit weights (bitsandbytes issue 1945); give one of them"
@@ -190,13 +196,16 @@ def main(settings: Settings) -> dict | None:
         )
     console = Console(quiet=not main_process)
     resumed = checkpoints.resume(s, FREE, world_size)
-    clips, problems = load_clips(s.data, s.root)
-    eval_clips, eval_problems = load_clips(s.eval_data, s.root) if s.eval_data else ([], [])
+    clips, problems = load_clips(s.data, s.root, s.follow_links)
+    eval_clips, eval_problems = load_clips(s.eval_data, s.root, s.follow_links) if s.eval_data else ([], [])
     processor, contrastive = models.load_processor(s.model), s.contrastive_weight > 0
-    preparation = Preparation(processor, s.max_frames, s.fps, s.jitter, s.max_pixels)
-    steady = Preparation(processor, s.max_frames, s.fps, max_pixels=s.max_pixels)
-
     architecture = memory.skeleton(s.model)
+    context = architecture.config.text_config.max_position_embeddings
+    preparation = Preparation(processor, s.max_frames, s.fps, s.jitter, s.max_pixels, context)
+    steady = replace(preparation, jitter=False)
+    clips, too_long = memory.leave_out_long(clips, steady, s.max_text_tokens)
+    eval_clips, eval_too_long = memory.leave_out_long(eval_clips, steady, s.max_text_tokens, EVAL_TOKENS, captions=False)
+    problems, eval_problems = problems + too_long, eval_problems + eval_too_long
     twin_layers = (s.contrastive_layer or architecture.config.text_config.num_hidden_layers // 2) * contrastive
     load = memory.Load(s.micro_batch_size, *memory.longest(clips, steady), twin_layers)
     models.choose_threads(architecture, device)
@@ -221,14 +230,10 @@ def main(settings: Settings) -> dict | None:
     saved = checkpoints.restore(resumed, lm, optimizer, schedule, loader, rank) if resumed.path else {}
     loader.start()
     log = runs.RunLog(s.out, s, accelerator, resumed.step)
-    notes = resumed.notes + [f"[yellow]skipped[/] {problem}" for problem in eval_problems]
+    notes = resumed.notes + [f"[yellow]skipped[/] {escape(problem)}" for problem in eval_problems]
     runs.show_start(console, s, clips, problems, lm, notes, world_size)
-    for clip in clips[: s.sheets] if main_process else []:
-        try:
-            frames = read_frames(clip, s.max_frames, s.fps, frames_per_slot=steady.frames_per_slot)
-            contact_sheet(clip, frames, make_example(clip, frames, steady), s.out / f"sheet-{Path(clip.video).stem}.png")
-        except ClipError as error:
-            console.print(f"[yellow]no sheet[/] {error}", highlight=False)
+    if main_process:
+        draw_sheets(clips[: s.sheets], steady, s.out, console)
 
     def save(step: int, merged: bool) -> None:
         mine = {"loader": at, "pending": [line.tolist() for line in pending]}
@@ -352,13 +357,13 @@ def main(settings: Settings) -> dict | None:
     if eval_clips and step == s.steps:
         results = evaluation(step, -1)
     for reason in loader.skipped.values():
-        console.print(f"[yellow]skipped[/] {reason}", highlight=False)
+        warn(console, "skipped", reason)
     if main_process:
         panels = [["loss/lm", "loss/contrastive"], ["contrastive/temperature"], ["grad_norm"]]
         if results and results["full"]:
             name = "action right" if "action right" in results["full"] else "caption similarity"
             panels.append([f"eval/full {name}", f"eval/twin {name}"])
-        console.print(f"{log.plot(panels)}\n{s.out / 'checkpoint'}  ({step} steps in {seconds:.0f} s)")
+        console.print(f"{log.plot(panels)}\n{s.out / 'checkpoint'}  ({step} steps in {seconds:.0f} s)", markup=False)
     accelerator.end_training()
     return results
 

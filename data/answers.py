@@ -19,7 +19,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -35,12 +35,27 @@ from torch import Tensor, nn
 import vp
 from data import videolm
 from data.benchmarks import Benchmark, compare, prompt, score
-from data.clips import Clip, ClipError, Frames, Preparation, chat, parse_line, process, read_frames
-from data.files import read_lines
+from data.clips import (
+    Clip,
+    ClipError,
+    Frames,
+    Preparation,
+    chat,
+    named,
+    parse_record,
+    process,
+    read_frames,
+    read_record,
+    reason_of,
+)
+from data.files import inside_root, read_lines
+from data.foreign import check_annotations
 from data.formats import Question
 from data.loader import ClipLoader
 from data.predictions import Lines, Notes, open_run
-from data.score_report import percent
+from data.score_report import markdown_table, percent
+from data.sheets import printable
+from data.user_text import encode_rendered
 
 SHARING = ("qwen2_5_vl", "qwen3_vl")  # the families that VideoLM is tested with and whose prefixes can be shared
 MOST = 32  # questions on one prefill: each adds a row to every step of decoding
@@ -102,50 +117,28 @@ def group_questions(benchmark: Benchmark, spans: Mapping[Path, list] | None = No
     return parts
 
 
-def read_key_spans(path: Path, root: Path) -> tuple[dict[Path, list], list[str]]:
+def read_key_spans(path: Path, root: Path, follow_links: bool = False) -> tuple[dict[Path, list], list[str]]:
     """Key spans by video, in seconds from the beginning of the file, and the lines that cannot be used, by name.
 
     path: JSONL as data/curate.py writes it, of which video, key_spans and start are used; videos are paths below root.
     """
     if not path.is_file():
         raise ClipError(f"--key-spans {path}: no such file; give lines with video and key_spans")
+    check_annotations(path, root)
     spans, problems = defaultdict(list), []
     for where, line in read_lines(path):
         try:
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("key_spans"), list):
+            record = read_record(line, where)
+            if isinstance(record.get("key_spans"), list):
                 record.setdefault("keywords", ["event"] * len(record["key_spans"]))
                 record.setdefault("caption", "not given")
-                line = json.dumps(record)
-            clip = parse_line(line, where, root)
+            clip = parse_record(record, where, root, follow_links)
             if not clip.key_spans:
                 raise ClipError(f"{where}: field 'key_spans' is missing; give the seconds of the event, like [[1.2, 1.9]]")
-            spans[clip.video] += [[clip.start + a, clip.start + b] for a, b in itertools.chain(*clip.key_spans)]
-        except (json.JSONDecodeError, RecursionError) as error:
-            problems.append(f"{where}: not JSON ({error}); write one JSON object a line")
+            spans[clip.video.resolve()] += [[clip.start + a, clip.start + b] for a, b in itertools.chain(*clip.key_spans)]
         except ClipError as error:
             problems.append(str(error))
     return spans, problems
-
-
-def drop_special(parts: Sequence[Part], processor) -> tuple[list[Part], list[str]]:
-    """The parts without the questions that hold one of the model's own marks, like <image>, and those by name.
-
-    The processor would put a video, or the end of the prompt, where such a mark stands.
-    """
-    marks = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
-    kept, problems = [], []
-    for part in parts:
-        questions = []
-        for q in part.questions:
-            found = next((m for m in marks for text in (q.text, *q.options) if m in text), None)
-            if found is None:
-                questions.append(q)
-            else:
-                problems.append(f"{q.id}: the question holds {found}, a mark of this model; it is not asked")
-        if questions:
-            kept.append(replace(part, questions=questions))
-    return kept, problems
 
 
 # --- What is shown ------------------------------------------------------------------------------------------------------
@@ -175,7 +168,8 @@ def join(clips: Sequence[Frames], size: Sequence[int]) -> Frames:
         pixels.append(shown)
         timestamps += [duration + t for t in frames.timestamps]
         duration += frames.duration
-    return Frames(torch.cat(pixels), timestamps, clips[0].fps, duration, sum(frames.repeated for frames in clips))
+    num_frames = sum(frames.duration / frames.seconds_per_slot(1) for frames in clips)  # repeated ones not counted
+    return Frames(torch.cat(pixels), timestamps, clips[0].fps, duration, duration / num_frames)
 
 
 def read_part(part: Part, benchmark: Benchmark, frames_per_slot: int) -> tuple[Frames, Tensor | None, float | None]:
@@ -222,13 +216,12 @@ def make_asked(
     num_videos = 1 if part.pair is None else 2
     asked = [prompt(benchmark, q, frames.duration) if part.pair is None else (q.text, "") for q in part.questions]
     texts = [chat(processor, text, num_videos) + begin for text, begin in asked]
-    try:
-        if share_prefix and part.pair is None:
+    if share_prefix and part.pair is None:
+        with named(part, "the model's processor refuses it"):  # a picture of 3 x 900, say
             example, tails = share_prompt(processor, texts, frames)
-            example = replace(example, name=part.where, source=source if twin else None)
-            return Asked(source is not None, share, example, tails)
-    except (ValueError, RuntimeError) as error:  # a picture of 3 x 900, say
-        raise ClipError(f"{part.where}: {part.video}: the model's processor refuses it ({error!r:.160})") from None
+        preparation.check_length(part, len(example.input_ids) + max(map(len, tails)))
+        example = replace(example, name=part.where, source=source if twin else None)
+        return Asked(source is not None, share, example, tails)
     twins = [] if source is None else [make_twin(frames, source, step)]
     if part.pair is None:
         return Asked(bool(twins), share, videos=[frames], twin_videos=twins if twin else [], texts=texts)
@@ -250,7 +243,7 @@ def share_prompt(processor, texts: Sequence[str], frames: Frames) -> tuple[vp.Ex
         at = int((ids == end).nonzero()[-1]) + 1
         return ids[:at], ids[at:]
 
-    prompts = [torch.cat([split(first)[0], split(torch.tensor(processor.tokenizer(t).input_ids))[1]]) for t in texts]
+    prompts = [torch.cat([split(first)[0], split(torch.tensor(encode_rendered(processor.tokenizer, t)))[1]]) for t in texts]
     if not torch.equal(prompts[0], first):
         prompts = [process(processor, [t], [frames])["input_ids"][0] for t in texts]
     n = common_prefix(prompts)
@@ -359,23 +352,27 @@ def answer(
         task = progress.add_task(benchmark.name, total=total, completed=total - to_do)
         for _, group in itertools.groupby(loader.examples(epochs=1), key=lambda pair: left[pair[0]][0]):
             indices, batch = zip(*group)
+            answers = []
             if batch[0].example is not None:
-                answers = answer_batch(lm, processor, batch, benchmark.max_new_tokens, twin)
-            else:
-                answers = []
+                with suppress(Exception):  # of one of them: asked one by one, below, it shows which
+                    answers = answer_batch(lm, processor, batch, benchmark.max_new_tokens, twin)
+            if not answers:
                 for i, asked in zip(indices, batch):
                     try:
-                        answers.append(answer_plain(hf, processor, asked, benchmark.max_new_tokens))
-                    except ValueError as error:
+                        if asked.example is not None:
+                            answers += answer_batch(lm, processor, [asked], benchmark.max_new_tokens, twin)
+                        else:
+                            answers.append(answer_plain(hf, processor, asked, benchmark.max_new_tokens))
+                    except Exception as error:
                         answers.append(([], []))
-                        reason = f"the model or its processor refuses it ({error!r:.160})"
+                        reason = f"the model or its processor refuses it: {reason_of(error)}"
                         loader.skip(i, f"{left[i][1].where}: {left[i][1].video}: {reason}")
             for i, asked, (texts, twin_texts) in zip(indices, batch, answers):
                 part = left[i][1] if texts else replace(left[i][1], questions=[])
                 for q, text, twin_text in itertools.zip_longest(part.questions, texts, twin_texts):
                     record = {
                         "id": q.id,
-                        "video": os.path.relpath(q.video.resolve(), root.resolve()),
+                        "video": os.path.relpath(inside_root(str(q.video.absolute()), root, True), root.resolve()),
                         "category": q.category,
                     }
                     share = {} if asked.share is None else {"event share": round(asked.share, 6)}
@@ -400,9 +397,12 @@ def answer(
 def perception_gap(benchmark: Benchmark, full: Mapping[str, str], twin: Mapping[str, str]) -> dict[str, dict]:
     """Full against twin, overall and by category, on the questions that have a twin: see `data.benchmarks.compare`.
 
-    Of each score, `b` is that on the full videos, `a` that on the twins, and `difference` the perception gap.
+    Of each score, `b` is that on the full videos, `a` that on the twins, and `difference` the perception gap. {} if no
+    question with a public answer has a twin.
     """
-    benchmark = replace(benchmark, questions=[q for q in benchmark.questions if q.id in twin])
+    benchmark = replace(benchmark, questions=[q for q in benchmark.questions if q.id in twin and q.answer is not None])
+    if not benchmark.questions:
+        return {}
     results, gaps = [score(benchmark, said) for said in (twin, full)], {}
     categories = list(dict.fromkeys(row["category"] for row in results[0]["rows"]))
     for category in ("overall", *(categories if len(categories) > 1 else ())):
@@ -411,18 +411,21 @@ def perception_gap(benchmark: Benchmark, full: Mapping[str, str], twin: Mapping[
     return gaps
 
 
-def show_gap(gaps: Mapping[str, dict], console: Console) -> None:
-    """Print `perception_gap` as a table, in percent."""
-    table = Table("", "score", "questions", "full", "twin", "perception gap", "p", title="perception gap")
+def show_gap(gaps: Mapping[str, dict], console: Console) -> str:
+    """Print `perception_gap` as a table, in percent; returns it as Markdown."""
+    if not gaps:
+        line = "no perception gap: no twin could be made of a question with a public answer; problems.txt says why"
+        console.print(line, style="yellow", highlight=False, soft_wrap=True)
+        return f"\n{line}\n"
+    head, rows = ["", "score", "questions", "full", "twin", "perception gap", "p"], []
     for category, compared in gaps.items():
         for name, s in compared["scores"].items():
             gap = percent({"value": s["difference"], "low": s["low"], "high": s["high"]})
-            cells = [
-                str(s["won"] + s["lost"] + s["tied"]),
-                f"{100 * s['b']:.2f}",
-                f"{100 * s['a']:.2f}",
-                gap,
-                f"{s['p']:.4f}",
-            ]
-            table.add_row(escape(category), escape(name), *cells)
+            number = str(s["won"] + s["lost"] + s["tied"])
+            values = [f"{100 * s['b']:.2f}", f"{100 * s['a']:.2f}", gap, f"{s['p']:.4f}"]
+            rows.append([printable(category), name, number, *values])
+    table = Table(*head, title="perception gap")
+    for row in rows:
+        table.add_row(*map(escape, row))
     console.print(table)
+    return f"\nperception gap: full minus twin, percent\n\n{markdown_table(head, rows)}"

@@ -2,7 +2,7 @@
 
     benchmark = load_benchmark("vru-accident", root)           # questions, and what could not be read, by name
     text, begin = prompt(benchmark, benchmark.questions[0])    # the user's turn, and how the assistant's begins
-    predictions, problems = read_predictions(path, benchmark)
+    predictions, problems = read_predictions(path, benchmark)  # data/predictions.py
     results = score(benchmark, predictions)
     compare(results, other_results)
 
@@ -16,7 +16,6 @@ unreadable answer leaves the denominator. A question whose answer is hidden coun
 takes each of them as right; MVBench's and TVBench's code takes the last, the other authors the letter in their file.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ import numpy as np
 
 from data import scoring
 from data.clips import ClipError
-from data.files import read_json, read_lines
-from data.formats import CRASH, FORMATS, MOTIONBENCH, MVBENCH, TEMPCOMPASS, TVBENCH, Question, video_name
+from data.files import PathError, inside_root
+from data.formats import CRASH, FORMATS, MOTIONBENCH, MVBENCH, TEMPCOMPASS, TVBENCH, Question
 from data.scoring import LETTERS
 
 NAMES = tuple(FORMATS)
@@ -120,7 +119,7 @@ NOT_OFFERED = {
     "tempcompass": ("captioning: needs a judge; its questions are not asked",),
     "dream-1k": ("DREAM-1K's recall, precision and F1: need a judge. Event recall (embedding) is another measure",),
 }
-METEOR = "METEOR: needs NLTK's WordNet and sentence splitter, which are downloads (nltk.download: wordnet, punkt_tab)"
+METEOR = "METEOR: needs NLTK's WordNet and sentence splitter, whole (python -m nltk.downloader wordnet punkt_tab); found"
 
 WATCH = (
     "Carefully watch the video and pay attention to the cause and sequence of events, the detail and movement of objects, "
@@ -133,11 +132,20 @@ SELECT = (
 )
 
 
-def load_benchmark(name: str, root: Path, protocol: str = "official", subtitles: bool = False) -> Benchmark:
+def load_benchmark(
+    name: str,
+    root: Path,
+    protocol: str = "official",
+    subtitles: bool = False,
+    follow_links: bool = False,
+    videos: Path | None = None,
+) -> Benchmark:
     """Read a benchmark's files below root (clips: the JSONL file, or a folder with clips.jsonl).
 
+    videos: the folder that the paths of one's own clips are relative to (default: that of their file).
     What cannot be used is in `problems`; of questions with the same id only the first is kept, and the others are problems.
-    Raises ClipError where the files hold no question at all, ValueError for an unknown name or protocol.
+    follow_links: videos may be links that leave the root. Raises ClipError where the files hold no question at all,
+    ValueError for an unknown name or protocol.
     """
     if name not in NAMES:
         raise ValueError(f"--benchmark {name}: unknown; give one of {', '.join(NAMES)}")
@@ -145,6 +153,10 @@ def load_benchmark(name: str, root: Path, protocol: str = "official", subtitles:
         raise ValueError(f"--protocol {protocol}: unknown; give official or ours")
     if subtitles and name != "video-mme":
         raise ValueError(f"--subtitles: {name} has none; only video-mme has")
+    if videos is not None and name != "clips":
+        raise ValueError(f"--videos: only for clips; the videos of {name} lie below its --root")
+    if videos is not None and not Path(videos).is_dir():
+        raise ClipError(f"--videos {videos}: no such folder; give the one that the clips' paths are relative to")
     root, problems, questions = Path(root), [], {}
     if not root.exists():
         raise ClipError(f"--root {root}: no such folder; download {name} to there")
@@ -154,7 +166,16 @@ def load_benchmark(name: str, root: Path, protocol: str = "official", subtitles:
         shown = shown[:80] + "..." * (len(shown) > 80)
         problems.append(f"{where}: " + f"field '{name}': " * bool(name) + f"found {shown}; " * bool(shown) + mend)
 
-    for question in FORMATS[name](root, refuse, subtitles):
+    own = (
+        {"follow_links": follow_links, "videos": videos} if name == "clips" else {}
+    )  # its reader judges the links itself, by line
+    for question in FORMATS[name](root, refuse, subtitles, **own):
+        try:
+            if not own:
+                inside_root(str(question.video.absolute()), root, follow_links)
+        except PathError as error:
+            refuse(question.id, "video", str(question.video), str(error))
+            continue
         if question.id in questions:
             refuse(question.id, "", "a second question of this id", "take one of them out; the first is kept")
         else:
@@ -218,75 +239,6 @@ def prompt(benchmark: Benchmark, question: Question, duration: float | None = No
     return text, begin
 
 
-# --- Predictions --------------------------------------------------------------------------------------------------------
-
-
-def read_predictions(path: Path, benchmark: Benchmark) -> tuple[dict[str, str], list[str]]:
-    """Responses by question id, and what could not be used, by name.
-
-    path: .jsonl with {"id", "response"} a line; .json with {id: response}; or, for VRU-Accident, the authors' own files,
-    {video: {category: {"pred", "GT"}}} or {video: {"pred"}}, one of them or their folder. A response of null is one that
-    says nothing. Of several responses to a question the first counts. Under the official protocol a `pred` that is more
-    than a letter is no answer, as for the authors' script. Raises ClipError where there is no readable file.
-    """
-    path = Path(path)
-    files = sorted(path.glob("*_response.json")) if path.is_dir() else [path]
-    if not files or not all(file.is_file() for file in files):
-        raise ClipError(f"{path}: no such file, or a folder without *_response.json; give a predictions file")
-    answers = {q.id: q.answer for q in benchmark.questions}
-    predictions, problems, whole = {}, [], Counter()
-
-    def take(where: str, id: object, response: object) -> None:
-        if not isinstance(id, str) or not isinstance(response, (str, type(None))):
-            problems.append(f"{where}: found {str([id, response])[:80]}; give the texts id and response")
-        elif id not in answers:
-            problems.append(f"{where}: id '{id[:80]}' is no question of {benchmark.name}; left out")
-        elif id in predictions:
-            same = "the same" if predictions[id] == (response or "") else "another"
-            problems.append(f"{where}: id '{id}' a second time, {same} response; the first counts")
-        else:
-            predictions[id] = response or ""
-
-    def take_theirs(where: str, key: str, entry: object) -> None:
-        """A record of the authors': {"pred", "GT"}; their script compares the whole of pred."""
-        if not isinstance(entry, dict) or not isinstance(entry.get("pred"), (str, type(None))):
-            problems.append(f'{where}: found {str(entry)[:80]}; give "pred", a text or null')
-            return
-        pred, truth = entry["pred"] or "", entry.get("GT")
-        if truth is not None and answers.get(key) not in (None, str(truth).strip().upper()):
-            problems.append(f"{where}: its GT is {truth}, but the annotation's {answers[key]}, which counts")
-        if benchmark.protocol == "official" and benchmark.name == "vru-accident":
-            whole[len(pred.strip()) > 1] += 1
-            pred = pred.strip().upper() if pred.strip().upper() in tuple("ABCD") else ""
-        take(where, key, pred)
-
-    for file in files:
-        if file.suffix == ".jsonl":
-            for where, line in read_lines(file):
-                try:
-                    entry = json.loads(line)
-                    take(where, entry["id"], entry["response"])
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
-                    problems.append(f'{where}: found {line[:80]!r}; write {{"id": ..., "response": ...}} ({error!r:.80})')
-            continue
-        for key, entry in read_json(file, dict, "predictions: {id: response}, or JSON lines in a file called .jsonl"):
-            where = f"{file.name}: {key}"
-            if not isinstance(entry, dict):
-                take(where, key, entry)
-            elif benchmark.name == "vru-accident-captions":
-                take_theirs(where, video_name(key), entry)
-            elif benchmark.name == "vru-accident":
-                for category, answer in entry.pairs:  # doubled ones, too
-                    take_theirs(f"{where}: {category}", f"{video_name(key)}/{category}", answer)
-            else:
-                take(where, key, entry)
-    if whole[True]:
-        problems.append(
-            f"{path.name}: {whole[True]} answers are more than a letter: no answers, as for the authors' script"
-        )
-    return predictions, problems
-
-
 # --- Scoring ------------------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +257,8 @@ def read_answer(name: str, question: Question, response: str, protocol: str) -> 
     if name == "video-mme":
         return scoring.official_video_mme(response)
     if name == "tempcompass":
+        if response.replace("</s>", "").strip() == q.record.get("answer"):
+            return q.answer
         return scoring.official_tempcompass(response, kind, q.options, labels)
     return scoring.official_mvbench(response, len(q.options))
 
@@ -347,8 +301,10 @@ def choice_rows(benchmark: Benchmark, rows: list[dict], questions: list[Question
         counts["right by an equal option"] += bool(row["scores"]["accuracy"]) and q.answer not in read and equal
 
 
-def description_rows(benchmark: Benchmark, rows: list[dict], questions: list[Question], encoder) -> dict[str, str]:
-    """Score descriptions, a missing one as an empty one; returns the packages that did it."""
+def description_rows(
+    benchmark: Benchmark, rows: list[dict], questions: list[Question], encoder
+) -> tuple[dict[str, str], list[str]]:
+    """Score descriptions, a missing one as an empty one; returns the packages that did it, and what was left out."""
     texts = [row["response"] or "" for row in rows]
     if benchmark.name == "dream-1k":
         if encoder is None:
@@ -358,19 +314,42 @@ def description_rows(benchmark: Benchmark, rows: list[dict], questions: list[Que
         recalls = scoring.event_recall(encoder, [q.record["events"] for q in questions], texts)
         for row, recall in zip(rows, recalls):
             row["scores"] = {"event recall (embedding)": recall}
-        return {"sentence-transformers": version("sentence-transformers")}
+        return {"sentence-transformers": version("sentence-transformers")}, []
     packages = {"rouge-score": version("rouge-score")}
     if benchmark.name == "clips":
         actions = {q.record["clip"].truth["action"] for q in questions if q.record["clip"].truth}
         for row, q, text in zip(rows, questions, texts):
             row["scores"] = scoring.score_description(q.record["clip"], text, actions)
-        return packages
-    meteor = scoring.meteor_scorer()
+        return packages, []
     for row, q, text in zip(rows, questions, texts):
         row["scores"] = scoring.rouge_scores(q.answer, text)
-        if meteor is not None:
-            row["scores"]["METEOR"] = meteor(q.answer, text)
-    return packages | ({"nltk": version("nltk")} if meteor is not None else {})
+    meteor, reason = scoring.meteor_scorer()
+    values = []
+    try:
+        values = [meteor(q.answer, text) for q, text in zip(questions, texts)] if meteor else []
+    except Exception as error:  # a broken WordNet shows itself at the first word that it lacks
+        reason = f"{type(error).__name__}: {str(error)[:120]}"
+    for row, value in zip(rows, values):
+        row["scores"]["METEOR"] = value
+    return (packages | {"nltk": version("nltk")}, []) if values else (packages, [f"{METEOR} {reason}"])
+
+
+def share_right(rows: list[dict]) -> dict:
+    """Accuracy of some rows (None of none), and their number."""
+    right = sum(row["scores"]["accuracy"] for row in rows)
+    return {"accuracy": right / len(rows) if rows else None, "questions": len(rows)}
+
+
+def motionbench_script(benchmark: Benchmark, rows: list[dict], predictions: Mapping[str, str]) -> dict[str, dict]:
+    """What MotionBench's own script calls acc and answered_acc, THUDM/MotionBench, motionbench/metrics/compute_accuracy.py.
+
+    acc divides by the public questions and those hidden ones that have no answer, answered_acc by all that have one.
+    """
+    right = sum(row["scores"]["accuracy"] for row in rows)
+    hidden = [q.id in predictions for q in benchmark.questions if q.answer is None]
+    answered = sum(row["response"] is not None for row in rows) + sum(hidden)
+    numbers = {"acc": len(rows) + hidden.count(False), "answered_acc": answered}
+    return {name: {"accuracy": right / n if n else None, "questions": n} for name, n in numbers.items()}
 
 
 def tabulate(rows: list[dict]) -> dict:
@@ -413,25 +392,25 @@ def score(benchmark: Benchmark, predictions: Mapping[str, str], encoder=None) ->
     counts["empty responses"] = sum(row["response"] is not None and not row["response"].strip() for row in rows)
     known = about.categories
     counts["questions of an unknown category"] = sum(known is not None and row["category"] not in known for row in rows)
-    counts["missing videos"] = sum(not video.exists() for video in {q.video for q in benchmark.questions})
     results = {"benchmark": name, "protocol": benchmark.protocol, "subtitles": benchmark.subtitles, "counts": counts}
     results["complete"] = about.questions is None or about.questions == len(benchmark.questions)
     results["published questions"] = about.questions
     packages, not_offered = {}, list(NOT_OFFERED.get(name, ()))
     if name in DESCRIBED:
-        packages = description_rows(benchmark, rows, questions, encoder)
-        if name == "vru-accident-captions" and "nltk" not in packages:
-            not_offered.append(METEOR)
+        packages, left_out = description_rows(benchmark, rows, questions, encoder)
+        not_offered += left_out
     else:
         choice_rows(benchmark, rows, questions, counts)
-        right = sum(row["scores"]["accuracy"] for row in rows)
         results["match rate"] = sum(row["matched"] for row in rows) / len(rows)
         other = {"protocol": "ours" if benchmark.protocol == "official" else "official"}
         results["other rule"] = other | {"accuracy": sum(row["other rule"] for row in rows) / len(rows)}
         if benchmark.protocol == "official" and name in DENOMINATORS:
-            number = sum(bool(row["read"]) if name == "video-mme" else row["response"] is not None for row in rows)
-            value = right / number if number else None
-            results["as published"] = {"accuracy": value, "questions": number, "of": DENOMINATORS[name]}
+            counted = [row for row in rows if (row["read"] if name == "video-mme" else row["response"] is not None)]
+            by_category = {c: share_right([row for row in counted if row["category"] == c])
+                           for c in dict.fromkeys(row["category"] for row in rows)}  # fmt: skip
+            results["as published"] = share_right(counted) | {"of": DENOMINATORS[name], "categories": by_category}
+        if benchmark.protocol == "official" and name == "motionbench":
+            results["authors' script"] = motionbench_script(benchmark, rows, predictions)
     results |= {"packages": packages, "not offered": not_offered, "tables": tabulate(rows)}
     results["published"] = [vars(p) for p in PUBLISHED.get(name, ())]
     return results | {"rows": rows}

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from rich.markup import escape
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -197,9 +198,9 @@ def resume(settings, free: Sequence[str], num_processes: int) -> Resumed:
     if not settings.resume:
         return Resumed()
     path, broken = newest_checkpoint(settings.out)
-    notes = [f"[yellow]checkpoint passed over[/] {problem}" for problem in broken]
+    notes = [f"[yellow]checkpoint passed over[/] {escape(problem)}" for problem in broken]
     if path is None:
-        return Resumed(notes=[*notes, f"no checkpoint in {settings.out}: started anew"])
+        return Resumed(notes=[*notes, f"no checkpoint in {escape(str(settings.out))}: started anew"])
     tensors, state = load_state(path)
     changed = changed_settings(settings, state["settings"], free)
     if state["annotations"] != zlib.crc32(Path(settings.data).read_bytes()):
@@ -208,7 +209,7 @@ def resume(settings, free: Sequence[str], num_processes: int) -> Resumed:
         changed.append(f"it ran in {state['num_processes']} process(es), not {num_processes}, which share its clips")
     if changed:
         raise ValueError(f"--resume: {path} is of a run with other settings:\n  " + "\n  ".join(changed))
-    return Resumed(path, state["step"], tensors, state, [*notes, f"resumed from {path}"])
+    return Resumed(path, state["step"], tensors, state, [*notes, f"resumed from {escape(str(path))}"])
 
 
 def restore(resumed: Resumed, lm: nn.Module, optimizer, schedule, loader: ClipLoader, rank: int) -> dict:

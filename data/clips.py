@@ -18,7 +18,9 @@ import difflib
 import itertools
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,10 +30,43 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vp
+from data.files import ClipError, PathError, inside_root
 from data.finders import find_key_slots
-from data.video import PROMPT, Clip, ClipError, Frames, read_frames
+from data.foreign import check_annotations, other_fields
+from data.user_text import SEAM, disarm, encode, put_back, take_out
+from data.video import PROMPT, Clip, Frames, read_frames
 
 FIELDS = ("video", "caption", "prompt", "start", "end", "keywords", "key_spans", "truth", "frames_per_second")
+
+# The words that other formats put where the video goes, like <video>, <|image|>, <|vision_start|>, <image-1>, <VideoHere>.
+PLACEHOLDER = (
+    r"<\|?/?(?:video|image|img|vid|vision|frame)s?(?:[ _-]?(?:\d+|pad|start|end|token|placeholder|here|context))*\s?/?\|?>"
+)
+# As such they stand at the head or the end of a prompt, or have a line of their own.
+PLACED = re.compile(rf"\A\s*{PLACEHOLDER}|{PLACEHOLDER}\s*\Z|^\s*{PLACEHOLDER}\s*$", re.IGNORECASE | re.MULTILINE)
+HALF_CHARACTERS = re.compile(r"[\ud800-\udfff]")  # surrogates, which are text in pairs only
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, in one short line without the paths of a library."""
+    words = " ".join(str(error).split())
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in words:
+        return "there is not enough memory for it; try a lower --max-pixels or --max-frames"
+    if isinstance(error, RecursionError):
+        return "something in it is nested too deep"
+    words = re.sub(r"(?:/[\w.+-]+)*/(?:site-packages|dist-packages|torchcodec|__w)/\S*", "", words)
+    return f"{words[:200] or type(error).__name__}"
+
+
+@contextmanager
+def named(clip: "Clip", what: str = "it cannot be used") -> Iterator[None]:
+    """Whatever goes wrong with a clip in here is a ClipError with its place, its file, `what`, and the reason."""
+    try:
+        yield
+    except ClipError:
+        raise
+    except Exception as error:
+        raise ClipError(f"{clip.where}: {clip.video}: {what}: {reason_of(error)}") from None
 
 
 # --- The annotation file ------------------------------------------------------------------------------------------------
@@ -39,39 +74,85 @@ FIELDS = ("video", "caption", "prompt", "start", "end", "keywords", "key_spans",
 
 def is_number(value: object) -> bool:
     """A finite JSON number (true and false are none)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
-def parse_line(line: str, where: str, root: Path) -> Clip:
-    """Check one line. Raises ClipError naming the place, the field, what was found, and the mend."""
+def read_record(line: str, where: str) -> dict:
+    """The JSON object of a line. Raises ClipError for anything else, for doubled keys, and for text that is no text."""
+    doubled = []
+
+    def check_pairs(pairs: list[tuple[str, object]]) -> dict:
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            names = [name for name, _ in pairs]
+            doubled.extend(name for name in record if names.count(name) > 1)
+        return record
+
+    def read_integer(digits: str) -> float:
+        return int(digits) if len(digits) < 300 else math.inf  # Python refuses to read very long ones
+
+    try:
+        record = json.loads(line, object_pairs_hook=check_pairs, parse_int=read_integer)
+    except RecursionError:
+        raise ClipError(
+            f"{where}: not JSON that can be read (nested too deep); write one flat JSON object a line"
+        ) from None
+    except ValueError as error:
+        raise ClipError(f"{where}: not JSON ({error}); write one JSON object a line") from None
+    if not isinstance(record, dict):
+        raise ClipError(f"{where}: found a JSON {type(record).__name__}; write one JSON object a line")
+    if doubled:
+        names = ", ".join(repr(name) for name in dict.fromkeys(doubled))
+        raise ClipError(f"{where}: field {names} is given more than once; keep one of each")
+    if "\\u" in line or HALF_CHARACTERS.search(line):
+        for name, value in record.items():
+            if HALF_CHARACTERS.search(name + json.dumps(value, ensure_ascii=False)):
+                fix = "write the whole character (an emoji is a pair of surrogates), or leave it out"
+                raise ClipError(f"{where}: field {name!r}: found half a character (a lone surrogate); {fix}")
+    return record
+
+
+def parse_line(line: str, where: str, root: Path, follow_links: bool = False) -> Clip:
+    """Check one line. Raises ClipError naming the place, the field, what was found, and the fix.
+
+    follow_links: links may leave the root, see `data.files.inside_root`.
+    """
+    try:
+        return parse_record(read_record(line, where), where, root, follow_links)
+    except RecursionError:
+        raise ClipError(f"{where}: nested too deep; write one flat JSON object a line") from None
+
+
+def parse_record(record: dict, where: str, root: Path, follow_links: bool = False) -> Clip:
+    """The clip of a line's JSON object, see `parse_line`."""
 
     def wrong(name: str, found: object, mend: str) -> ClipError:
         shown = repr(found)
         return ClipError(f"{where}: field '{name}': found {shown[:80] + '...' * (len(shown) > 80)}; {mend}")
 
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ClipError(f"{where}: not JSON ({error}); write one JSON object a line") from None
-    if not isinstance(record, dict):
-        raise ClipError(f"{where}: found a JSON {type(record).__name__}; write one JSON object a line")
-    for name in record:
-        if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, 1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known fields are {', '.join(FIELDS)}"
-            raise ClipError(f"{where}: field '{name}' is unknown; {hint}")
-    for name in ("video", "caption"):
-        if name not in record:
-            raise ClipError(f"{where}: field '{name}' is missing; every clip needs a video and a caption")
+    if unknown := [name for name in record if name not in FIELDS]:
+        near = {name: difflib.get_close_matches(name, FIELDS, 1) for name in unknown[:10]}
+        hints = [f"did you mean '{near[name][0]}' for {name!r:.80}?" for name in near if near[name]]
+        listed = ", ".join(f"{name!r:.80}" for name in unknown[:10]) + f" and {len(unknown) - 10} more" * (
+            len(unknown) > 10
+        )
+        hints.append(f"known fields are {', '.join(FIELDS)}")
+        names = f"field {listed} is unknown" if len(unknown) == 1 else f"fields {listed} are unknown"
+        raise ClipError(f"{where}: {names}; {' '.join(hints)}")
+    if missing := [f"'{name}'" for name in ("video", "caption") if name not in record]:
+        what = f"field {missing[0]} is" if len(missing) == 1 else f"fields {' and '.join(missing)} are"
+        raise ClipError(f"{where}: {what} missing; every clip needs a video and a caption")
     for name in ("video", "caption", "prompt"):
         if name in record and (not isinstance(record[name], str) or not record[name].strip()):
             raise wrong(name, record[name], "give a text that is not empty")
+    if any(ord(c) < 32 or 127 <= ord(c) < 160 for c in record["video"]):
+        raise wrong("video", record["video"], "not a path (it holds a control character); rename the file")
+    if found := PLACED.search(record.get("prompt", PROMPT)):
+        raise wrong("prompt", found[0].strip(), "leave it out; the video is put before the prompt by itself")
     try:
-        video = (root / record["video"]).resolve()
-    except (OSError, ValueError) as error:
-        raise wrong("video", record["video"], f"not a path ({error})") from None
-    if not video.is_relative_to(root.resolve()):
-        raise wrong("video", record["video"], f"it leaves the root {root}; move it there or name another root")
+        video = inside_root(record["video"], root, follow_links)
+    except PathError as error:
+        raise wrong("video", record["video"], str(error)) from None
     if record.get("start") is None:
         record["start"] = 0.0
     if not is_number(record["start"]) or record["start"] < 0:
@@ -79,7 +160,7 @@ def parse_line(line: str, where: str, root: Path) -> Clip:
     end = record.get("end")
     if end is not None and (not is_number(end) or end <= record["start"]):
         raise wrong("end", end, f"give seconds, more than start ({record['start']})")
-    keywords = record.get("keywords") or []
+    keywords = [] if record.get("keywords") is None else record["keywords"]
     if not isinstance(keywords, list) or not all(isinstance(k, str) and k.strip() for k in keywords):
         raise wrong("keywords", keywords, 'give a list of phrases, like ["jumps off"]')
     spans = record.get("key_spans")
@@ -112,16 +193,56 @@ def parse_line(line: str, where: str, root: Path) -> Clip:
     return Clip(video, record["caption"].strip(), where, prompt, record["start"], end, keywords, spans, truth, rate)
 
 
-def load_clips(annotations: Path, root: Path | None = None) -> tuple[list[Clip], list[str]]:
+def count_tokens(tokenizer, text: str, limit: int) -> int:
+    """Tokens of a text, or, where it has more than `limit`, a number above it: no more of it is read than that takes."""
+    count = 0
+    for i in range(0, len(text), 2**16):
+        count += len(encode(tokenizer, text[i : i + 2**16]))
+        if count > limit:
+            break
+    return count
+
+
+def split_long(clips: Sequence[Clip], tokenizer, limit: int, captions: bool = True) -> tuple[list[Clip], list[str]]:
+    """The clips whose prompt and caption have at most `limit` tokens together, and a message for each of the others.
+
+    captions: count them; a model that only describes reads none. A text is tokenised only where its length leaves a
+    doubt: a character is at most four bytes, and a token at least one.
+    """
+
+    def field_too_long(clip: Clip) -> str | None:
+        texts = {"prompt": clip.prompt, "caption": clip.caption if captions else ""}
+        left = limit
+        if 4 * sum(map(len, texts.values())) > limit:
+            for name, text in texts.items():
+                left -= count_tokens(tokenizer, text, left)
+                if left < 0:
+                    return name
+        return None
+
+    kept, problems = [], []
+    what = "prompt and caption have" if captions else "the prompt has"
+    for clip in clips:
+        if (name := field_too_long(clip)) is None:
+            kept.append(clip)
+        else:
+            problems.append(
+                f"{clip.where}: {clip.video}: field '{name}': {what} more than {limit} tokens; shorten it, or raise "
+                "--max-text-tokens as far as the model's context allows"
+            )
+    return kept, problems
+
+
+def load_clips(annotations: Path, root: Path | None = None, follow_links: bool = False) -> tuple[list[Clip], list[str]]:
     """Read an annotation file: its good clips, and a message for every line that had to be skipped.
 
-    root: the folder that the `video` paths are relative to and cannot leave (default: the file's own folder). Empty
-    lines are allowed. Raises ClipError where the file itself cannot be read, or holds no good clip at all.
+    root: the folder that the `video` paths are relative to and cannot leave (default: the file's own folder), but by links
+    with follow_links. Empty lines are allowed. Raises ClipError if the file itself cannot be read, is of another form (with
+    the command that converts it), or holds no good clip at all.
     """
     annotations = Path(annotations)
     root = Path(root) if root is not None else annotations.parent
-    if not annotations.is_file():
-        raise ClipError(f"{annotations}: no such file; give a JSONL file, one clip a line")
+    check_annotations(annotations, root)
     clips, problems = [], []
     with annotations.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -129,13 +250,14 @@ def load_clips(annotations: Path, root: Path | None = None) -> tuple[list[Clip],
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
-                    clips.append(parse_line(text, where, root))
+                    clips.append(parse_line(text, where, root, follow_links))
             except UnicodeDecodeError as error:
                 problems.append(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
             except ClipError as error:
                 problems.append(str(error))
     if not clips:
         shown = "\n  ".join(problems[:10]) or "it has no line"
+        shown += other_fields(annotations, root, FIELDS)
         raise ClipError(f"{annotations}: no usable clip among {len(problems)} lines:\n  {shown}")
     return clips, problems
 
@@ -145,13 +267,23 @@ def load_clips(annotations: Path, root: Path | None = None) -> tuple[list[Clip],
 
 @dataclass
 class Preparation:
-    """How clips become examples: the processor of the model, and the sampling."""
+    """How clips become examples: the processor of the model, and the sampling. context: tokens that the model reads at
+    most, text and video together."""
 
     processor: object
     max_frames: int = 16
     fps: float | None = None
     jitter: bool = False
     max_pixels: int | None = None
+    context: int | None = None
+
+    def check_length(self, clip: Clip, tokens: int) -> None:
+        """Raise ClipError where a clip has more tokens than the model reads."""
+        if self.context is not None and tokens > self.context:
+            raise ClipError(
+                f"{clip.where}: {clip.video}: {tokens} tokens of video and text, and the model reads {self.context}; "
+                "lower --max-pixels or --max-frames, or shorten the text"
+            )
 
     @property
     def frames_per_slot(self) -> int:
@@ -180,8 +312,11 @@ def key_slots(clip: Clip, frames: Frames, frames_per_slot: int = 2) -> list[Tens
 
 
 def chat(processor, prompt: str, num_videos: int = 1) -> str:
-    """The text of a conversation up to where the assistant begins, with a place for each video."""
-    content = [{"type": "video"}] * num_videos + [{"type": "text", "text": prompt}]
+    """The text of a conversation up to where the assistant begins, with a place for each video.
+
+    Special tokens that the prompt holds are disarmed, see data/user_text.py: `process` makes characters of them.
+    """
+    content = [{"type": "video"}] * num_videos + [{"type": "text", "text": disarm(processor, prompt)}]
     conversation = [{"role": "user", "content": content}]
     return processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
 
@@ -199,7 +334,10 @@ def process(processor, texts: list[str], videos: Sequence[Frames], **more):
     ]
     pixels = [frames.pixels for frames in videos]
     shown = dict(videos=pixels, video_metadata=metadata, do_sample_frames=False)
-    inputs = processor(text=texts, **shown, return_tensors="pt", **more)
+    parts = [take_out(processor, text) for text in texts]
+    inputs = processor(text=[text for text, _ in parts], **shown, return_tensors="pt", **more)
+    if any(SEAM in text for text in texts):
+        put_back(processor, inputs, [taken for _, taken in parts], more.get("padding_side", "right"))
     if "second_per_grid_ts" in inputs:  # the processor takes a repeated frame for one more, and a video for whole frames
         per_slot = processor.video_processor.temporal_patch_size
         inputs["second_per_grid_ts"] = torch.tensor([frames.seconds_per_slot(per_slot) for frames in videos])
@@ -211,7 +349,8 @@ def make_example(clip: Clip, frames: Frames, preparation: Preparation) -> vp.Exa
     processor, tokenizer = preparation.processor, preparation.processor.tokenizer
     inputs = process(processor, [chat(processor, clip.prompt)], [preparation.fit(frames)])
     prompt_ids, token_types = inputs["input_ids"][0], inputs["mm_token_type_ids"][0]
-    answer = torch.tensor(tokenizer(clip.caption + "<|im_end|>\n", add_special_tokens=False).input_ids)
+    answer = torch.tensor(encode(tokenizer, clip.caption) + tokenizer("<|im_end|>\n", add_special_tokens=False).input_ids)
+    preparation.check_length(clip, len(prompt_ids) + len(answer))
     slots = key_slots(clip, frames, preparation.frames_per_slot)
     return vp.Example(
         name=clip.where,
@@ -224,7 +363,7 @@ def make_example(clip: Clip, frames: Frames, preparation: Preparation) -> vp.Exa
         source=vp.twin_sources(torch.stack(slots).any(0)) if slots else None,
         keywords=clip.keywords,
         # with the leading space that the phrase has inside a caption: the tokens that the model will have to write
-        keyword_ids=[torch.tensor(tokenizer(" " + k, add_special_tokens=False).input_ids) for k in clip.keywords],
+        keyword_ids=[torch.tensor(encode(tokenizer, " " + k)) for k in clip.keywords],
         keyword_slots=slots,
     )
 
@@ -233,4 +372,5 @@ def prepare(clip: Clip, preparation: Preparation, seed: Sequence[int] = ()) -> v
     """Read and make one example; `seed` names the draw, so that jitter is the same on every run."""
     rng = np.random.default_rng(seed) if preparation.jitter else None
     step = preparation.frames_per_slot
-    return make_example(clip, read_frames(clip, preparation.max_frames, preparation.fps, rng, step), preparation)
+    with named(clip):
+        return make_example(clip, read_frames(clip, preparation.max_frames, preparation.fps, rng, step), preparation)

@@ -30,21 +30,27 @@ import torch
 import tyro
 from pebble import ProcessExpired, ProcessPool
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
 import vp
 from data import finders
-from data.clips import Clip, ClipError, Frames, Preparation, make_example, parse_line, read_frames
+from data.clips import Clip, ClipError, Frames, Preparation, make_example, named, parse_line, read_frames, reason_of
 from data.curate_report import group_of, records_of, report
+from data.files import VIDEO_ENDINGS, list_files
 from data.fingerprints import Seen, file_hash, fingerprint, plain_hash
+from data.foreign import check_annotations
 from data.keywords import extract, keyword_prompt, looks_english, parse_keywords, rank
 from data.loader import worker_context
+from data.sheets import printable
 
+LONGEST_CAPTION = 20_000  # characters; spaCy takes a megabyte of memory for every thousand
 REASONS = {
     "malformed": "the line cannot be read",
     "language": "the caption is not in English",
+    "text too long": f"the caption has more than {LONGEST_CAPTION:,} characters",
     "no event in caption": "no verb of the caption names an event",
     "unreadable": "the video cannot be decoded",
     "too short": "shorter than --min-seconds",
@@ -72,6 +78,8 @@ class Settings:
     """Folder to write."""
     root: Path | None = None
     """Folder of the videos (default: the annotation file's)."""
+    follow_links: bool = False
+    """Read videos that are links to files outside the root, as all files of a hub cache are."""
     keywords: Literal["grammar", "model"] = "grammar"
     """Where keywords come from: the caption's grammar (spaCy), or the video-language model (--model)."""
     finders: tuple[Literal["motion", "clip", "self"], ...] = ("motion",)
@@ -131,12 +139,18 @@ def twin_change(pixels: Tensor, key: Tensor, frames_per_slot: int) -> float:
 
 def inspect(clip: Clip, s: Settings, models: "Models | None" = None) -> dict:
     """Everything that is found out about one clip with keywords: a JSON record, `rejected` naming what is wrong with it."""
-    frames_per_slot = 2
     try:
-        side = SIDE if models is None else None  # models want to see more
-        frames = read_frames(clip, s.max_frames, s.fps, frames_per_slot=frames_per_slot, side=side)
+        with named(clip):
+            return look_at(clip, s, models)
     except ClipError as error:
         return {"rejected": "unreadable", "detail": str(error)}
+
+
+def look_at(clip: Clip, s: Settings, models: "Models | None") -> dict:
+    """The same, for a clip that nothing goes wrong with."""
+    frames_per_slot = 2
+    side = SIDE if models is None else None  # models want to see more
+    frames = read_frames(clip, s.max_frames, s.fps, frames_per_slot=frames_per_slot, side=side)
     pixels = finders.shrink(frames.pixels, SIDE)
     record = {"duration": round(frames.duration, 3)} | fingerprint(clip, pixels)
     if frames.duration < s.min_seconds:
@@ -192,7 +206,8 @@ class Models:
             from data.models import find_checkpoint, load_model
 
             self.lm, processor = load_model(s.model)
-            self.preparation = Preparation(processor, s.max_frames, s.fps)
+            context = self.lm.config.text_config.max_position_embeddings
+            self.preparation = Preparation(processor, s.max_frames, s.fps, context=context)
             heads = Path(find_checkpoint(s.model)) / "heads.safetensors"
             self.trained_heads = heads.exists()
             if self.trained_heads:
@@ -207,8 +222,9 @@ class Models:
     def keywords(self, clip: Clip, limit: int, s: Settings) -> tuple[list, str]:
         """Keywords by asking the model, and why there are none."""
         asked = Clip(**vars(clip) | {"prompt": keyword_prompt(clip.caption), "keywords": [], "key_spans": None})
-        frames = read_frames(asked, s.max_frames, s.fps, frames_per_slot=self.preparation.frames_per_slot)
-        said = self.lm.describe([make_example(asked, frames, self.preparation)], twin=False, max_new_tokens=64)
+        with named(clip):
+            frames = read_frames(asked, s.max_frames, s.fps, frames_per_slot=self.preparation.frames_per_slot)
+            said = self.lm.describe([make_example(asked, frames, self.preparation)], twin=False, max_new_tokens=64)
         text = self.preparation.processor.batch_decode(said.tokens[0], skip_special_tokens=True)[0]
         return parse_keywords(text, clip.caption, limit)
 
@@ -251,12 +267,18 @@ def in_order(pool: ProcessPool | None, clips: Sequence[Clip], s: Settings, model
             return
         clip, future = ahead.popleft()
         try:
-            yield inspect(clip, s, models) if future is None else future.result()
+            record = inspect(clip, s, models) if future is None else future.result()
         except TimeoutError:
-            yield {"rejected": "unreadable", "detail": f"{clip.where}: {clip.video}: hung for {s.time_limit:g} s, stopped"}
+            record = {
+                "rejected": "unreadable",
+                "detail": f"{clip.where}: {clip.video}: hung for {s.time_limit:g} s, stopped",
+            }
         except ProcessExpired as error:
             detail = f"{clip.where}: {clip.video}: the decoder crashed (exit code {error.exitcode})"
-            yield {"rejected": "unreadable", "detail": detail}
+            record = {"rejected": "unreadable", "detail": detail}
+        except Exception as error:  # what a worker did not tell in words
+            record = {"rejected": "unreadable", "detail": f"{clip.where}: {clip.video}: {reason_of(error)}"}
+        yield record
 
 
 def read_part(lines: Sequence[tuple[int, str]], s: Settings, root: Path, pool, models: Models | None, encoder) -> str:
@@ -265,14 +287,16 @@ def read_part(lines: Sequence[tuple[int, str]], s: Settings, root: Path, pool, m
     clips: list[Clip | None] = []
     for number, text in lines:
         try:
-            clips.append(parse_line(text, f"{s.captions}:{number}", root))
+            clips.append(parse_line(text, f"{s.captions}:{number}", root, s.follow_links))
             records.append({"line": number, "source": json.loads(text)})
         except ClipError as error:
             clips.append(None)
             records.append({"line": number, "source": text[:2000], "rejected": "malformed", "detail": str(error)})
     bare = [i for i, clip in enumerate(clips) if clip is not None and not clip.keywords]
     for i in bare:
-        if not looks_english(clips[i].caption):
+        if len(clips[i].caption) > LONGEST_CAPTION:
+            records[i] |= {"rejected": "text too long", "detail": f"{len(clips[i].caption)} characters"}
+        elif not looks_english(clips[i].caption):
             records[i] |= {"rejected": "language", "detail": clips[i].caption[:200]}
     bare = [i for i in bare if "rejected" not in records[i]]
     if s.keywords == "grammar":
@@ -376,16 +400,15 @@ def excluded_clips(s: Settings) -> tuple[set[str], Seen]:
     files, seen = set(), Seen(s.duplicate_bits)
     for path in s.exclude:
         if path.is_dir():
-            videos = [
-                Clip(v, "", str(v))
-                for v in sorted(path.rglob("*"))
-                if v.suffix.lower() in (".mp4", ".mkv", ".webm", ".avi")
-            ]
+            below = list_files(path, VIDEO_ENDINGS, follow_links=True).files  # whatever is a copy is to be left out
+            videos = [Clip(path / v, "", str(path / v)) for v in below]
         else:
-            videos = [parse_line(text, f"{path}:{n}", path.parent) for n, text in lines_of(path)]
+            check_annotations(path, path.parent)
+            videos = [parse_line(text, f"{path}:{n}", path.parent, s.follow_links) for n, text in lines_of(path)]
         for clip in videos:
             try:
-                about = fingerprint(clip, read_frames(clip, s.max_frames, s.fps, side=SIDE).pixels.float())
+                with named(clip):
+                    about = fingerprint(clip, read_frames(clip, s.max_frames, s.fps, side=SIDE).pixels.float())
             except ClipError as error:
                 raise ClipError(f"--exclude: {error}") from None
             files.add(about["sha256"])
@@ -441,7 +464,7 @@ def judge(parts: Sequence[Path], s: Settings, console: Console) -> dict[int, tup
         console.print(f"{total} of {s.target} clips drawn, at most {level} of an action in a duration")
         if total < s.target:
             scarce = ", ".join(f"{a} {d}: {n}" for (a, d), n in sorted(counts.items(), key=lambda x: (x[1], x[0]))[:8])
-            console.print(f"[yellow]{s.target - total} are missing; scarcest: {scarce}")
+            console.print(f"[yellow]{s.target - total} are missing; scarcest: {escape(printable(scarce))}")
     return lost
 
 
@@ -471,8 +494,7 @@ def finish(parts: Sequence[Path], s: Settings, console: Console) -> Counter:
 def main(s: Settings, console: Console | None = None) -> Counter:
     """Curate; returns the counts."""
     console = console or Console()
-    if not s.captions.is_file():
-        raise ClipError(f"{s.captions}: no such file; give a JSONL file, one clip a line")
+    check_annotations(s.captions, s.root or s.captions.parent)
     if not s.finders:
         raise ValueError("--finders: name at least one of motion, clip, self")
     for needs, name in ((s.keywords == "model" or "self" in s.finders, "model"), ("clip" in s.finders, "clip_model")):
@@ -487,8 +509,9 @@ def main(s: Settings, console: Console | None = None) -> Counter:
         if reason != "kept":
             table.add_row(reason, str(count), REASONS[reason])
     console.print(table)
-    console.print(f"{s.out / 'report.html'}\npython train_sft.py --data {s.out / 'clips.jsonl'} --root "
-                  f"{s.root or s.captions.parent}", highlight=False, soft_wrap=True)  # fmt: skip
+    root = f"{s.root or s.captions.parent}" + " --follow-links" * s.follow_links
+    command = f"python train_sft.py --data {s.out / 'clips.jsonl'} --root {root}"
+    console.print(f"{s.out / 'report.html'}\n{command}", highlight=False, markup=False, soft_wrap=True)
     return counts
 
 

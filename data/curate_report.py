@@ -14,7 +14,7 @@ import torch
 
 import vp
 from data import finders
-from data.clips import ClipError, Frames, parse_line, read_frames
+from data.clips import Frames, parse_line, read_frames
 from data.sheets import contact_sheet
 
 DURATIONS = (3.0, 6.0, 12.0, 30.0, 60.0, math.inf)
@@ -72,7 +72,7 @@ def sample_sheet(record: dict, s: dict, folder: Path) -> str:
     root = s["root"] or s["captions"].parent
     source = record["source"] | {"keywords": [record["keywords"][j] for j in record["kept"]]}
     source |= {"key_spans": [record["key_spans"][j] for j in record["kept"]]}
-    clip = parse_line(json.dumps(source), f"{s['captions']}:{record['line']}", root)
+    clip = parse_line(json.dumps(source), f"{s['captions']}:{record['line']}", root, s["follow_links"])
     frames = read_frames(clip, 32, s["fps"])
     slots = [vp.span_slots(spans, frames.timestamps) for spans in clip.key_spans]
     none = torch.zeros(0, dtype=torch.long)
@@ -115,7 +115,7 @@ def report(parts: Sequence[Path], lost: dict, counts: Counter, s: dict) -> str:
         for record in sorted(sample, key=lambda r: r["line"]):
             try:
                 figures.append(sample_sheet(record, s, Path(folder)))
-            except ClipError as error:
+            except Exception as error:  # one clip, or its sheet
                 figures.append(f"<p>{html.escape(str(error))}</p>")
     return (f"<!doctype html><meta charset=utf-8><title>Curation</title><style>{STYLE}</style><h1>Curation</h1>"
             f"<p>{html.escape(s['captions'].name)}: {counts.total()} clips, <b>{counts['kept']} kept</b>. Finders: "

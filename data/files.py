@@ -1,13 +1,182 @@
-"""Reading files of other people: JSON, JSON lines and CSV, record by record, what is wrong told by its place."""
+"""Files of other people: JSON, JSON lines, CSV and parquet, record by record, what is wrong told by its place; paths that
+cannot leave a folder; video files by name."""
 
 import csv
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
-from data.clips import ClipError
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 Refuse = Callable[[str, str, str, object, str], None]
+"""refuse(where, reason, field, found, fix) notes what cannot be used."""
+
+# Containers that FFmpeg reads and that say how long they last; animated pictures too. Compared in lower case.
+VIDEO_ENDINGS = (
+    ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".mts", ".m2ts", ".m2t", ".trp", ".tp", ".tod", ".mpg", ".mpeg",
+    ".mpe", ".m2p", ".m1v", ".m2v", ".mpv", ".mp2v", ".vob", ".vro", ".evo", ".mod", ".3gp", ".3g2", ".3gpp", ".f4v",
+    ".flv", ".wmv", ".asf", ".wtv", ".dvr-ms", ".ogv", ".ogm", ".ogg", ".ogx", ".qt", ".mj2", ".mqv", ".m4s", ".ismv",
+    ".mk3d", ".mxf", ".gxf", ".nut", ".y4m", ".ivf", ".obu", ".dv", ".dif", ".divx", ".xvid", ".rm", ".rmvb", ".amv",
+    ".nsv", ".swf", ".bik", ".roq", ".mve", ".h264", ".264", ".hevc", ".265", ".mjpeg", ".mjpg", ".gif",
+)  # fmt: skip
+COMMON_ENDINGS = VIDEO_ENDINGS[:5]  # before the others, some of which sounds and previews have, too
+
+
+class ClipError(ValueError):
+    """A clip or a file that cannot be used, and why, in words for the person who made it."""
+
+
+# --- Paths --------------------------------------------------------------------------------------------------------------
+
+
+class PathError(ClipError):
+    """A path that an annotation names and that is not taken. leaves: it leads out of the root, and not by a link."""
+
+    def __init__(self, message: str, leaves: bool = False):
+        super().__init__(message)
+        self.leaves = leaves
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether a path is a folder or lies in it, both normal and absolute."""
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def path_below(path: str, root: Path) -> str:
+    """The path of a file, relative to root, by its text alone: links are not looked at, `..` cannot leave the root.
+
+    Also taken are an absolute path inside the root, a file:// address, and Windows' backslashes. Raises PathError.
+    """
+    top = os.path.abspath(root)
+    if re.match(r"file://", path, re.IGNORECASE):
+        path = path[len("file://") :].removeprefix("localhost")
+        path = path if os.path.lexists(os.path.join(top, path)) else unquote(path)
+    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
+        raise PathError(f"it is a web address; download the file, and give its path below the root {root}")
+    elif re.match(r"data:[\w/+.;=-]*,", path):
+        raise PathError(f"it is the file itself, not its path; write it to a file below the root {root}, and name that")
+    if re.search(r"\\|^~[^/]*/|^[A-Za-z]:/", path) and not os.path.lexists(os.path.join(top, path)):
+        path = path.replace("\\", "/")
+        if re.match("[A-Za-z]:/", path):
+            raise PathError(f"it is a path of a Windows disk; give the path below the root {root}", leaves=True)
+        if path.startswith("~"):
+            raise PathError(
+                f"it begins with ~, which is not replaced here; give the path below the root {root}", leaves=True
+            )
+    whole = os.path.normpath(os.path.join(top, path))
+    for folder in (top, os.path.realpath(root)):
+        if is_below(whole, folder):
+            return os.path.relpath(whole, folder)
+    raise PathError(f"it leaves the root {root}; move it there or name another root", leaves=True)
+
+
+def inside_root(path: str, root: Path, follow_links: bool = False) -> Path:
+    """The file that an annotation names, as an absolute path inside root, whether it exists or not.
+
+    A link that leaves the root (as every file of a hub cache is) is allowed by follow_links. Raises PathError.
+    """
+    real = os.path.realpath(root)
+    found = os.path.join(real, path_below(path, root))
+    try:
+        os.lstat(found)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name too long, a byte 0, half a surrogate, links in a circle
+        raise PathError(f"not a path ({getattr(error, 'strerror', None) or error})") from None
+    target = os.path.realpath(found)
+    if is_below(target, real):
+        return Path(target)
+    if not follow_links:
+        raise PathError(
+            f"it is a link that leaves the root {root}, to {target}; allow it with --follow-links, or put the file there"
+        )
+    return Path(found)
+
+
+# --- Video files --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Listing:
+    """Files below a folder, sorted, relative to it; links that leave it and were not followed; what was passed over."""
+
+    files: list[PurePosixPath] = field(default_factory=list)
+    links: list[PurePosixPath] = field(default_factory=list)
+    notes: Counter = field(default_factory=Counter)
+
+
+def list_files(root: Path, endings: tuple[str, ...], follow_links: bool = False) -> Listing:
+    """The files below root whose names end so. Links to folders are followed with follow_links alone."""
+    real, listing = os.path.realpath(root), Listing()
+    folders = [(str(root), {real})]  # each with the real folders above it: a link to one of these would never end
+    while folders:
+        folder, above = folders.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError:
+            listing.notes["folders that cannot be read"] += 1
+            continue
+        for entry in entries:
+            below, target = PurePosixPath(Path(entry.path).relative_to(root)), os.path.realpath(entry.path)
+            leaves = entry.is_symlink() and not is_below(target, real)
+            video = entry.name.lower().endswith(endings)
+            if leaves and not follow_links and (video or entry.is_dir()):
+                listing.notes["links that leave the folder, not followed (see --follow-links)"] += 1
+                listing.links.append(below)
+            elif entry.is_dir():
+                if entry.is_symlink() and (not follow_links or target in above):
+                    listing.notes["links to folders, not followed"] += 1
+                else:
+                    folders.append((entry.path, above | {target}))
+            elif video and is_broken(entry.path):
+                listing.notes["file names that are not UTF-8"] += 1
+            elif video and entry.is_file():
+                listing.files.append(below)
+            elif video:
+                listing.notes["links to nothing, pipes and the like"] += 1
+    listing.files.sort()
+    return listing
+
+
+def is_broken(text: str) -> bool:
+    """Whether a text cannot be written as UTF-8."""
+    return re.search("[\ud800-\udfff]", text) is not None
+
+
+def bare_name(name: str) -> str:
+    """A file name without a video's ending, in one Unicode form (macOS writes another than most annotation files).
+
+    >>> bare_name("a.b.MP4"), bare_name("a.b")
+    ('a.b', 'a.b')
+    """
+    stem, ending = os.path.splitext(name)
+    return unicodedata.normalize("NFC", stem if ending.lower() in VIDEO_ENDINGS else name)
+
+
+@lru_cache(maxsize=64)
+def names_by_stem(folder: Path, changed: int) -> dict[str, list[str]]:
+    """The video files of a folder by their bare names. changed: its time of change, so that what is kept is not old."""
+    names: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(folder)):
+        if name.lower().endswith(VIDEO_ENDINGS):
+            names.setdefault(bare_name(name), []).append(name)
+    return names
+
+
+def with_any_ending(path: Path) -> Path:
+    """The path of a video; where there is no such file, that of the only one beside it with another video's ending."""
+    if path.suffix.lower() not in VIDEO_ENDINGS or path.exists() or not path.parent.is_dir():
+        return path
+    names = names_by_stem(path.parent, path.parent.stat().st_mtime_ns).get(bare_name(path.name), [])
+    return path.with_name(names[0]) if len(names) == 1 else path
+
+
+# --- Records ------------------------------------------------------------------------------------------------------------
 
 
 class Pairs(dict):
@@ -36,17 +205,23 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_objects(path: Path, expected: str, refuse: Refuse) -> Iterator[tuple[str, dict]]:
-    """(place, object) of each line of a JSONL file, read one at a time, or of each element of a JSON list."""
-    begin = next(read_lines(path), ("", ""))[1][:1]
-    if begin not in ("{", "["):
+    """(place, object) of each line of a JSONL file or row of a parquet file, read one at a time, of each element of a JSON
+    list (which may be the one list in an object), or of each of several objects that go over lines."""
+    if is_parquet(path):
+        yield from read_parquet(path)
+        return
+    first = next(read_lines(path), ("", ""))[1]
+    if first[:1] not in ("{", "["):
         raise ClipError(f"{path}: neither JSONL nor a JSON list; expected {expected}")
-    if begin == "[":
+    if first[:1] == "[":
         items = ((f"{path.name}: element {i}", x) for i, x in enumerate(read_json(path, list, expected), 1))
+    elif (objects := whole_objects(path, first)) is not None:
+        items = ((f"{path.name}: element {i}", x) for i, x in enumerate(objects, 1))
     else:
         items = read_lines(path)
     for where, item in items:
         try:
-            item = json.loads(item) if begin == "{" else item
+            item = json.loads(item) if isinstance(item, str) else item
         except (ValueError, RecursionError) as error:
             refuse(where, "malformed record", "", item, f"write one JSON object a line ({error})")
             continue
@@ -54,6 +229,80 @@ def read_objects(path: Path, expected: str, refuse: Refuse) -> Iterator[tuple[st
             yield where, item
         else:
             refuse(where, "malformed record", "", item, f"expected {expected}")
+
+
+def whole_objects(path: Path, first: str) -> list | None:
+    """The objects of a file of JSON objects that go over lines, or the elements of the one list in a single object; None
+    for JSONL. Of broken JSON the text that cannot be read stands for the object. first: the first line with text."""
+    try:
+        if find_records(json.loads(first)) is None or len(list(zip(read_lines(path), range(2)))) > 1:
+            return None  # each line by itself
+    except (ValueError, RecursionError):
+        pass
+    try:
+        text, at, objects = path.read_text("utf-8-sig"), 0, []
+        while at < len(text.rstrip()):
+            at += len(text[at:]) - len(text[at:].lstrip())
+            found, at = json.JSONDecoder().raw_decode(text, at)
+            objects.append(found)
+    except (ValueError, RecursionError):
+        if not objects:
+            return None
+        objects.append(text[at : at + 200])
+    return (find_records(objects[0]) if len(objects) == 1 else None) or objects
+
+
+def find_records(record: object) -> list | None:
+    """The records of {"data": [{...}, ...]}, however the key is called; None for what is a record itself."""
+    if not isinstance(record, dict) or known_record(record):
+        return None
+    lists = [value for value in record.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    return lists[0] if len(lists) == 1 else None
+
+
+def known_record(record: Mapping) -> tuple[str, str] | None:
+    """What a JSON object is a record of: (in words, the importer that reads it), or None for no form that is known."""
+    if "conversations" in record or "conversation" in record:
+        return "LLaVA conversations", "llava"
+    if "messages" in record and "vid" in record:
+        return "DREAM-1K", "dream-1k"
+    if "messages" in record:
+        swift = any(name in record for name in ("videos", "images", "audios"))
+        return ("ms-swift messages", "swift") if swift else ("chat messages (OpenAI, TRL)", "messages")
+    for prompt, answer in (("query", "response"), ("instruction", "output")):
+        if prompt in record and answer in record:
+            return f"ms-swift {prompt} and {answer}", "swift"
+    if "chosen" in record or ("prompt" in record and "completion" in record):
+        return "TRL prompt and completion", "messages"
+    if "motion_caption" in record:
+        return "MotionBench captions", "motionbench"
+    if "template" in record and "label" in record:
+        return "Something-Something v2", "something-something"
+    if "video_file" in record and "description" in record:
+        return "DREAM-1K", "dream-1k"
+    return None
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a file begins as parquet does."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1"
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
+    """(place, row) of a parquet file, a few rows at a time. Raises ClipError where it cannot be read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=64):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path.name}: row {number}", row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ClipError(f"{path}: not readable as parquet behind row {number} ({str(error)[:100]})") from None
 
 
 def read_table(path: Path, columns: list[str], refuse: Refuse) -> Iterator[tuple[str, dict[str, str]]]:

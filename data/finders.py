@@ -24,6 +24,7 @@ from torch import Tensor
 
 import vp
 from data import packing, videolm
+from data.user_text import space_out
 
 
 @dataclass
@@ -277,7 +278,8 @@ def load_image_text(model: str):
     @torch.no_grad()
     def score(frames: Tensor, keywords: Sequence[str]) -> Tensor:
         padding = "max_length" if "siglip" in network.config.model_type else True
-        inputs = processor(text=list(keywords), images=list(frames), return_tensors="pt", padding=padding, truncation=True)
+        texts = [space_out(processor.tokenizer, keyword) for keyword in keywords]
+        inputs = processor(text=texts, images=list(frames), return_tensors="pt", padding=padding, truncation=True)
         out = network(**inputs.to(device))
         return F.normalize(out.image_embeds, dim=-1) @ F.normalize(out.text_embeds, dim=-1).T
 
@@ -307,6 +309,8 @@ class BenchSettings:
     """Annotation file (JSONL) with keywords and key_spans."""
     root: Path | None = None
     """Folder of the videos (default: the annotation file's)."""
+    follow_links: bool = False
+    """Read videos that are links to files outside the root, as all files of a hub cache are."""
     model: str | None = None
     """Checkpoint of stage 1, for the finder self."""
     clip_model: str | None = None
@@ -322,18 +326,20 @@ def main(s: BenchSettings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from data.clips import ClipError, load_clips, read_frames
+    from data.clips import ClipError, load_clips, named, read_frames
     from data.curate import Models
     from data.curate import Settings as CurateSettings
 
     wanted = ("motion", *(["self"] if s.model else []), *(["clip"] if s.clip_model else []))
     about = dict(finders=wanted, model=s.model, clip_model=s.clip_model, fps=s.fps, max_frames=s.max_frames)
     models = Models(CurateSettings(s.data, Path(), **about))
-    clips, problems = load_clips(s.data, s.root)
+    clips, problems = load_clips(s.data, s.root, s.follow_links)
     scores: dict[str, list[tuple[float, bool]]] = {}
     for clip in clips:
         try:
-            frames = read_frames(clip, s.max_frames, s.fps)
+            with named(clip):
+                frames = read_frames(clip, s.max_frames, s.fps)
+                own = models.own_evidence(clip, frames) if s.model else []
         except ClipError as error:
             problems.append(str(error))
             continue
@@ -344,7 +350,7 @@ def main(s: BenchSettings) -> None:
         middle = 1 - (torch.arange(count) / max(1, count - 1) - 0.5).abs()
         found["middle 70 %"] = [Evidence((middle > 0.65).float() + 0.01 * middle, 1.0)] * len(clip.keywords)
         if s.model:
-            found["self"] = models.own_evidence(clip, frames)
+            found["self"] = own
             found["motion self"] = [combine(pair) for pair in zip(found["motion"], found["self"])]
         if s.clip_model:
             found["clip"] = image_text_evidence(models.image_text, frames.pixels, clip.keywords)

@@ -5,6 +5,7 @@ refuses by name, and goes on. Paths in the files cannot leave the root.
 """
 
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.clips import ClipError, load_clips
-from data.files import read_json, read_objects
+from data.files import PathError, inside_root, path_below, read_json, read_objects, with_any_ending
 from data.importers import is_seconds
 from data.scoring import LETTERS
 
@@ -94,17 +95,14 @@ MOTIONBENCH = ("Motion Recognition", "Motion-related Objects", "Location-related
 
 
 def below(root: Path, path: str, where: str, refuse: Refuse, name: str = "video") -> Path | None:
-    """The path below root that a record names, or None where it leaves root (and was refused)."""
+    """The path below root that a record names, or None if it leaves root (and was refused). Another video's ending than the
+    record's is fine. Links are for load_benchmark to judge."""
     try:
-        found = (root / path).resolve()
-        found.exists()  # raises where a name is too long for any file
-        if found.is_relative_to(root.resolve()):
-            return root / path
-        mend = f"it leaves the root {root}; move it there or name another root"
-    except (OSError, ValueError) as error:
-        mend = f"not a path ({error})"
-    refuse(where, name, path, mend)
-    return None
+        inside_root(path, root, follow_links=True)
+        return with_any_ending(root / path_below(path, root))
+    except PathError as error:
+        refuse(where, name, path, str(error))
+        return None
 
 
 def video_name(key: str) -> str:
@@ -134,6 +132,40 @@ def metadata(root: Path, ending: str, expected: str, refuse: Refuse) -> Iterator
         yield from ((source, *pair) for pair in records(path, dict, expected, refuse))
 
 
+# How an option begins, from the strictest form to the loosest; {} is its letter. The first form in which all four stand
+# decides, so that " B. " inside a text does no harm.
+OPTION_FORMS = (
+    r", {}\. ",
+    r"[,;|\n]\s*[(\[]?{}[.):\]]+",  # "B.The vehicle", "B)The", an option a line
+    r"(?i)[,;|\n]\s*[(\[]?{}[.):\]]+",
+    r",? {}\. ",
+    r"(?<![A-Za-z0-9])[(\[]?{}[.):\]]+",  # nothing, or only a full stop, before the letter
+    r"(?i)(?<![A-Za-z0-9])[(\[]?{}[.):\]]+",
+    r"[,;|\n]\s*{}[.):\]]* ",  # nothing behind it
+)
+
+
+def split_options(text: str) -> tuple[str, ...] | None:
+    """The texts of the options A to D in one string, or None if they cannot be told apart.
+
+    >>> split_options("A. a car, or B. Smith, B.The vehicle, C)x , D. y.")
+    ('a car, or B. Smith', 'The vehicle', 'x', 'y.')
+    """
+    text = f", {text.strip()}"  # the first option begins as the others do
+    for form in OPTION_FORMS:
+        marks, position = [], 0
+        for letter in "ABCD":
+            mark = re.compile(form.format(letter)).search(text, position)
+            if mark is None or (letter == "A" and text[: mark.start()].strip(" ,")):
+                break
+            marks.append(mark)
+            position = mark.end()
+        ends = [mark.start() for mark in marks[1:]] + [len(text)]
+        if len(marks) == 4:
+            return tuple(text[mark.end() : end].strip(" ,;|\n") for mark, end in zip(marks, ends))
+    return None
+
+
 def vru_accident(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]:
     """VRU-Accident, MetaData/S/S_VQA_annotation.json: {video: {category: {"question", "options": "A. x, B. y, C. z, D. w",
     "GT": "D"}}}; videos below VRU_videos. Read in Kimyounggun99/VRU-Accident and, whole files, in its anonymous copy."""
@@ -149,13 +181,13 @@ def vru_accident(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Questi
             if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in ("question", "options")):
                 refuse(place, "", entry, 'give the texts "question" and "options"')
                 continue
-            parsed = re.fullmatch(r"A\. (.*?),? B\. (.*?),? C\. (.*?),? D\. (.*)", entry["options"].strip(), re.DOTALL)
+            options = split_options(entry["options"].strip())
             answer = letter_of(entry.get("GT"), 4, place, "GT", refuse)
-            if not parsed:
+            if options is None:
                 refuse(place, "options", entry["options"], 'write "A. x, B. y, C. z, D. w"')
             elif answer != "":
-                yield Question(f"{video_name(key)}/{category}", video, category, entry["question"], parsed.groups(),
-                               answer, record={"options": entry["options"]})  # fmt: skip
+                yield Question(f"{video_name(key)}/{category}", video, category, entry["question"], options, answer,
+                               record={"options": entry["options"]})  # fmt: skip
 
 
 def vru_accident_captions(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]:
@@ -230,8 +262,8 @@ def mvbench(root: Path, refuse: Refuse, subtitles: bool, tasks: dict = MVBENCH) 
                 refuse(where, "", entry, 'give the texts "video" and "question", and "candidates", a list of texts')
                 continue
             options = tuple(map(str, options))
-            if not 1 < len(options) <= len(LETTERS):
-                refuse(where, "candidates", options, f"give 2 to {len(LETTERS)} options")
+            if not 1 <= len(options) <= len(LETTERS):  # the authors ask questions with one candidate, too
+                refuse(where, "candidates", options, f"give 1 to {len(LETTERS)} options")
                 continue
             answer = entry.get("answer")
             if answer is not None and str(answer) not in options:
@@ -281,7 +313,7 @@ def video_mme(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]
         options = row["options"]
         if not all(isinstance(text, str) and text for text in texts):
             refuse(where, "", row, "give texts in every column but options")
-        elif not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) for o in options):
+        elif not isinstance(options, list) or not options or not all(isinstance(o, str) for o in options):
             refuse(where, "options", options, "give a list of texts")
         elif video := below(root / "data", f"{row['videoID']}.mp4", where, refuse, "videoID"):
             answer = letter_of(row["answer"], len(options), where, "answer", refuse)
@@ -330,7 +362,7 @@ def tempcompass(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Questio
                             refuse(id, "answer", answer, "give one of the question's options, which begin with A, B, ...")
                             continue
                         right = LETTERS[labels.index(given[0])]
-                    record = {"kind": kind, "stem": stem, "labels": labels, "groups": {"aspect": aspect}}
+                    record = {"kind": kind, "stem": stem, "labels": labels, "answer": answer, "groups": {"aspect": aspect}}
                     yield Question(id, video, kind, text, options, right, record=record)
 
 
@@ -360,16 +392,19 @@ def dream_1k(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]:
             yield Question(id, file, category, text, (), caption, record={"events": events or [caption]})
 
 
-def own_clips(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]:
-    """One's own clips, see data/clips.py: the root is a JSONL file, its videos below the same folder, or a folder with
-    clips.jsonl. A clip is called by its video and part."""
-    path = root if root.suffix == ".jsonl" else root / "clips.jsonl"
-    clips, problems = load_clips(path)
+def own_clips(
+    root: Path, refuse: Refuse, subtitles: bool, follow_links: bool = False, videos: Path | None = None
+) -> Iterator[Question]:
+    """One's own clips, see data/clips.py: the root is a JSONL file, or a folder with clips.jsonl; the paths of the videos
+    are below `videos` (default: the file's folder). A clip is called by its video and part."""
+    path = root / "clips.jsonl" if root.is_dir() else root
+    clips, problems = load_clips(path, videos, follow_links)
+    videos = (videos or path.parent).resolve()
     for problem in problems:
         refuse(problem, "", "", "the line is skipped")
     seen = Counter()
     for clip in clips:
-        id = str(clip.video.relative_to(path.parent.resolve()))
+        id = os.path.relpath(clip.video, videos)
         id += f"@{clip.start:g}-{'' if clip.end is None else f'{clip.end:g}'}" * (clip.start > 0 or clip.end is not None)
         seen[id] += 1
         id += f"#{seen[id]}" * (seen[id] > 1)

@@ -1,40 +1,65 @@
 """Importers: captioned video sets that people have -> captions.jsonl, the annotation file of data/clips.py.
 
+    python -m data.importers llava conversations.json --videos videos --out clips.jsonl
     python -m data.importers activitynet train.json --videos videos --out captions.jsonl
     python -m data.importers csv table.csv --videos videos --out captions.jsonl --video-column file --caption-column text
     python -m data.importers folder videos --videos videos --out captions.jsonl
 
+llava, swift and messages are the chat files of other trainers (JSON or JSONL); json and parquet, records with a field for
+the video and one for the caption.
+
 One clip a line: `video` (relative to --videos, which is the `root` when the file is read), `caption`, and `start`, `end`,
-`prompt` where the source has them. Sources keep their order. What cannot be imported is counted by reason and listed in
+`prompt` if the source has them. Sources keep their order. What cannot be imported is counted by reason and listed in
 `<out stem>.rejected.jsonl`: place in the source, field, what was found, what to do. Nothing is dropped in silence.
 
-Video files are found by name, whatever their extension and folder. Where the source names a folder too ("DoTA/VRU_1"),
-the file must lie in a folder of that name. Links that leave --videos are not followed.
+Video files are found by name, whatever their ending and folder. If the source names a folder too ("DoTA/VRU_1"), the file
+must lie in a folder of that name. Links that leave --videos are followed with --follow-links alone.
 """
 
 import hashlib
 import itertools
 import json
 import os
-import re
 import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data.clips import ClipError, is_number
-from data.files import Refuse, read_json, read_lines, read_objects, read_table, seconds
+from data.chats import Unusable, chat_clip, video_path, without_mark
+from data.clips import FIELDS, ClipError, is_number, parse_line
+from data.files import (
+    COMMON_ENDINGS,
+    VIDEO_ENDINGS,
+    PathError,
+    Refuse,
+    bare_name,
+    inside_root,
+    is_broken,
+    list_files,
+    path_below,
+    read_json,
+    read_lines,
+    read_objects,
+    read_table,
+    seconds,
+)
 
-EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 Format = Literal[
+    "llava",
+    "swift",
+    "messages",
+    "json",
+    "parquet",
+    "csv",
+    "folder",
     "activitynet",
     "charades",
     "charades-sta",
@@ -42,8 +67,6 @@ Format = Literal[
     "motionbench",
     "vru-accident",
     "something-something",
-    "csv",
-    "folder",
 ]
 
 
@@ -55,27 +78,27 @@ class Settings:
     """Form of the source."""
     source: tyro.conf.Positional[Path]
     """Annotation file; vru-accident: one, or the MetaData folder; folder: the one with the .txt files."""
-    videos: Path
+    videos: Annotated[Path, tyro.conf.arg(aliases=["--root"])]
     """Folder below which the video files lie."""
     out: Path = Path("captions.jsonl")
     """Annotation file to write."""
     video_column: str = "video"
-    """csv: column of the video's name or path."""
+    """csv, json, parquet: column of the video's name or path."""
     caption_column: str = "caption"
-    """csv: column of the caption."""
+    """csv, json, parquet: column of the caption."""
     start_column: str | None = None
-    """csv: column of the start in seconds (default: start, where there is one)."""
+    """csv, json, parquet: column of the start in seconds (default: start, if there is one)."""
     end_column: str | None = None
-    """csv: column of the end in seconds (default: end, where there is one)."""
-
-
-"""refuse(where, reason, field, found, mend) notes what cannot be imported."""
+    """csv, json, parquet: column of the end in seconds (default: end, if there is one)."""
+    follow_links: bool = False
+    """Follow links that leave --videos, as all files of a hub cache are."""
 
 
 @dataclass
 class Record:
-    """A caption as the source has it, unchecked. names: our field -> the source's, for messages. other_name: tried where no
-    file is called `video`. duration: of the whole video, in seconds; bounds `end`."""
+    """A caption as the source has it, unchecked. names: our field -> the source's, for messages. other_name: tried if no
+    file is called `video`. duration: of the whole video, in seconds; bounds `end`. more: further fields of clips.jsonl.
+    notes: what is left out of it, to be counted."""
 
     where: str
     video: object
@@ -86,75 +109,86 @@ class Record:
     prompt: str | None = None
     duration: object = None
     other_name: str = ""
+    more: dict[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 # --- Video files --------------------------------------------------------------------------------------------------------
 
 
-def files_below(root: Path, suffixes: tuple[str, ...], notes: Counter) -> list[PurePosixPath]:
-    """Files below root with these suffixes, sorted, relative to root; what is passed over is counted in notes."""
-    found, real = [], root.resolve()
-    for above, subfolders, names in os.walk(root):
-        notes["links to folders, not followed"] += sum(Path(above, name).is_symlink() for name in subfolders)
-        for path in (Path(above, name) for name in names if name.lower().endswith(suffixes)):
-            if path.is_symlink() and not path.resolve().is_relative_to(real):
-                notes["links that leave the folder, not followed"] += 1
-            elif is_broken(str(path)):
-                notes["file names that are not UTF-8"] += 1
-            elif path.is_file():
-                found.append(PurePosixPath(path.relative_to(root)))
-    return sorted(found)
+def opens(path: Path) -> bool:
+    """Whether FFmpeg opens a file as a video; asked for files of an unknown ending, such as the blobs of a hub cache."""
+    from torchcodec.decoders import VideoDecoder
 
-
-def is_broken(text: str) -> bool:
-    """Whether a text cannot be written as UTF-8."""
-    return re.search("[\ud800-\udfff]", text) is not None
-
-
-def bare_name(name: str) -> str:
-    """A file name without a video's extension, in one Unicode form (macOS writes another than most annotation files).
-
-    >>> bare_name("a.b.MP4"), bare_name("a.b")
-    ('a.b', 'a.b')
-    """
-    stem, extension = os.path.splitext(name)
-    return unicodedata.normalize("NFC", stem if extension.lower() in EXTENSIONS else name)
+    try:
+        return VideoDecoder(path).metadata.width is not None
+    except (RuntimeError, ValueError, OSError):
+        return False
 
 
 class VideoIndex:
     """The video files below a folder, listed once. notes counts what was passed over."""
 
-    def __init__(self, root: Path):
-        self.notes, self.above = Counter(), root.resolve().parts
-        self.files = files_below(root, EXTENSIONS, self.notes)
-        if not self.files:
-            raise ClipError(f"--videos {root}: no folder with video files ({' '.join(EXTENSIONS)}); name another")
-        self.by_name: dict[str, list[PurePosixPath]] = {}
+    def __init__(self, root: Path, follow_links: bool = False):
+        listing = list_files(root, VIDEO_ENDINGS, follow_links)
+        self.root, self.follow_links, self.above = root, follow_links, root.resolve().parts
+        self.files, self.links, self.notes = listing.files, listing.links, listing.notes
+        if not self.files and self.links:
+            found = (
+                f"--videos {root}: it holds no video, but its {len(self.links)} links leave it, as those of a hub cache do"
+            )
+            raise ClipError(f"{found}; give --follow-links too")
+        if not self.files and not any(path.is_file() and not path.suffix for path in root.rglob("*")):
+            raise ClipError(
+                f"--videos {root}: no folder with video files ({' '.join(VIDEO_ENDINGS[:8])} ...); name another"
+            )
+        self.known = set(self.files)
+        self.by_name: dict[str, dict[PurePosixPath, None]] = {}
         for path in self.files:
-            self.by_name.setdefault(bare_name(path.name), []).append(path)
+            for name in (bare_name(path.name), unicodedata.normalize("NFC", path.name)):
+                self.by_name.setdefault(name, {})[path] = None
 
     def shared_folders(self, a: PurePosixPath, b: PurePosixPath) -> int:
         """How many folders, counted upwards from the file, have the same name; those above the root count for b."""
         pairs = zip(reversed(a.parent.parts), reversed(self.above + b.parent.parts))
         return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
-    def find(self, name: str, other_name: str = "") -> PurePosixPath | tuple[str, str]:
-        """The one file that is meant, or the reason why there is none, and the mend."""
-        wanted = PurePosixPath(name.strip().replace("\\", "/"))
-        if wanted.is_absolute() or ".." in wanted.parts or re.match("[A-Za-z]:/", str(wanted)):
+    def named(self, name: str) -> list[PurePosixPath]:
+        """The files of a name, with or without its ending. Ids may have dots: "scene.264" is scene.264.mp4, too."""
+        whole = unicodedata.normalize("NFC", name)
+        return list(self.by_name.get(whole, {}) | self.by_name.get(bare_name(name), {}))
+
+    def find(self, name: str, other_name: str = "", folder: bool = False) -> PurePosixPath | tuple[str, str]:
+        """The one file that is meant, or the reason why there is none, and the fix. folder: a folder of frames is meant."""
+        try:
+            wanted = PurePosixPath(Path(path_below(name.strip(), self.root)))
+            exact = inside_root(name.strip(), self.root, self.follow_links)
+        except PathError as error:
+            return "path leaves the folder" if error.leaves else "video missing", str(error)
+        if ".." in name.replace("\\", "/").split("/"):
             return "path leaves the folder", "write it relative to --videos, without .."
-        fits = self.by_name.get(bare_name(wanted.name)) or self.by_name.get(bare_name(other_name), [])
-        if wanted in fits:
+        if wanted in self.known or (exact.is_dir() and folder):
             return wanted
+        fits = self.named(wanted.name) or self.named(other_name)
         if not fits:
-            return "video missing", f"put the file below --videos ({' '.join(EXTENSIONS)}) or take the record out"
+            names = {bare_name(wanted.name), bare_name(other_name)}
+            if link := next((link for link in self.links if bare_name(link.name) in names), None):
+                return "video missing", f"{link} is a link that leaves the folder; allow it with --follow-links"
+            if exact.is_file() and opens(exact):
+                return wanted
+            return (
+                "video missing",
+                f"put the file below --videos ({' '.join(VIDEO_ENDINGS[:8])} ...) or take the record out",
+            )
         best = max(self.shared_folders(wanted, path) for path in fits)
         if best == 0 and len(wanted.parts) > 1:
             return "video missing", f"no folder '{wanted.parent.name}' has it, but there is {fits[0]}; correct the path"
         fits = [path for path in fits if self.shared_folders(wanted, path) == best]
         fits = [path for path in fits if path.name == wanted.name] or fits
-        if len(fits) > 1:
-            return "several videos", f"name one of {', '.join(map(str, fits[:4]))} with its folder and extension"
+        fits = [path for path in fits if bare_name(path.name) == wanted.name] or fits
+        fits = [path for path in fits if path.suffix.lower() in COMMON_ENDINGS] or fits
+        if len({os.path.realpath(self.root / path) for path in fits}) > 1:
+            return "several videos", f"name one of {', '.join(map(str, fits[:4]))} with its folder and ending"
         return fits[0]
 
 
@@ -230,7 +264,6 @@ def dream_1k(s: Settings, refuse: Refuse) -> Iterator[Record]:
             else:
                 name, caption, prompt = "description", entry["description"], ""
             video = entry["vid"] if "vid" in entry else PurePosixPath(entry["video_file"]).name
-            prompt = prompt.replace("<video>", "").strip() or None
         except (KeyError, TypeError, AttributeError, StopIteration):
             refuse(where, "malformed record", "", entry, "give vid, and a caption as in DREAM-1k.jsonl")
             continue
@@ -288,10 +321,37 @@ def csv_table(s: Settings, refuse: Refuse) -> Iterator[Record]:
         yield Record(where, row.get(s.video_column), row.get(s.caption_column), names, *times)
 
 
+def records(s: Settings, refuse: Refuse) -> Iterator[Record]:
+    """Records with a field for the video and one for the caption, named by flags: JSONL, a JSON list, parquet. A list of
+    captions makes a clip for each. What else clips.jsonl knows is kept (prompt, keywords, ...), the rest is counted."""
+    start, end = s.start_column or "start", s.end_column or "end"
+    names = {"video": s.video_column, "caption": s.caption_column, "start": start, "end": end}
+    ours = {name for name in FIELDS if name not in ("video", "caption", "start", "end", "prompt")}
+    for where, entry in read_objects(s.source, "records with a video and a caption", refuse):
+        if missing := [name for name in (s.video_column, s.caption_column) if name not in entry]:
+            fix = f"name the fields by --video-column and --caption-column; it has {', '.join(entry)}"
+            refuse(where, "malformed record", missing[0], entry, fix)
+            continue
+        try:
+            video = video_path(entry[s.video_column], s.video_column)
+        except Unusable as error:
+            refuse(where, error.reason, error.name, error.found, error.fix)
+            continue
+        captions = entry[s.caption_column]
+        captions = captions if isinstance(captions, list) and captions else [captions]
+        more = {name: entry[name] for name in ours if entry.get(name) is not None}
+        left = [n for n in entry if n not in (*FIELDS, *names.values()) and entry[n] is not None]
+        notes = tuple(f"fields left out: {name}" for name in left)
+        for i, caption in enumerate(captions, 1):
+            place = f"{where}, caption {i}" if len(captions) > 1 else where
+            times, prompt = (entry.get(start), entry.get(end)), entry.get("prompt")
+            yield Record(place, video, caption, names, *times, prompt=prompt, more=more, notes=notes)
+
+
 def folder(s: Settings, refuse: Refuse) -> Iterator[Record]:
     """Every video below --videos, its caption in a .txt of the same path and stem below SOURCE (mostly the same folder)."""
-    texts = dict.fromkeys(files_below(s.source, (".txt",), Counter()), False)  # -> whether it has a video
-    for video in files_below(s.videos, EXTENSIONS, Counter()):
+    texts = dict.fromkeys(list_files(s.source, (".txt",), s.follow_links).files, False)  # -> whether it has a video
+    for video in list_files(s.videos, VIDEO_ENDINGS, s.follow_links).files:
         text = video.with_suffix(".txt")
         if text in texts:
             texts[text] = True
@@ -302,7 +362,40 @@ def folder(s: Settings, refuse: Refuse) -> Iterator[Record]:
         refuse(str(text), "video missing", "video", "no video of this name", "add the video, or take the .txt away")
 
 
+def chats(s: Settings, refuse: Refuse) -> Iterator[Record]:
+    """The chat files of other trainers, JSONL, a JSON list or parquet. A record makes one clip.
+
+    LLaVA: [{"id", "video": "a.mp4", "conversations": [{"from": "human", "value": "<image>\\nDescribe."},
+    {"from": "gpt", "value": "..."}]}]. ms-swift: {"messages": [{"role", "content": "<video>..."}], "videos": ["a.mp4"]}, or
+    query, response, history; or conversation with human and assistant; or instruction, input, output. OpenAI and TRL:
+    {"messages": [{"role", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "..."}]}]}, or prompt
+    and completion (or chosen); the video also as path, url or {"type": "video_url", "video_url": {"url"}}, its part as
+    video_start and video_end.
+
+    Checked in zjysteven/lmms-finetune, docs/dataset.md, and public copies of LLaVA-Video-178K (where <image> stands for the
+    video); modelscope/ms-swift, docs/source_en/Customization/Custom-dataset.md; huggingface/trl,
+    docs/source/dataset_formats.md and examples/scripts/sft_video_llm.py.
+    """
+    for where, entry in read_objects(s.source, f"chats in the form of {s.format}", refuse):
+        try:
+            clip = chat_clip(entry)
+        except Unusable as error:
+            refuse(where, error.reason, error.name, error.found, error.fix)
+            continue
+        for name, text in clip.further:
+            refuse(where, "further turn", name, text, "make a record of its own of it, if it can be understood alone")
+        times = clip.start, clip.end
+        yield Record(where, clip.video, clip.caption, clip.names, *times, prompt=clip.prompt, notes=clip.notes)
+
+
 IMPORTERS = {
+    "llava": chats,
+    "swift": chats,
+    "messages": chats,
+    "json": records,
+    "parquet": records,
+    "csv": csv_table,
+    "folder": folder,
     "activitynet": activitynet,
     "charades": charades,
     "charades-sta": charades_sta,
@@ -310,8 +403,6 @@ IMPORTERS = {
     "motionbench": motionbench,
     "vru-accident": vru_accident,
     "something-something": something_something,
-    "csv": csv_table,
-    "folder": folder,
 }
 
 
@@ -327,7 +418,7 @@ def is_seconds(value: object) -> bool:
 
 
 def make_clip(record: Record, index: VideoIndex, refuse: Refuse) -> dict | None:
-    """The line of a record, or None where it was refused. An end behind the video's duration is cut to it, and counted."""
+    """The line of a record, or None if it was refused. An end behind the video's duration is cut to it, and counted."""
 
     def reject(reason: str, name: str, found: object, mend: str) -> None:
         refuse(record.where, reason, record.names.get(name, name), found, mend)
@@ -340,6 +431,10 @@ def make_clip(record: Record, index: VideoIndex, refuse: Refuse) -> dict | None:
         return reject("caption empty", "caption", record.caption, "write a caption, or take the record out")
     if not (video or "").strip():
         return reject("malformed record", "video", video, "name the video")
+    prompt = without_mark(record.prompt or "")
+    if prompt is None:
+        fix = "give one mark like <video>, at the head of the prompt, for the one video"
+        return reject("mark inside the prompt", "prompt", record.prompt, fix)
     start, end, duration = record.start, record.end, record.duration
     for name, value in (("start", start), ("end", end), ("duration", duration)):
         if value is not None and not is_seconds(value):
@@ -348,14 +443,22 @@ def make_clip(record: Record, index: VideoIndex, refuse: Refuse) -> dict | None:
         return reject("bad times", "end", [start, end], "the end must be more than the start")
     if duration is not None and (start or 0) >= duration:
         return reject("bad times", "start", [start, end], f"the video lasts {duration:g} s")
-    found = index.find(video, record.other_name)
+    found = index.find(video, record.other_name, "frames_per_second" in record.more)
     if isinstance(found, tuple):
         return reject(found[0], "video", video, found[1])
     if duration is not None and end is not None and end > duration:
         index.notes["ends cut to the video's duration"] += 1
         end = duration
-    clip = {"video": str(found), "caption": record.caption.strip(), "start": start, "end": end, "prompt": record.prompt}
-    return {name: value for name, value in clip.items() if value is not None}
+    clip = {"video": str(found), "caption": record.caption.strip(), "start": start, "end": end, "prompt": prompt or None}
+    clip = {name: value for name, value in (clip | record.more).items() if value is not None}
+    try:
+        line = json.dumps(clip, ensure_ascii=False)
+        line.encode()
+        parse_line(line, record.where, index.root, index.follow_links)  # what is written can be read
+    except (ClipError, TypeError, ValueError) as error:
+        return reject("not a clip", "", clip, str(error).removeprefix(f"{record.where}: "))
+    index.notes.update(record.notes)
+    return clip
 
 
 def run_import(s: Settings, console: Console) -> int:
@@ -365,7 +468,7 @@ def run_import(s: Settings, console: Console) -> int:
         raise ClipError(f"{s.source}: no such file; expected the annotation file of {s.format}")
     if any(path.exists() and path.samefile(s.source) for path in (s.out, rejected)):
         raise ClipError(f"--out {s.out}: would overwrite the source {s.source}; give another file")
-    index, reasons, seen, videos = VideoIndex(s.videos), Counter(), {}, set()
+    index, reasons, seen, videos = VideoIndex(s.videos, s.follow_links), Counter(), {}, set()
     s.out.parent.mkdir(parents=True, exist_ok=True)
     parts = [path.with_name(path.name + ".part") for path in (s.out, rejected)]
 
@@ -405,7 +508,8 @@ def run_import(s: Settings, console: Console) -> int:
     console.print(table)
     if not seen:
         raise ClipError(f"{s.source}: no clip could be imported as {s.format}; see {rejected}")
-    shown = escape(f"{s.out}, its videos relative to {s.videos}; rejected: {rejected}")
+    read_with = ", read with --follow-links" * s.follow_links
+    shown = escape(f"{s.out}, its videos relative to {s.videos}{read_with}; rejected: {rejected}")
     console.print(shown, soft_wrap=True, highlight=False)
     return len(seen)
 

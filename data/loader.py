@@ -14,7 +14,7 @@ import torch
 from pebble import ProcessExpired, ProcessPool
 
 import vp
-from data.clips import Clip, ClipError, Preparation, prepare
+from data.clips import Clip, ClipError, Preparation, named, prepare
 
 _make: Callable | None = None  # of a worker process: sent once, not with every clip
 
@@ -26,8 +26,10 @@ def _start_worker(make: Callable) -> None:
 
 
 def _work(clip: Clip, seed: Sequence[int]) -> bytes:
-    # Plain bytes, not shared memory: nothing that a killed worker still owns is left in the parent.
-    return pickle.dumps(_make(clip, seed=seed), pickle.HIGHEST_PROTOCOL)
+    # Plain bytes, not shared memory: nothing that a killed worker still owns is left in the parent. And errors in words:
+    # an exception of a library may not survive the way there.
+    with named(clip):
+        return pickle.dumps(_make(clip, seed=seed), pickle.HIGHEST_PROTOCOL)
 
 
 def worker_context(module: str) -> multiprocessing.context.BaseContext:
@@ -114,7 +116,8 @@ class ClipLoader:
             yield from ((epoch, int(i)) for i in indices)
 
     def examples(self, epochs: int | None = None) -> Iterator[tuple[int, vp.Example]]:
-        """(clip index, example), in an order that depends on the seed alone. Raises ClipError when too many are lost."""
+        """(clip index, example), in an order that depends on the seed alone. Raises ClipError when too many are lost, or,
+        without a number of epochs, when none is left."""
         self.start()
         draws = self.order() if epochs is None else itertools.takewhile(lambda d: d[0] < epochs, self.order())
         mine = (
@@ -129,21 +132,29 @@ class ClipLoader:
                 if index not in self.skipped:
                     ahead.append((place, index, self.submit(epoch, index)))
             if not ahead:
+                if epochs is None:
+                    listed = "".join(f"\n  {reason}" for reason in self.skipped.values())
+                    raise ClipError(f"none of {len(self.clips)} clips can be used:{listed}")
                 return
             place, index, result = ahead.popleft()
             self.position = place + 1
             if index in self.skipped:
                 continue
+            clip, example = self.clips[index], None
             try:
-                yield index, result()
+                with named(clip):
+                    try:
+                        example = result()
+                    except TimeoutError:
+                        hung = f"the decoder hung for {self.time_limit:g} s and was stopped"
+                        raise ClipError(f"{clip.where}: {clip.video}: {hung}") from None
+                    except ProcessExpired as error:
+                        crashed = f"the decoder crashed (exit code {error.exitcode})"
+                        raise ClipError(f"{clip.where}: {clip.video}: {crashed}") from None
             except ClipError as error:
                 self.skip(index, str(error))
-            except TimeoutError:
-                where = f"{self.clips[index].where}: {self.clips[index].video}"
-                self.skip(index, f"{where}: the decoder hung for {self.time_limit:g} s and was stopped")
-            except ProcessExpired as error:
-                where = f"{self.clips[index].where}: {self.clips[index].video}"
-                self.skip(index, f"{where}: the decoder crashed (exit code {error.exitcode})")
+            else:
+                yield index, example
 
     def submit(self, epoch: int, index: int):
         """A function that gives the example, being made by a worker or, without workers, when it is called."""

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from data.clips import Clip, ClipError, Preparation, make_example, read_frames
+from data.clips import PROMPT, Clip, ClipError, Preparation, make_example, named, read_frames, split_long
 from data.models import LANGUAGE_LINEARS, VISION_LINEARS, find_checkpoint
 from data.sizes import random_config
 
@@ -49,15 +49,31 @@ def longest(clips: Sequence[Clip], preparation: Preparation) -> tuple[int, int]:
     """Visual tokens and text tokens that a clip may bring, at most: by the pictures of the first clips, and by the longest
     caption."""
     per_slot, text = 0, 0
-    for clip in [*clips[:3], max(clips, key=lambda c: len(c.caption))]:
+    for clip in [*clips[:3], *([max(clips, key=lambda c: len(c.prompt) + len(c.caption))] if clips else [])]:
         try:
-            frames = read_frames(clip, 4, frames_per_slot=preparation.frames_per_slot)
-            example = make_example(replace(clip, key_spans=None, keywords=[]), frames, preparation)
+            with named(clip):
+                frames = read_frames(clip, 4, frames_per_slot=preparation.frames_per_slot)
+                example = make_example(replace(clip, key_spans=None, keywords=[]), frames, preparation)
         except ClipError:
             continue
         visual = int((example.token_types == 2).sum())
         per_slot, text = max(per_slot, visual // int(example.grid[0])), max(text, len(example.input_ids) - visual)
     return per_slot * -(-preparation.max_frames // preparation.frames_per_slot), text
+
+
+def leave_out_long(
+    clips: Sequence[Clip], preparation: Preparation, limit: int | None, new_tokens: int = 0, captions: bool = True
+) -> tuple[list[Clip], list[str]]:
+    """The clips whose text is not too long, and a message for each of the others; see `data.clips.split_long`.
+
+    limit: --max-text-tokens; None: what the model's context leaves beside the video and new_tokens, a quarter of it at
+    least, since not every clip brings as many frames as one may.
+    """
+    if limit is None:
+        short = [replace(clip, caption="", prompt=PROMPT) for clip in clips[:3]]
+        visual, text = longest(short, preparation)
+        limit = max(preparation.context - visual - text - new_tokens, preparation.context // 4)
+    return split_long(clips, preparation.processor.tokenizer, limit, captions)
 
 
 def skeleton(model: str) -> nn.Module:
@@ -108,6 +124,10 @@ def estimate(hf: nn.Module, load: Load, settings: Mapping, gpu: bool, num_proces
         vision_kept = block
     labels = load.clips * (load.rollouts * load.new_tokens or load.text_tokens)
     cache = load.prompts * layers * half * kv * (2 * prompt + (load.rollouts + load.twin_rollouts) * load.new_tokens)
+    square = load.clips * (prompt + load.rollouts * load.new_tokens) ** 2 * (load.clips > 1 or load.rollouts > 0)
+    square = max(square, load.prompts * (load.text_tokens + 2 * load.visual_tokens) ** 2)  # of a prefix and its twin
+    # A block mask is worked out from 10 bytes a pair of tokens; sdpa makes numbers of its mask of bools, there and back.
+    masks = square * (10 if gpu and load.rollouts else 1 + 2 * half)
     largest = max(text.vocab_size * D, I * D) * half * (parts > 1)  # gathered from the other processes
     return {
         "weights": count / parts + largest,
@@ -117,6 +137,7 @@ def estimate(hf: nn.Module, load: Load, settings: Mapping, gpu: bool, num_proces
         "activations, vision encoder": load.clips * patches * vision_kept,
         "logits": 2 * 4 * min(labels, 4096) * text.vocab_size,
         "cache of the rollouts": float(cache),
+        "attention masks": float(masks),
     }
 
 
@@ -211,6 +232,8 @@ def lighter(hf: nn.Module, settings: Mapping, load: Load) -> dict[str, tuple[dic
     if per_slot >= 128:
         pixels = per_slot // 2 * (vision.patch_size * vision.spatial_merge_size) ** 2
         found[f"--max-pixels {pixels}"] = s | {"max_pixels": pixels}, half_the_video
+    if load.text_tokens >= 512:
+        found[f"--max-text-tokens {load.text_tokens // 2}"] = s, replace(load, text_tokens=load.text_tokens // 2)
     if load.rollouts > 4:
         found["--num-rollouts 4"] = s, replace(load, rollouts=4)
     return found

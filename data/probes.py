@@ -12,7 +12,7 @@ import itertools
 import random
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from rich.table import Table
 from data.answers import Lines, Part, covered
 from data.benchmarks import tabulate
 from data.clips import ClipError
-from data.score_report import percent
+from data.score_report import markdown_table, percent
 from data.scoring import names
 
 
@@ -36,15 +36,17 @@ def own_clips(parts: Sequence[Part], probe: str) -> list[Part]:
     return kept
 
 
-def hide(parts: Sequence[Part], lengths: Sequence[int], seed: int = 0) -> tuple[list[Part], list[str]]:
-    """Each clip hidden in footage of other clips, the whole as many clips long as each of `lengths` says.
+def hide(
+    parts: Sequence[Part], lengths: Sequence[int], seed: int = 0, limit: int | None = None
+) -> tuple[list[Part], list[str]]:
+    """Each clip, or the first `limit`, hidden in footage of other clips, the whole as many clips long as `lengths` say.
 
     The footage of a length holds that of the shorter ones, and no clip with one of the keywords. Returns the parts, their
     questions called "ID in LENGTH", and the clips that have too few others, by name.
     """
     parts, hidden, problems = own_clips(parts, "needle"), [], []
     keywords = [{k.casefold() for k in p.questions[0].record["clip"].keywords} for p in parts]
-    for part, own in zip(parts, keywords):
+    for part, own in zip(parts[:limit], keywords):
         q = part.questions[0]
         rng = random.Random(f"{seed} {q.id}")
         order = rng.sample(range(len(parts)), len(parts))
@@ -91,11 +93,25 @@ def needle_curve(parts: Sequence[Part], lines: Mapping[str, dict]) -> list[dict]
         recall = sum(names(k, record["response"]) for k in keywords) / len(keywords)
         rows.append({"video": str(q.video), "category": q.category, "groups": {}, "scores": {"keyword recall": recall}})
         shares[q.category] += [record["event share"]] if "event share" in record else []
-    return [
-        {"footage": category, "event share": sum(s) / len(s), **cells["keyword recall"]}
-        for category, cells in tabulate(rows)["category"].items()
-        if (s := shares[category])
+    cells = tabulate(rows)["category"] if rows else {}
+    return [  # a length whose clips were all skipped has no share, and no point
+        {"footage": category, "event share": sum(s) / len(s), **cells[category]["keyword recall"]}
+        for category, s in shares.items()
+        if s
     ]
+
+
+def ticks_apart(shares: Iterable[float], apart: float = 1.25) -> list[float]:
+    """Those shares, from the largest on, that are so many times smaller than the one before that labels do not overlap.
+
+    >>> ticks_apart([0.1, 0.25, 0.24, 0.5])
+    [0.5, 0.25, 0.1]
+    """
+    ticks: list[float] = []
+    for share in sorted(shares, reverse=True):
+        if not ticks or share * apart <= ticks[-1]:
+            ticks.append(share)
+    return ticks
 
 
 def draw_curve(curves: Mapping[str, list[dict]], path: Path) -> None:
@@ -112,6 +128,10 @@ def draw_curve(curves: Mapping[str, list[dict]], path: Path) -> None:
         if all(point["low"] is not None for point in curve):
             axis.fill_between(shares, [p["low"] for p in curve], [p["high"] for p in curve], alpha=0.2)
     axis.set_xscale("log")
+    # One label a point; a logarithmic axis would write its own between them, over one another.
+    ticks = ticks_apart({point["event share"] for curve in curves.values() for point in curve})
+    axis.set_xticks(ticks, [f"{share:.3g}" for share in ticks])
+    axis.set_xticks([], minor=True)
     axis.invert_xaxis()  # longer and longer footage to the right
     axis.set_ylim(-0.02, 1.02)
     axis.set_xlabel("the event's share of the footage")
@@ -174,34 +194,45 @@ def score_differences(parts: Sequence[Part], lines: Mapping[str, dict]) -> list[
 
 
 def report_needle(parts: Sequence[Part], lines: Lines, twin_lines: Lines | None, out: Path, console: Console) -> dict:
-    """Print the curve as a table, and draw out/needle.png; with twins, theirs too."""
+    """Print the curve as a table, write it to out/results.md, and draw out/needle.png; with twins, theirs too."""
     curves = {"full": needle_curve(parts, lines.records)}
     if twin_lines:
         curves["twin"] = needle_curve([p for p in parts if p.questions[0].id in twin_lines.records], twin_lines.records)
-    table = Table("footage", "event's share", "questions", *(f"keyword recall, {name}" for name in curves), title="needle")
-    for points in zip(*curves.values()):
-        cells = [
-            points[0]["footage"],
-            f"{points[0]['event share']:.4f}",
-            str(points[0]["questions"]),
-            *map(percent, points),
-        ]
-        table.add_row(*cells)
-    console.print(table)
+        if not curves["twin"]:
+            del curves["twin"]
+            line = "no curve of twins: no twin could be made; problems.txt says why"
+            console.print(line, style="yellow", highlight=False, soft_wrap=True)
+    by_length = {name: {point["footage"]: point for point in curve} for name, curve in curves.items()}
+    rows = []
+    for point in curves["full"]:
+        cells = [percent(points[point["footage"]]) if point["footage"] in points else "-" for points in by_length.values()]
+        rows.append([point["footage"], f"{point['event share']:.4f}", str(point["questions"]), *cells])
+    head = ["footage", "event's share", "questions", *(f"keyword recall, {name}" for name in curves)]
+    show_table("needle", head, rows, out, console)
+    if lost := [c for c in dict.fromkeys(p.questions[0].category for p in parts) if c not in by_length["full"]]:
+        line = f"no point for {', '.join(lost)}: the event's share is not known; problems.txt says why"
+        console.print(line, style="yellow", highlight=False, soft_wrap=True)
     draw_curve(curves, out / "needle.png")
-    console.print(f"{out / 'needle.png'}", highlight=False, soft_wrap=True)
+    console.print(f"{out / 'needle.png'}", highlight=False, markup=False, soft_wrap=True)
     return {"curves": curves}
 
 
 def report_differences(parts: Sequence[Part], lines: Lines, twin_lines: Lines | None, out: Path, console: Console) -> dict:
-    """Print the scores of full video against twin."""
+    """Print the scores of full video against twin, and write them to out/results.md."""
     rows = score_differences(parts, lines.records)
     scores = tabulate(rows)["overall"]["overall"]
-    table = Table("score", "percent", title=f"full video against twin: {len(rows)} clips")
-    for name, cell in scores.items():
-        table.add_row(name, percent(cell))
-    console.print(table)
+    table = [[name, percent(cell)] for name, cell in scores.items()]
+    show_table(f"full video against twin: {len(rows)} clips", ["score", "percent"], table, out, console)
     console.print(
         "chance of video right: 50 among readable answers; IoU: 0 where the answer cannot be read", highlight=False
     )
     return {"scores": scores, "rows": rows}
+
+
+def show_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], out: Path, console: Console) -> None:
+    """Print a table, and write it to out/results.md."""
+    table = Table(*head, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    (out / "results.md").write_text(f"{title}\n\n{markdown_table(head, rows)}", "utf-8")

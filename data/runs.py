@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from data.clips import ClipError
 from data.models import choose_attention, num_parameters
+from data.sheets import warn
 
 transformers.utils.logging.disable_progress_bar()  # progress is shown by rich, and once
 
@@ -117,7 +118,7 @@ def show_start(
     for note in notes:
         console.print(note, highlight=False)
     for problem in problems:
-        console.print(f"[yellow]skipped[/] {problem}", highlight=False)
+        warn(console, "skipped", problem)
     if len(problems) > settings.max_bad_share * (len(clips) + len(problems)):
         allowed = f"--max-bad-share {settings.max_bad_share:g} allows"
         raise ClipError(f"{settings.data}: {len(problems)} bad lines are more than {allowed}")

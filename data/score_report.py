@@ -17,6 +17,17 @@ def percent(cell: dict) -> str:
     return f"{100 * cell['value']:.2f}{ends}"
 
 
+def plain_percent(cell: dict) -> str:
+    """An accuracy in percent, without an interval; - for that of no question."""
+    return "-" if cell["accuracy"] is None else f"{100 * cell['accuracy']:.2f}"
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in lines) + "\n"
+
+
 def score_table(results: dict) -> tuple[list[list[str]], list[str]]:
     """Head and rows of a benchmark's table, and the notes below it."""
     scores = list(results["tables"]["overall"]["overall"])
@@ -35,8 +46,22 @@ def score_table(results: dict) -> tuple[list[list[str]], list[str]]:
         rule = "our strict rule" if other["protocol"] == "ours" else "the authors' rule"
         notes.append(f"accuracy by {rule}: {100 * other['accuracy']:.2f}")
     if published := results.get("as published"):
-        value = "-" if published["accuracy"] is None else f"{100 * published['accuracy']:.2f}"
-        notes.append(f"accuracy as published figures count: {value}, of {published['questions']} {published['of']}")
+        value, number = plain_percent(published), published["questions"]
+        notes.append(f"accuracy as published figures count: {value}, of {number} {published['of']}")
+        ours = results["tables"]["category"]
+        other = {
+            c: cell for c, cell in published["categories"].items() if cell["questions"] != ours[c]["accuracy"]["questions"]
+        }
+        if other:
+            cells = (f"{printable(c)} {plain_percent(cell)} of {cell['questions']}" for c, cell in other.items())
+            notes.append("the same by category: " + ", ".join(cells))
+    if theirs := results.get("authors' script"):
+        acc, answered = theirs["acc"], theirs["answered_acc"]
+        notes.append(
+            f"the authors' own script prints acc {plain_percent(acc)}, of {acc['questions']}: hidden questions that are "
+            f"not answered count as wrong; and answered_acc {plain_percent(answered)}, of {answered['questions']}: hidden "
+            "questions that are answered count as wrong"
+        )
     notes += [f"computed by {name} {version}" for name, version in results["packages"].items()]
     notes += [f"not offered: {what}" for what in results["not offered"]]
     notes += [f"published: {p['model']}: {p['figure']}" + " (second-hand)" * p["second_hand"] for p in results["published"]]
@@ -59,19 +84,24 @@ def show_scores(results: dict, title: str, console: Console) -> str:
         console.print(f"[yellow]problem[/] {escape(printable(problem))}", highlight=False, soft_wrap=True)
     if len(problems) > 20:
         console.print(f"[yellow]{len(problems) - 20} more problems[/] are in the results", highlight=False)
-    cells = [head, ["---"] * len(head), *rows]
-    lines = ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in cells]
     notes += [f"problems: {len(problems)}"]
-    return "\n".join([f"{title}: percent, with 95 percent intervals by a bootstrap over videos", "", *lines, "", *(
-        f"- {note}" for note in notes)]) + "\n"  # fmt: skip
+    listed = "".join(f"- {note}\n" for note in notes)
+    return (
+        f"{title}: percent, with 95 percent intervals by a bootstrap over videos\n\n{markdown_table(head, rows)}\n{listed}"
+    )
 
 
 def read_results(path: Path) -> dict:
     """A result of `eval.py score`. Raises ValueError where a file is none."""
     try:
         results = json.loads(path.read_text("utf-8"))
-        if not all(isinstance(row[k], t) for row in results["rows"] for k, t in (("id", str), ("scores", dict))):
-            raise TypeError("rows without id and scores")
+        if not isinstance(results["benchmark"], str) or not isinstance(results["rows"], list) or not results["rows"]:
+            raise TypeError("no benchmark, or no rows")
+        for row in results["rows"]:
+            if not all(isinstance(row[k], t) for k, t in (("id", str), ("video", str), ("answer", str), ("scores", dict))):
+                raise TypeError("rows without id, video, answer and scores")
+            if not all(isinstance(value, (int, float)) for value in row["scores"].values()):
+                raise TypeError("scores that are no numbers")
         return results
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"--compare {path}: not a result of `eval.py score` ({error!r:.100})") from None

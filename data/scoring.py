@@ -141,17 +141,21 @@ def official_video_mme(response: str) -> str:
 def official_tempcompass(response: str, kind: str, options: Sequence[str] = (), labels: Sequence[str] = ()) -> str:
     """The letter, or "yes" or "no", by the hand-made rules; "" where its authors would ask GPT.
 
-    llyx97/TempCompass, eval_multi-choice.py, eval_yes_no.py, eval_caption_matching.py, with --disable_llm.
+    llyx97/TempCompass, commit c2ec41e of May 2024: eval_multi-choice.py, eval_yes_no.py, eval_caption_matching.py, with
+    --disable_llm. A response that is the whole right answer is right, too: see `data.benchmarks.read_answer`.
     """
-    text = response.replace("</s>", "")
+    text = response.replace("</s>", "").strip()
     if kind == "yes_no":
         return next((word for word in ("yes", "no") if text.lower().startswith(word)), "")
     if kind == "multi-choice":
         return text[0] if text in tuple("ABCD") or re.match(r"[A-D][.)]", text) else ""
-    texts = (text, text.split(") ")[1] if ") " in text else text)
-    same = (f"{label}: {option}" == text or option in texts or label in (text, text.replace(".", ""))
-            for label, option in zip(labels, options))  # fmt: skip
-    return "".join(letter for letter, is_same in zip(LETTERS, same) if is_same)
+    # Of each option: as it stands, its sentence up to a second colon, its label, and the label's letter or number.
+    forms = [(f"{label}: {o}", o.split(": ")[0], label, label.split()[-1]) for label, o in zip(labels, options)]
+    said = {text, text.split(") ")[1] if ") " in text else text}
+    undotted = {text, text.replace(".", "")}
+    accepted = ({text}, said, undotted, undotted)
+    found = [form[i] for i in range(4) for form in forms if form[i] in accepted[i]]
+    return "".join(letter for letter, form in zip(LETTERS, forms) if found and found[-1] in form)
 
 
 # --- Descriptions -------------------------------------------------------------------------------------------------------
@@ -201,10 +205,10 @@ def rouge_scores(reference: str, text: str) -> dict[str, float]:
     return {f"ROUGE-{name[5:]}": score.fmeasure for name, score in scores.items()}
 
 
-def meteor_scorer() -> Callable[[str, str], float] | None:
+def meteor_scorer() -> tuple[Callable[[str, str], float] | None, str]:
     """METEOR of a description against a reference, tokens as VRU-Accident's authors make them (utils/evaluation.py).
 
-    None where NLTK's data are not at hand: its WordNet and its sentence splitter are downloads.
+    None, and the reason, if NLTK's data are missing or incomplete: its WordNet and its sentence splitter are downloads.
     """
     import nltk
     from nltk.translate.meteor_score import meteor_score
@@ -212,12 +216,15 @@ def meteor_scorer() -> Callable[[str, str], float] | None:
     def tokens(text: str) -> list[str]:
         return [word for word in nltk.word_tokenize(text) if word not in string.punctuation]
 
+    def meteor(reference: str, text: str) -> float:
+        return float(meteor_score([tokens(reference)], tokens(text), wordnet=nltk.corpus.wordnet))
+
     try:
         nltk.corpus.wordnet.ensure_loaded()
-        tokens("A word.")
-    except LookupError:
-        return None
-    return lambda reference, text: float(meteor_score([tokens(reference)], tokens(text)))
+        meteor("Dogs quickly ate good food.", "The hounds ran well. It was fine.")  # looks words of each kind up
+    except Exception as error:  # what is raised depends on which of the files is missing or broken
+        return None, " ".join(f"{type(error).__name__}: {error}".replace("*", "").split())[:160]
+    return meteor, ""
 
 
 def event_recall(encoder, events: Sequence[Sequence[str]], texts: Sequence[str]) -> list[float]:

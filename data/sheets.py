@@ -1,20 +1,56 @@
 """What people look at: contact sheets of full video and twin, and descriptions of both side by side."""
 
 import html
+import re
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from einops import rearrange
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 import vp
-from data.clips import Clip, Frames
+from data.clips import Clip, Frames, Preparation, make_example, named, read_frames
 
 FULL_COLOUR, TWIN_COLOUR = "#1a9850", "#d73027"
+
+
+def printable(text: str) -> str:
+    """One line without control characters, which a sampled text may hold and a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
+def warn(console: Console, what: str, text: object) -> None:
+    """Print a line that begins with a word in yellow; what follows is text, whatever it holds."""
+    console.print(f"[yellow]{what}[/] {escape(printable(str(text)))}", highlight=False)
+
+
+def safe_name(text: str) -> str:
+    """A short name for a file, of letters, digits and dashes.
+
+    >>> safe_name("Ein Mädchen/../läuft 🙂.mp4"), safe_name("...")
+    ('Ein-M-dchen-l-uft-mp4', 'clip')
+    """
+    return re.sub(r"[^A-Za-z0-9]+", "-", text)[:40].strip("-") or "clip"
+
+
+def draw_sheets(clips: Sequence[Clip], preparation: Preparation, folder: Path, console: Console) -> None:
+    """A contact sheet of each clip, called by its number and a short name; what cannot be drawn is named, and no more."""
+    for number, clip in enumerate(clips):
+        step = preparation.frames_per_slot
+        try:
+            with named(clip, "drawing failed"):
+                frames = read_frames(clip, preparation.max_frames, preparation.fps, frames_per_slot=step)
+                example = make_example(clip, frames, preparation)
+                contact_sheet(clip, frames, example, folder / f"sheet-{number:03d}-{safe_name(clip.video.stem)}.png")
+        except Exception as error:
+            warn(console, "no sheet", error)
 
 
 def contact_sheet(clip: Clip, frames: Frames, example: vp.Example, path: Path, columns: int = 16) -> Path:
@@ -38,7 +74,8 @@ def contact_sheet(clip: Clip, frames: Frames, example: vp.Example, path: Path, c
     per_slot = slots.shape[1]
     width = len(shown) * per_slot
     height, wide = slots.shape[2:4]
-    figure, axes = plt.subplots(2, width, figsize=(width * 1.0, 2.2 * height / wide + 0.9), squeeze=False)
+    shape = min(4.0, max(0.25, height / wide))  # a picture of a strip is drawn smaller in its frame
+    figure, axes = plt.subplots(2, width, figsize=(width * 1.0, 2.2 * shape + 0.9), squeeze=False)
     step = len(frames.timestamps) // num_slots
     for row, (label, order, colour) in enumerate((("full", shown, FULL_COLOUR), ("twin", source[shown], TWIN_COLOUR))):
         for i, (place, slot) in enumerate(zip(shown.tolist(), order.tolist())):
@@ -52,13 +89,19 @@ def contact_sheet(clip: Clip, frames: Frames, example: vp.Example, path: Path, c
                     axis.set_title(f"{frames.timestamps[place * step + f]:.2f}s", fontsize=7)
         axes[row][0].set_ylabel(label, fontsize=9)
     note = "" if example.source is not None else "  (no twin: no key slot, or nothing else)"
-    words = f"keywords: {', '.join(clip.keywords) or 'none'}{note}\n" + textwrap.fill(clip.caption, 20 + 9 * width)
-    figure.text(0.01, 0.01, words, fontsize=8, va="bottom")
-    room = 0.18 * (words.count("\n") + 1) / figure.get_figheight()  # for the words, 0.18 inch a line
-    figure.tight_layout(rect=(0, room, 1, 1), h_pad=0.4, w_pad=0.1)
+    keywords = textwrap.shorten(printable(", ".join(clip.keywords)) or "none", 300, placeholder=" ...")
+    caption = textwrap.shorten(printable(clip.caption[:1000]), 600, placeholder=" ...")
+    lines = textwrap.wrap(f"keywords: {keywords}{note}", 20 + 9 * width) + textwrap.wrap(caption, 20 + 9 * width)
+    room = 0.18 * len(lines)  # inches for the words
+    figure.set_figheight(figure.get_figheight() + max(0.0, room - 0.5))
+    figure.text(0.01, 0.01, "\n".join(lines), fontsize=8, va="bottom", parse_math=False)  # "$" is a dollar sign
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about characters that the font lacks
+            figure.tight_layout(rect=(0, room / figure.get_figheight(), 1, 1), h_pad=0.4, w_pad=0.1)
+            figure.savefig(path, dpi=110)
+    finally:
+        plt.close(figure)
     return path
 
 
@@ -79,19 +122,14 @@ def shade(value: float, low: float, high: float) -> tuple[int, int, int]:
     return round(255 * min(1, 2 - 2 * t) * 0.85), round(255 * min(1, 2 * t) * 0.7), 40
 
 
-def printable(text: str) -> str:
-    """One line without control characters, which a sampled text may hold and a terminal would obey."""
-    return "".join(c if c.isprintable() else " " for c in text).strip()
-
-
 def rollout_table(groups: Sequence[RolloutGroup], step: int) -> Table:
     """Descriptions of full video and twin side by side, coloured by reward, for the terminal."""
     table = Table(title=f"step {step}: full video, reward first | twin, quality first", show_lines=False)
     table.add_column("full video", ratio=1)
     table.add_column("twin", ratio=1)
     for group in groups:
-        words = Text(f"caption: {group.clip.caption}", style="bold")
-        table.add_row(words, Text(f"keywords: {', '.join(group.clip.keywords) or 'none'}", style="bold"))
+        words = Text(printable(f"caption: {group.clip.caption}"), style="bold")
+        table.add_row(words, Text(printable(f"keywords: {', '.join(group.clip.keywords) or 'none'}"), style="bold"))
         ranked = sorted(zip(group.rewards, group.full), reverse=True)
         beside = sorted(zip(group.twin_quality, group.twin), reverse=True)
         for i in range(max(len(ranked), len(beside))):
@@ -116,12 +154,10 @@ def rollout_page(path: Path, pages: Sequence[tuple[int, Sequence[RolloutGroup]]]
     """The same as one HTML file without network, newest step first; keywords are marked where they stand."""
 
     def words(text: str, keywords: Sequence[str]) -> str:
-        shown = html.escape(printable(text)) or "<i>(nothing)</i>"
-        for keyword in sorted(map(html.escape, keywords), key=len, reverse=True):
-            at = shown.lower().find(keyword.lower())
-            if at >= 0:
-                shown = f"{shown[:at]}<mark>{shown[at : at + len(keyword)]}</mark>{shown[at + len(keyword) :]}"
-        return shown
+        longest_first = sorted((k.strip() for k in keywords), key=len, reverse=True)
+        pieces = re.split(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})", printable(text), flags=re.IGNORECASE)
+        marked = (html.escape(p) if i % 2 == 0 else f"<mark>{html.escape(p)}</mark>" for i, p in enumerate(pieces))
+        return "".join(marked) or "<i>(nothing)</i>"
 
     out = [f"<!doctype html><meta charset=utf-8><title>Rollouts</title><style>{STYLE}</style><h1>Full video and twin</h1>",
            "<p>Left: descriptions of the full video, best reward first, from green to red within the group. "
@@ -144,5 +180,5 @@ def rollout_page(path: Path, pages: Sequence[tuple[int, Sequence[RolloutGroup]]]
                     cells[1] = f"<b>{right[i][0]:.2f}</b> {words(right[i][1], keywords)}"
                 out.append(f"<tr><td>{cells[0]}</td><td>{cells[1]}</td></tr>")
             out.append("</table>")
-    path.write_text("\n".join(out) + "\n")
+    path.write_text("\n".join(out) + "\n", "utf-8", "backslashreplace")
     return path

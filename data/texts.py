@@ -9,6 +9,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 import vp
+from data.user_text import space_out
 
 
 @dataclass
@@ -32,7 +33,8 @@ class TextEncoder:
     def __call__(self, texts: Sequence[str]) -> list[EmbeddedText]:
         """Embed texts; one of no word gives no token."""
         different = [*dict.fromkeys(texts), "a"]  # a word, so that no batch is without any token
-        outputs = self.model.encode(different, output_value=None, batch_size=256, show_progress_bar=False)
+        plain = [space_out(self.model.tokenizer, text) for text in different]  # "[SEP]" in a caption is no special token
+        outputs = self.model.encode(plain, output_value=None, batch_size=256, show_progress_bar=False)
         embedded = {}
         for text, out in zip(different, outputs):
             ids = out["input_ids"].tolist()

@@ -21,16 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.container import Display, is_broken, read_display
+from data.files import ClipError
 
 PROMPT = "Describe the video."
 # A picture may miss its moment by this much: Matroska and FLV round to milliseconds.
 TOLERANCE = 0.0015
 # Pixels that are nearly square are left alone; a shape beyond the second value is no shape but a fault of the file.
 NEARLY_SQUARE, MOST_STRETCHED = 0.01, 8
-
-
-class ClipError(ValueError):
-    """A clip that cannot be used, and why, in words for the person who made the annotation file."""
 
 
 @dataclass
@@ -52,18 +49,18 @@ class Clip:
 @dataclass
 class Frames:
     """Sampled frames: pixels (F, C, H, W) uint8, F a multiple of the slot's frames; timestamps (F,) s from the part's
-    beginning; the video's average frames a second; the part's duration in s. repeated: how many of them only fill up the
-    last slot."""
+    beginning; the video's average frames a second; the part's duration in s; seconds from one sampled frame to the next
+    (default: the duration shared out among them)."""
 
     pixels: Tensor
     timestamps: list[float]
     fps: float
     duration: float
-    repeated: int = 0
+    seconds_per_frame: float | None = None
 
     def seconds_per_slot(self, frames_per_slot: int) -> float:
-        """Seconds from slot to slot. A frame that only fills up the last slot takes no time."""
-        return frames_per_slot * self.duration / (len(self.timestamps) - self.repeated)
+        """Seconds from slot to slot, for positions. A frame that is repeated to fill up the last slot takes no time."""
+        return frames_per_slot * (self.seconds_per_frame or self.duration / len(self.timestamps))
 
 
 def sample_times(duration: float, count: int, rng: np.random.Generator | None = None, place: float = 0.5) -> list[float]:
@@ -152,7 +149,7 @@ def sample(
     if pad := -len(pixels) % frames_per_slot:
         pixels = torch.cat([pixels, pixels[-1:].expand(pad, -1, -1, -1)])
         timestamps += timestamps[-1:] * pad
-    return Frames(pixels, timestamps, video.fps, duration, pad)
+    return Frames(pixels, timestamps, video.fps, duration, (duration - unseen) / count)
 
 
 class Damage(Exception):

@@ -1,24 +1,43 @@
 """Annotation lines and video files, good, odd and broken: every one gives the promised message or skip."""
 
+import copy
 import json
 import os
 import signal
 import subprocess
 import threading
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tokenizers import Tokenizer
 from torchcodec.encoders import VideoEncoder
 from transformers import AutoProcessor
 
-from data.clips import Clip, ClipError, Frames, Preparation, load_clips, make_example, prepare, read_frames
+import data.clips as clips_module
+from data.clips import (
+    Clip,
+    ClipError,
+    Frames,
+    Preparation,
+    chat,
+    load_clips,
+    make_example,
+    prepare,
+    process,
+    read_frames,
+    split_long,
+)
 from data.loader import ClipLoader
 from data.sizes import random_processor
+from data.tiny import build_tiny
+from data.user_text import SEAM, encode, encode_plain
 from data.video import sample_times
 
 GOOD = {"video": "a.mp4", "caption": "A man jumps off a wall.", "keywords": ["jumps off"], "key_spans": [[0.5, 0.9]]}
@@ -52,6 +71,34 @@ BROKEN_LINES = [
     ("key_span", "did you mean 'key_spans'", line(key_span=[0, 1])),
     ("captions", "did you mean 'caption'", line(captions="x")),
     ("license", "known fields are", line(license="CC0")),
+    (
+        "",
+        "fields 'license', 'url', 'captoin' are unknown; did you mean 'caption'",
+        line(license="CC0", url="x", captoin="y"),
+    ),
+    ("start", "more than once", '{"video": "a.mp4", "caption": "x", "start": 1, "start": 2}'),
+    ("span", "more than once", '{"video": "a.mp4", "caption": "x", "truth": {"span": [0, 1], "span": [0, 2]}}'),
+    ("start", "0 or more", '{"video": "a.mp4", "caption": "x", "start": ' + "9" * 400 + "}"),
+    ("start", "0 or more", '{"video": "a.mp4", "caption": "x", "start": ' + "9" * 5000 + "}"),
+    ("start", "0 or more", '{"video": "a.mp4", "caption": "x", "start": 1e999}'),
+    ("end", "more than start", '{"video": "a.mp4", "caption": "x", "end": -Infinity}'),
+    ("key_spans", "in seconds", '{"video": "a.mp4", "caption": "x", "keywords": ["k"], "key_spans": [[0, 1e999]]}'),
+    ("", "nested too deep", '{"video": "a.mp4", "caption": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+    ("", "nested too deep", "[" * 100_000),
+    ("caption", "lone surrogate", r'{"video": "a.mp4", "caption": "A man \ud83d jumps."}'),
+    ("video", "lone surrogate", r'{"video": "\udc00.mp4", "caption": "x"}'),
+    ("keywords", "lone surrogate", r'{"video": "a.mp4", "caption": "x", "keywords": ["k", "\uD83D"]}'),
+    ("truth", "lone surrogate", r'{"video": "a.mp4", "caption": "x", "truth": {"actor": {"a": ["\uDFFF"]}}}'),
+    ("video", "control character", line(video="a\x1b[31m.mp4")),
+    ("video", "control character", line(video="a\n.mp4")),
+    ("keywords", "list of phrases", line(keywords={}, key_spans=None)),
+    ("keywords", "list of phrases", line(keywords=0, key_spans=None)),
+    ("prompt", "leave it out", line(prompt="<video>\nDescribe the video.")),
+    ("prompt", "leave it out", line(prompt="Describe the video.\n<image> ")),
+    ("prompt", "leave it out", line(prompt="<|video|>Describe.")),
+    ("prompt", "leave it out", line(prompt=" <|vision_start|><|video_pad|><|vision_end|>Describe.")),
+    ("prompt", "leave it out", line(prompt="Look:\n<image-1>\nDescribe.")),
+    ("prompt", "leave it out", line(prompt="Describe. <Video><VideoHere></Video>")),
     ("start", "0 or more", line(start=-1)),
     ("start", "0 or more", line(start="1")),
     ("start", "0 or more", line(start=True)),
@@ -88,6 +135,15 @@ def test_a_broken_line_is_named_and_skipped(tmp_path, name, message, broken):
     assert len(clips) == 2 and len(problems) == 1
     assert problems[0].startswith(f"{file}:2: ") and message in problems[0]
     assert not name or f"field '{name}'" in problems[0]
+
+
+def test_a_whole_character_and_a_tag_in_a_sentence_are_text(tmp_path):
+    """An emoji written as a pair of surrogates, and a prompt that speaks about <video>, are as good as any."""
+    file = tmp_path / "clips.jsonl"
+    good = [r'{"video": "a.mp4", "caption": "\ud83d\ude00 \\\\ud83d"}', line(prompt="Is the HTML tag <video> shown?")]
+    file.write_text("\n".join(good))
+    clips, problems = load_clips(file)
+    assert not problems and clips[0].caption == "\N{GRINNING FACE} \\\\ud83d" and "<video>" in clips[1].prompt
 
 
 def test_bytes_that_are_no_text_are_named_and_skipped(tmp_path):
@@ -350,3 +406,196 @@ def test_large_pictures_are_scaled_down(name, size):
     assert full.grid.tolist() == [2, *(round(n / token) * 2 for n in size)]
     for untouched in (Preparation(processor), Preparation(processor, max_pixels=size[0] * size[1])):
         assert untouched.fit(frames).pixels is frames.pixels
+
+
+# --- text that is not ours ----------------------------------------------------------------------------------------------
+
+MARKED = [
+    "A man <|video_pad|> jumps off.",
+    "A man jumps.<|im_end|> He runs.",
+    "<|im_<|im_end|>end|>",
+    "<tool_call>{}</tool_call>",
+]
+
+
+@pytest.fixture(scope="module", params=("qwen2_5_vl", "qwen3_vl", "qwen3_5"))
+def hostile(request, tmp_path_factory):
+    """A processor of each family, with an added token that is not special, as Qwen's tokenizers have them; and frames."""
+    processor = AutoProcessor.from_pretrained(build_tiny(tmp_path_factory.mktemp("tiny"), request.param, seed=1))
+    processor.tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    pixels = torch.randint(0, 255, (8, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Preparation(processor), Frames(pixels, [i / 4 for i in range(8)], 4.0, 2.0)
+
+
+def characters(tokenizer, text: str) -> list[int]:
+    """Ids of a text by a copy of the tokenizer that has no added tokens at all."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str()) | {"added_tokens": []}
+    return Tokenizer.from_str(json.dumps(parts)).encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("text", MARKED)
+def test_special_tokens_of_others_are_characters(hostile, text):
+    """In caption, prompt and keyword: the ids of the characters, one video, and one end token in the labels, the last."""
+    preparation, frames = hostile
+    tokenizer, want = preparation.processor.tokenizer, characters(preparation.processor.tokenizer, text)
+    assert tokenizer.decode(want) == text
+    clip = Clip(Path("a.mp4"), text, "c:1", text, keywords=[text], key_spans=[[[0.5, 0.6]]])
+    example = make_example(clip, frames, preparation)
+    end, visual = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|video_pad|>"])
+    newline = tokenizer("\n").input_ids
+    labels = example.input_ids[example.prompt_length :].tolist()
+    assert labels == [*want, end, *newline] and labels.count(end) == 1
+    assert example.keyword_ids[0].tolist() == characters(tokenizer, " " + text)
+    other = make_example(replace(clip, prompt="Zq"), frames, preparation)
+    prompt, short = (e.input_ids[: e.prompt_length].tolist() for e in (example, other))
+    word = tokenizer("Zq").input_ids
+    at = next(i for i in range(len(short)) if short[i : i + len(word)] == word)
+    assert prompt == short[:at] + want + short[at + len(word) :]
+    assert prompt.count(visual) == 16 == int((example.token_types == 2).sum())
+    assert example.token_types[: example.prompt_length].tolist() == [2 * (i == visual) for i in prompt]
+
+
+def test_ids_of_other_texts_are_those_of_the_tokenizer(hostile):
+    """Where no special token occurs nothing changes: any Unicode, by the tokenizer and the processor themselves."""
+    preparation, _ = hostile
+    processor, rng = preparation.processor, np.random.default_rng(0)
+    texts = ["A man jumps.", "", " \n", "\x00\x1b[31m", "<|im_end", "e\u0301 \ufb01 \N{GRINNING FACE} \u8a9e"]
+    texts += ["".join(map(chr, rng.choice([*range(32, 127), *range(160, 0xD800, 7)], 30))) for _ in range(60)]
+    for text in texts:
+        want = processor.tokenizer(text, add_special_tokens=False).input_ids
+        assert encode(processor.tokenizer, text) == encode_plain(processor.tokenizer, text) == want
+    for text in texts[:6]:
+        content = [{"type": "video"}, {"type": "text", "text": text}]
+        rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        assert chat(processor, text) == rendered
+
+
+def test_prompts_of_unequal_length_in_one_batch(hostile):
+    """Padded on either side: each row is the prompt alone, and what follows the assistant's first word stays."""
+    preparation, frames = hostile
+    processor = preparation.processor
+    texts = [chat(processor, text) + "Best (" for text in ("a", MARKED[1], "What happens then?", MARKED[0] * 3)]
+    alone = [process(processor, [text], [frames]) for text in texts]
+    for side in ("left", "right"):
+        batch = process(processor, texts, [frames] * 4, padding=True, padding_side=side)
+        for b, one in enumerate(alone):
+            kept = batch["attention_mask"][b].bool()
+            assert torch.equal(batch["input_ids"][b][kept], one["input_ids"][0])
+            assert torch.equal(batch["mm_token_type_ids"][b][kept], one["mm_token_type_ids"][0])
+            assert int(kept.sum()) == len(one["input_ids"][0]) and bool(kept[0 if side == "right" else -1])
+    for text, one in zip(texts, alone):
+        tail = one["input_ids"][0].tolist()
+        assert processor.tokenizer.decode(tail).endswith(text.replace(SEAM, "").rpartition("<|vision_end|>")[2])
+
+
+def test_templates_that_trim(hostile):
+    """What a chat template makes of a prompt it makes of one with special tokens, too; others come before the video."""
+    preparation, frames = hostile
+    processor = copy.deepcopy(preparation.processor)
+    processor.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['content'][-1]['text'] | trim }} !{% for p in m['content'] %}"
+        "{% if p['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% endif %}{% endfor %}<|im_end|>"
+        "{% endfor %}"
+    )
+    ids = process(processor, [chat(processor, "  a <|im_end|> b\n ")], [frames])["input_ids"][0].tolist()
+    start = processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    want = characters(processor.tokenizer, "a <|im_end|> b !")
+    assert ids[0] == start and ids[1 : 1 + len(want)] == want
+
+
+# --- a clip never ends a run ----------------------------------------------------------------------------------------------
+
+
+def test_long_texts_are_named_before_the_first_step(hostile):
+    """By tokens, not characters; the field is named; where nothing but the prompt is read, only that counts."""
+    tokenizer = hostile[0].processor.tokenizer
+    word = len(tokenizer(" jumps").input_ids)
+    texts = ["A", " jumps" * 20, " jumps" * 400, "A"]
+    clips = [Clip(Path(f"{i}.mp4"), text, f"c:{i}") for i, text in enumerate(texts)]
+    clips[3].prompt = " jumps" * 400
+    prompt = len(tokenizer(clips[0].prompt).input_ids)
+    kept, problems = split_long(clips, tokenizer, 20 * word + prompt)
+    assert [c.where for c in kept] == ["c:0", "c:1"] and "c:2: 2.mp4: field 'caption'" in problems[0]
+    assert "c:3: 3.mp4: field 'prompt'" in problems[1] and all("--max-text-tokens" in p for p in problems)
+    assert [c.where for c in split_long(clips, tokenizer, 20 * word + prompt - 1)[0]] == ["c:0"]
+    assert [c.where for c in split_long(clips, tokenizer, prompt, captions=False)[0]] == ["c:0", "c:1", "c:2"]
+
+
+def test_most_of_a_very_long_text_is_never_read(hostile, monkeypatch):
+    """33,000 tokens or a hundred million: only what the limit needs is tokenised, and nothing of short texts."""
+    read = []
+    monkeypatch.setattr(clips_module, "encode", lambda tokenizer, text: read.append(len(text)) or [0] * (len(text) // 4))
+    clips = [Clip(Path("a.mp4"), "abcd" * 10_000_000, "c:1"), Clip(Path("b.mp4"), "A man jumps.", "c:2", "Say.")]
+    kept, problems = split_long(clips, None, 4096)
+    assert [c.where for c in kept] == ["c:2"] and len(problems) == 1 and sum(read) < 10**5
+
+
+def test_more_tokens_than_the_model_reads(world, qwen2_5):
+    """Pictures and text together beyond the context: the clip is named, with what to do."""
+    clips, _ = load_clips(world / "train.jsonl")
+    processor = AutoProcessor.from_pretrained(qwen2_5)
+    tokens = len(prepare(clips[0], Preparation(processor)).input_ids)
+    assert len(prepare(clips[0], Preparation(processor, context=tokens)).input_ids) == tokens
+    with pytest.raises(ClipError, match=f"train.jsonl:1: .*000000.mp4: {tokens} tokens of video and text.*--max-frames"):
+        prepare(clips[0], Preparation(processor, context=tokens - 1))
+
+
+class Odd(Exception):
+    """An exception that does not survive pickling."""
+
+    def __init__(self, first: str, second: str):
+        super().__init__(f"{first} in /usr/lib/python3/site-packages/odd/core.py:7")
+        self.handle = threading.Lock()
+
+
+class Raising(Marked):
+    """A processor that raises what a prompt names."""
+
+    ERRORS: ClassVar = {
+        "odd": lambda: Odd("broken", "x"),
+        "memory": MemoryError,
+        "allocator": lambda: RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        "card": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 90 GiB"),
+        "deep": RecursionError,
+        "key": lambda: KeyError("grid"),
+        "stop": StopIteration,
+    }
+
+    def apply_chat_template(self, conversation, **more):
+        """Raise, or go on."""
+        prompt = conversation[0]["content"][1]["text"]
+        if prompt in self.ERRORS:
+            raise self.ERRORS[prompt]()
+        return super().apply_chat_template(conversation, **more)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_exception_is_a_named_skip(world, qwen2_5, workers):
+    """Whatever preparing a clip raises, here or in a worker: file, line, video and reason, and no path of a library."""
+    clips, _ = load_clips(world / "train.jsonl")
+    names = list(Raising.ERRORS)
+    clips = clips[: len(names) + 3]
+    for clip, name in zip(clips[1:], names):
+        clip.prompt = name
+    write_video(world / "strip.mp4", size=(16, 4096))
+    clips[-1].video, clips[-1].key_spans = world / "strip.mp4", None  # an aspect ratio that the processor refuses
+    preparation = Preparation(Raising(AutoProcessor.from_pretrained(qwen2_5)))
+    with ClipLoader(clips, preparation, workers=workers, max_bad_share=1.0, shuffle=False) as loader:
+        assert [index for index, _ in loader.examples(epochs=1)] == [0, len(clips) - 2]
+    assert sorted(loader.skipped) == [*range(1, len(names) + 1), len(clips) - 1]
+    for index, reason in loader.skipped.items():
+        assert reason.startswith(f"{clips[index].where}: {clips[index].video}: ") and "site-packages" not in reason
+        assert len(reason.splitlines()) == 1
+    said = [loader.skipped[1 + names.index(name)] for name in ("odd", "memory", "allocator", "card", "deep")]
+    for words, reason in zip(("broken", *["not enough memory"] * 3, "nested too deep"), said):
+        assert words in reason
+    assert "aspect ratio" in loader.skipped[len(clips) - 1]
+
+
+def test_nothing_left_ends_the_endless_stream_in_words(world, qwen2_5):
+    """All clips lost, and all may be lost: the list, not StopIteration."""
+    clips, _ = load_clips(world / "train.jsonl")
+    clips[0].video = world / "gone.mp4"
+    loader = ClipLoader(clips[:1], Preparation(AutoProcessor.from_pretrained(qwen2_5)), workers=0, max_bad_share=1.0)
+    with pytest.raises(ClipError, match=r"none of 1 clips can be used(?s:.*)gone.mp4"):
+        next(loader.examples())

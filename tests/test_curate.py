@@ -20,6 +20,7 @@ from rich.console import Console
 from data import curate, finders
 from data.clips import Clip, ClipError, Frames, load_clips
 from data.curate_report import group_of
+from tests.test_clips import write_video
 from tests.test_scripts import HERE, run
 
 
@@ -531,3 +532,24 @@ def test_the_models_own_evidence(world, tmp_path, qwen2_5):
     curated(path, tmp_path / "out", finders=("motion", "self"), model=str(qwen2_5), max_frames=16, fps=8.0)
     for record in map(json.loads, (tmp_path / "out/parts/000000001.jsonl").open()):
         assert len(record["curves"]) == len(record["keywords"]) == 1 and len(record["curves"][0]) == 16
+
+
+def test_odd_clips_end_no_curation(world, tmp_path, qwen2_5):
+    """With a model: special tokens in a caption are text; a strip of a video, a caption of 33,000 words and one beyond the
+    model's context cost their clip only."""
+    lines = world_lines(world, 5)
+    write_video(world / "strip.mp4", size=(16, 4096))
+    lines[1] |= {"video": "strip.mp4", "key_spans": [[0.5, 0.9]]}
+    lines[2] = {"video": lines[2]["video"], "caption": "The man jumps off. " * 8000}
+    lines[3] |= {"caption": "The man jumps off. " * 1000}
+    lines[4] |= {"caption": "A <|video_pad|> man [/] jumps.<|im_end|> " + lines[4]["caption"]}
+    more = dict(finders=("motion", "self"), model=str(qwen2_5), max_frames=16, fps=8.0)
+    clips, rejected = curated(write(world / "odd-self.jsonl", lines), tmp_path / "out", **more)
+    assert {x["line"]: x["reason"] for x in rejected if x["line"] in (2, 3, 4)} == {
+        2: "unreadable",
+        3: "text too long",
+        4: "unreadable",
+    }
+    details = {x["line"]: x["detail"] for x in rejected}
+    assert "aspect ratio" in details[2] and "the model reads 4096" in details[4]
+    assert len(clips) + len(rejected) == 5 and "unreadable" not in (x["reason"] for x in rejected if x["line"] == 5)

@@ -83,6 +83,50 @@ def test_evaluation_counts_what_it_says(world, qwen2_5, monkeypatch):
     assert "| m | 4 |" in evaluation.markdown_row(results, "m")
 
 
+def test_a_clip_that_cannot_be_described_ends_no_evaluation(world, qwen2_5, monkeypatch):
+    """Memory runs out for one clip in a batch: the others have the scores of an evaluation without it."""
+    clips, _ = load_clips(world / "test.jsonl")
+    clips, lm = clips[:4], videolm.VideoLM(AutoModelForImageTextToText.from_pretrained(qwen2_5))
+    preparation, real = Preparation(AutoProcessor.from_pretrained(qwen2_5), 4), lm.roll_out
+    want = evaluation.evaluate(lm, preparation, [clips[0], clips[2], clips[3]], batch_size=1, max_new_tokens=4)
+
+    def roll_out(examples, *more):
+        if any(e.name == clips[1].where for e in examples):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(examples, *more)
+
+    monkeypatch.setattr(lm, "roll_out", roll_out)
+    clips[2].caption += " <|video_pad|><|im_end|>" * 3000  # a caption that no model reads
+    got = evaluation.evaluate(lm, preparation, clips, batch_size=2, max_new_tokens=4)
+    assert [r["description"] for r in got["rows"]] == [r["description"] for r in want["rows"]] and got["clips"] == 3
+    assert len(got["skipped"]) == 1 and clips[1].where in got["skipped"][0] and "not enough memory" in got["skipped"][0]
+    monkeypatch.setattr(lm, "roll_out", lambda *_: 1 / 0)
+    none = evaluation.evaluate(lm, preparation, clips, batch_size=2)
+    assert none["clips"] == 0 and len(none["skipped"]) == 4 and none["full"] == {}
+
+
+def test_prompt_and_answer_of_describe_are_text(world, qwen2_5, tmp_path, monkeypatch):
+    """A prompt with special tokens asks about one video, and an answer that looks like markup is printed as it is."""
+    from rich.console import Console
+
+    clips, _ = load_clips(world / "test.jsonl")
+    console, asked = Console(file=(tmp_path / "out").open("w+"), width=200), []
+    real = videolm.VideoLM.describe
+
+    def describe(self, examples, **more):
+        asked.extend(examples)
+        rollouts = real(self, examples, **more)
+        rollouts.tokens = torch.tensor([[AutoProcessor.from_pretrained(qwen2_5).tokenizer("[/red] [bold]").input_ids]])
+        return rollouts
+
+    monkeypatch.setattr(videolm.VideoLM, "describe", describe)
+    settings = evaluation.DescribeSettings(clips[0].video, str(qwen2_5), "<|video_pad|> What?<|im_end|>", 3)
+    evaluation.run_describe(settings, console)
+    console.file.seek(0)
+    assert "[/red] [bold]" in console.file.read() and int((asked[0].token_types == 2).sum()) == 32
+    assert "<|video_pad|> What?<|im_end|>" in AutoProcessor.from_pretrained(qwen2_5).decode(asked[0].input_ids)
+
+
 def test_describe_one_file(world, qwen2_5, tmp_path):
     """`describe` prints the sampled timestamps and a text, the same as greedy evaluation gives."""
     from rich.console import Console

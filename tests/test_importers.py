@@ -1,16 +1,21 @@
 """Importers: each format in its official form, with its odd cases, against lines written by hand."""
 
+import gzip
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
+import tyro
 from rich.console import Console
 
-from data.clips import ClipError, load_clips
+from data.clips import Clip, ClipError, load_clips, read_frames
+from data.files import PathError, inside_root
 from data.importers import IMPORTERS, Format, Settings, run_import
 
 HERE = Path(__file__).parent.parent
@@ -349,6 +354,441 @@ def test_links_and_names(tmp_path):
     clips, rejected = imported("csv", source, videos)
     assert clips == [{"video": "link.mp4", "caption": "x"}, {"video": "cafe\u0301.mp4", "caption": "x"}]
     assert [reason for _, reason, _ in rejected] == ["video missing"] * 5
+
+
+# --- Chats of other trainers ----------------------------------------------------------------------------------------------
+
+
+def said(question: object, answer: object, form: str = "llava") -> list[dict]:
+    """A question and an answer, in the turns of LLaVA or of everybody else."""
+    if form == "llava":
+        return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def part(**video) -> list[dict]:
+    """The content of a turn that shows a video."""
+    return [{"type": "video", **video}, {"type": "text", "text": "What happens?"}]
+
+
+LLAVA = [
+    # as in LLaVA-Video-178K: <image> stands for the video
+    ({"id": "0", "data_source": "0_30_s", "video": "a.mp4", "conversations": said("<image>\nDescribe it.", "One.")},
+     {"video": "a.mp4", "caption": "One.", "prompt": "Describe it."}),
+    ({"video": ["sub/b.mkv"], "conversations": said("What happens?\n<video>", "Two.") + said("Why?", "Ice.")},
+     {"video": "sub/b.mkv", "caption": "Two.", "prompt": "What happens?"}),
+    ({"video": "b", "conversations": [{"from": "system", "value": "S"}, *said("Watch:\n<video>\nSay it.", "Three.")]},
+     {"video": "sub/b.mkv", "caption": "Three.", "prompt": "Watch:\nSay it."}),
+    ({"video": "a.mp4", "conversations": said("Hello.", "Hello!") + said("<video>\n", "Four.")},
+     {"video": "a.mp4", "caption": "Four."}),
+    ({"image": "a.mp4", "conversations": said("<vila/video> Look.", "Five.")},
+     {"video": "a.mp4", "caption": "Five.", "prompt": "Look."}),
+    ({"image": "a.jpg", "conversations": said("<image>\nDescribe.", "x")}, ("only image", "video")),
+    ({"conversations": said("Hello.", "x")}, ("no video", "video")),
+    ({"video": ["a.mp4", "b.mkv"], "conversations": said("<video><video>Same?", "x")}, ("more than one video", "video")),
+    ({"video": "a.mp4", "image": "a.jpg", "conversations": said("<video><image>Same?", "x")},
+     ("image beside the video", "video")),
+    ({"video": "a.mp4", "conversations": said("<video>\nDescribe.", "x")[:1]}, ("no assistant turn", "conversations")),
+    ({"video": "a.mp4", "conversations": said("<video>\nDescribe.", "x")[::-1]}, ("no assistant turn", "conversations")),
+    ({"video": "a.mp4", "conversations": said("What happens in <video>?", "x")},
+     ("mark inside the prompt", "conversations[0]")),
+    ({"video": "a.mp4", "conversations": said("<video><video>Which?", "x")},
+     ("mark inside the prompt", "conversations[0]")),
+    ({"video": "a.mp4", "conversations": said("<video>Say.", " ")}, ("caption empty", "conversations[1]")),
+    ({"video": "gone.mp4", "conversations": said("<video>Say.", "x")}, ("video missing", "video")),
+    ({"video": "https://x.org/a.mp4", "conversations": said("<video>Say.", "x")}, ("video missing", "video")),
+    ({"video": ["1.jpg", "2.jpg"], "conversations": said("<video>Say.", "x")}, ("more than one video", "video")),
+    ({"video": "a.mp4", "conversations": []}, ("malformed record", "conversations")),
+    ({"video": "a.mp4", "conversations": ["x"]}, ("malformed record", "conversations[0]")),
+    ({"video": "a.mp4", "conversations": [{"from": "tool", "value": "x"}]}, ("unknown role", "conversations[0]")),
+    ({"video": "a.mp4", "conversations": said(5, "x")}, ("malformed record", "conversations[0]")),
+    ({"video": "a.mp4"}, ("no assistant turn", "")),
+]  # fmt: skip
+SWIFT = [
+    ({"messages": [{"role": "system", "content": "S"}, *said("<video>Describe.", "One.", "")], "videos": ["a.mp4"]},
+     {"video": "a.mp4", "caption": "One.", "prompt": "Describe."}),
+    ({"query": "<video>Describe.", "response": "Two.", "videos": "a.mp4"},
+     {"video": "a.mp4", "caption": "Two.", "prompt": "Describe."}),
+    ({"query": "And then?", "response": "x", "history": [["<video>What?", "Three."]], "videos": [{"path": "a.mp4"}]},
+     {"video": "a.mp4", "caption": "Three.", "prompt": "What?"}),
+    ({"instruction": "Describe.", "input": "Briefly.", "output": "Four.", "videos": ["a.mp4"], "images": []},
+     {"video": "a.mp4", "caption": "Four.", "prompt": "Describe.\nBriefly."}),
+    ({"conversation": [{"human": "<video>What?", "assistant": "Five."}], "videos": ["b.mkv"]},
+     {"video": "sub/b.mkv", "caption": "Five.", "prompt": "What?"}),
+    ({"messages": [{"role": "assistant", "content": "<video>Six."}], "videos": ["a.mp4"]},  # its form of pretraining
+     {"video": "a.mp4", "caption": "Six."}),
+    ({"messages": said("<video>x", "Seven.", ""), "rejected_response": "No.", "videos": ["a.mp4"], "label": True},
+     {"video": "a.mp4", "caption": "Seven.", "prompt": "x"}),
+    ({"messages": said("<video>x", "bad", ""), "label": False, "videos": ["a.mp4"]}, ("answer marked as bad", "label")),
+    ({"messages": said("<image>x", "y", ""), "images": ["a.jpg"]}, ("only image", "video")),
+    ({"messages": said("<video><audio>x", "y", ""), "videos": ["a.mp4"], "audios": ["a.wav"]},
+     ("audio beside the video", "videos")),
+    ({"messages": said("<video>x", "y", ""), "videos": [["1.jpg", "2.jpg"]]}, ("pictures in place of a video", "videos")),
+    ({"messages": said("<video>x", "y", ""), "videos": []}, ("no video", "video")),
+    ({"messages": said("<video>x", "y", "")[:1], "videos": ["a.mp4"]}, ("no assistant turn", "messages")),
+]  # fmt: skip
+MESSAGES = [
+    ({"messages": said(part(video="a.mp4", fps=2), [{"type": "text", "text": "One."}], "")},
+     {"video": "a.mp4", "caption": "One.", "prompt": "What happens?"}),
+    ({"messages": said(part(path="sub\\b.mkv"), "Two.", "")},
+     {"video": "sub/b.mkv", "caption": "Two.", "prompt": "What happens?"}),
+    ({"messages": said([{"type": "text", "text": "Look:"}, *part(url="a.mp4", video=None)], "Three.", "")},
+     {"video": "a.mp4", "caption": "Three.", "prompt": "Look:\nWhat happens?"}),
+    ({"messages": said([{"type": "video_url", "video_url": {"url": "FILE://a.mp4"}}], "Four.", "")},
+     {"video": "a.mp4", "caption": "Four."}),
+    ({"prompt": said(part(video="a.mp4", video_start=0.5, video_end=2), "", "")[:1],
+      "completion": said("", "Five.", "")[1:]},
+     {"video": "a.mp4", "caption": "Five.", "start": 0.5, "end": 2, "prompt": "What happens?"}),
+    ({"prompt": said(part(), "", "")[:1], "chosen": said("", "Six.", "")[1:], "rejected": [], "videos": ["a.mp4"]},
+     {"video": "a.mp4", "caption": "Six.", "prompt": "What happens?"}),
+    ({"messages": said(part(), "x", "")}, ("no video", "video")),
+    ({"messages": said(part(video="a.mp4") + part(video="b.mkv"), "x", "")}, ("more than one video", "video")),
+    ({"messages": said([*part(video="a.mp4"), {"type": "image_url", "image_url": {"url": "a.jpg"}}], "x", "")},
+     ("image beside the video", "video")),
+    ({"messages": said(part(video={"bytes": "AAAA"}), "x", "")}, ("video inside the file", "messages.video")),
+    ({"messages": said(part(video="data:video/mp4;base64,AAAA"), "x", "")}, ("video missing", "messages")),
+    ({"messages": said([{"type": "hologram", "hologram": 1}], "x", "")}, ("malformed record", "messages[0]")),
+    ({"prompt": "Say.", "completion": "x"}, ("no video", "video")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form, cases", [("llava", LLAVA), ("swift", SWIFT), ("messages", MESSAGES)])
+def test_chats(tmp_path, form, cases):
+    """Each record makes the clip that it is paired with, or is refused by that reason and field; and in every kind of file
+    the same: a JSON list on one line and over many, JSONL, objects over lines, the list in an object."""
+    videos = files(tmp_path / "v", "a.mp4", "sub/b.mkv")
+    records = [record for record, _ in cases]
+    clips = [wanted for _, wanted in cases if isinstance(wanted, dict)]
+    refused = [wanted for _, wanted in cases if isinstance(wanted, tuple)]
+    written = {
+        "list.json": json.dumps(records),
+        "indented.json": json.dumps(records, indent=2),
+        "lines.jsonl": "\ufeff" + "\n\n".join(map(json.dumps, records)),
+        "objects.jsonl": "\n".join(json.dumps(record, indent=2) for record in records),
+        "wrapped.json": json.dumps({"version": 1, "data": records}),
+    }
+    for name, text in written.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        found, rejected = imported(form, tmp_path / name, videos)
+        assert found == clips, name
+        assert [(reason, field) for _, reason, field in rejected if reason != "further turn"] == refused, name
+        assert len(rejected) - len(refused) == {"llava": 2, "swift": 1, "messages": 0}[form], name
+
+
+def test_what_a_chat_leaves_out_is_counted(tmp_path, capsys):
+    """Further turns by place, system texts and rejected answers by number."""
+    videos, source = files(tmp_path / "v", "a.mp4", "sub/b.mkv"), tmp_path / "swift.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record, _ in SWIFT))
+    run_import(Settings("swift", source, videos, tmp_path / "clips.jsonl"), Console(width=100))
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "system texts left out 1" in shown and "rejected answers left out 1" in shown
+    assert "rejected: further turn 1" in shown
+    (further,) = [r for r in lines(tmp_path / "clips.rejected.jsonl") if r["reason"] == "further turn"]
+    assert (further["where"], further["field"], further["found"]) == ("swift.jsonl:3", "response[2]", "And then?")
+
+
+def test_records(tmp_path):
+    """A list of clips keeps the fields of clips.jsonl; others are counted; what is no clip is refused; parquet too."""
+    import pyarrow
+    import pyarrow.parquet
+
+    videos = files(tmp_path / "v", "a.mp4", "b.mkv")
+    good = {"video": "a.mp4", "caption": "He jumps.", "prompt": "<video>\nSay.", "start": 0, "end": 5,
+            "keywords": ["jumps"], "key_spans": [[1, 2]]}  # fmt: skip
+    records = [good | {"id": 7}, {"video": "b.mp4", "caption": ["One.", "Two."]}, good | {"key_spans": [[1, 2], [2, 3]]},
+               {"video": "a.mp4"}, 5, good | {"keywords": ["\ud800"]}, good | {"video": {"path": "b.mkv"}}]  # fmt: skip
+    (tmp_path / "list.json").write_text(json.dumps(records))
+    clips, rejected = imported("json", tmp_path / "list.json", videos)
+    good["prompt"] = "Say."
+    assert clips == [good, {"video": "b.mkv", "caption": "One."}, {"video": "b.mkv", "caption": "Two."},
+                     good | {"video": "b.mkv"}]  # fmt: skip
+    assert rejected == [
+        ("list.json: element 3", "not a clip", ""),
+        ("list.json: element 4", "malformed record", "caption"),
+        ("list.json: element 5", "malformed record", ""),
+        ("list.json: element 6", "not a clip", ""),
+    ]
+    rows = [{"path": {"bytes": b"x" * 9, "path": "a.mp4"}, "text": "Row."}, {"path": {"bytes": b"x"}, "text": "Inside."}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    columns = dict(video_column="path", caption_column="text")
+    clips, rejected = imported("parquet", tmp_path / "t.parquet", videos, **columns)
+    assert clips == [{"video": "a.mp4", "caption": "Row."}]
+    assert rejected == [("t.parquet: row 2", "video inside the file", "path")]
+
+
+# --- A foreign file where clips.jsonl is expected ------------------------------------------------------------------------
+
+
+def foreign_files(folder: Path) -> dict[str, str]:
+    """Files of other forms, and the words of the importer's command that each message must give."""
+    import pyarrow
+    import pyarrow.parquet
+
+    chat, clips = LLAVA[0][0], [{"video": "a.mp4", "caption": "He jumps."}, {"video": "b.mkv", "caption": "He falls."}]
+    named = [{"file_name": "a.mp4", "text": "He jumps.", "split": "train"}] * 3
+    texts = {
+        "chat.json": (json.dumps([chat] * 2), "llava"),
+        "chat.jsonl": (json.dumps(chat) + "\n", "llava"),
+        "objects.jsonl": (json.dumps(chat, indent=1) + "\n" + json.dumps(chat, indent=1), "llava"),
+        "wrapped.json": (json.dumps({"data": [chat]}, indent=1), "llava"),
+        "swift.jsonl": (json.dumps(SWIFT[0][0]), "swift"),
+        "query.jsonl": (json.dumps(SWIFT[1][0]), "swift"),
+        "trl.jsonl": (json.dumps(MESSAGES[0][0]), "messages"),
+        "prompts.jsonl": (json.dumps(MESSAGES[4][0]), "messages"),
+        "list.json": (json.dumps(clips, indent=4), "json"),
+        "one-line.json": (json.dumps(clips), "json"),
+        "lines-in-a-list.json": ("[" + ",\n".join(map(json.dumps, clips)) + "]", "json"),
+        "indented.json": (json.dumps(clips[0], indent=1), "json"),
+        "named.json": (json.dumps(named), "json", "--video-column file_name --caption-column text"),
+        "named.jsonl": ("\n".join(map(json.dumps, named)), "json", "--video-column file_name --caption-column text"),
+        "table.csv": ("video,caption\na.mp4,He jumps.\n", "csv"),
+        "named.csv": ("\ufeffid;Text;video_path\r\n1;He jumps.;a.mp4\r\n", "csv",
+                      "--video-column video_path --caption-column Text"),
+        "table.tsv": ("eins\tzwei\na.mp4\tHe jumps.\n", "csv", "--video-column NAME --caption-column NAME\n  (its fields"),
+        "charades.csv": (CHARADES_HEADER + "a,b\n", "charades"),
+        "sta.txt": ("a 0.0 6.9##he jumps.\n", "charades-sta"),
+        "anet.json": (json.dumps({"v_a": {"duration": 9, "timestamps": [[0, 1]], "sentences": ["x"]}}), "activitynet"),
+        "vru.json": (json.dumps({"./VRU_videos/S/VRU_1": {"gt": "x"}}), "vru-accident"),
+        "dream.jsonl": (json.dumps(dream_messages(1, "x")), "dream-1k"),
+        "motion.jsonl": (json.dumps({"video_path": "a.mp4", "motion_caption": "x"}), "motionbench"),
+        "ssv2.json": (json.dumps([{"id": "1", "label": "x", "template": "y"}]), "something-something"),
+    }  # fmt: skip
+    for name, (text, *_) in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(clips), folder / "clips.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([chat]), folder / "chats.parquet")
+    words = {name: [importer, *more] for name, (_, importer, *more) in texts.items()}
+    return words | {"clips.parquet": ["parquet"], "chats.parquet": ["llava"]}
+
+
+def test_a_foreign_file_is_named_with_its_command(tmp_path):
+    """One message: what the file is, and a command. The command works as it stands, and what it makes is read."""
+    folder = files(tmp_path / "my data", "a.mp4", "b.mkv")
+    for name, (importer, *more) in foreign_files(folder).items():
+        with pytest.raises(ClipError) as caught:
+            load_clips(folder / name)
+        message = str(caught.value)
+        command = f"python -m data.importers {importer} '{folder / name}' --videos '{folder}' --out '{folder}/clips.jsonl'"
+        assert command + "".join(f" {m}" for m in more) in message, (name, message)
+        assert message.count("\n") <= 6 and f"go on with --data '{folder}/clips.jsonl'" in message
+        if importer not in ("json", "csv", "llava", "swift", "messages", "parquet") or "NAME" in message:
+            continue
+        words = shlex.split(message[message.index("python -m") :].split("\n")[0])[3:]
+        run_import(tyro.cli(Settings, args=words), Console(quiet=True))
+        clips, problems = load_clips(folder / "clips.jsonl")
+        assert clips and not problems and clips[0].caption in ("He jumps.", "One.", "Two.", "Five."), name
+        (folder / "clips.jsonl").unlink()
+
+
+def test_what_is_no_text_is_named(tmp_path):
+    """Archives, videos, other data and folders are named, too, and not read line by line."""
+    for name, content, message in (
+        ("a.jsonl", gzip.compress(b"{}"), "gzip; unpack"),
+        ("a.zip", b"PK\x03\x04rest", "zip archive"),
+        ("a.jsonl", "{}".encode("utf-16"), "UTF-16; save it as UTF-8"),
+        ("a.jsonl", b"\0\0\0\x18ftypmp42", "this is a video"),
+        ("a.avi", b"RIFF....AVI LIST", "this is a video"),
+        ("a.arrow", b"\xff\xff\xff\xff....", "save it as parquet"),
+        ("a.bin", b"abc\0\1\2", "no text"),
+        ("a.parquet", b"PAR1 cut off", "damaged parquet"),
+        ("a.json", b"[1, 2]", "JSON list of int"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ClipError, match=message) as caught:
+            load_clips(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ClipError, match=r"this is a folder.*\n.*importers folder"):
+        load_clips(tmp_path)
+
+
+def test_a_bad_first_line_is_not_taken_for_a_foreign_file(tmp_path):
+    """Good clips behind a first line of any kind are still read."""
+    good, file = json.dumps({"video": "a.mp4", "caption": "x"}), tmp_path / "clips.jsonl"
+    for bad in ("[1]", "[", "{", '{"id": 1}', "video, caption", "# a note", '"x"', "null", "{}", '{"video": {}}', "[{}]"):
+        file.write_text(f"{bad}\n{good}\n{good}\n")
+        clips, problems = load_clips(file)
+        assert len(clips) == 2 and len(problems) == 1, bad
+
+
+def test_scripts_name_a_foreign_file(tmp_path):
+    """Curation and benchmarks of one's own clips say the same as the train scripts."""
+    from data import curate
+    from data.benchmarks import load_benchmark
+
+    files(tmp_path, "a.mp4")
+    (tmp_path / "chat.json").write_text(json.dumps([LLAVA[0][0]]))
+    for run in (
+        lambda: curate.main(curate.Settings(tmp_path / "chat.json", tmp_path / "out"), Console(quiet=True)),
+        lambda: load_benchmark("clips", tmp_path / "chat.json"),
+    ):
+        with pytest.raises(ClipError, match=r"LLaVA conversations; .*\n  python -m data\.importers llava"):
+            run()
+
+
+# --- Endings, links, paths ------------------------------------------------------------------------------------------------
+
+
+def test_every_ending_is_taken_and_read(tmp_path):
+    """Videos in the containers that people have, made by FFmpeg, from the table to the frames; upper case, too."""
+    endings = {"ts": "", "MTS": "-f mpegts", "m2ts": "", "3gp": "-c:v h263 -s 176x144", "mpg": "", "MPEG": "", "vob": "",
+               "wmv": "", "asf": "", "flv": "", "f4v": "-c:v libx264", "ogv": "-c:v libtheora", "gif": "", "avi": "",
+               "mkv": "", "WebM": "-c:v libvpx", "mov": "", "m4v": "", "mxf": "", "y4m": "-pix_fmt yuv420p", "nut": "",
+               "MP4": "", "m2v": "", "qt": "-f mov", "divx": "-f avi", "m4s": "-f mp4", "mk3d": "-f matroska"}  # fmt: skip
+    videos = tmp_path / "v"
+    videos.mkdir()
+    command = ["ffmpeg", "-loglevel", "error", "-f", "lavfi", "-i", "testsrc=s=64x48:r=25:d=2", "-threads", "1"]
+    for ending, options in endings.items():
+        command += [*options.split(), str(videos / f"{ending.lower()}.{ending}")]
+    subprocess.run(command, check=True, timeout=60)
+    source = tmp_path / "t.csv"
+    source.write_text("video,caption\n" + "".join(f"{ending.lower()},He jumps.\n" for ending in endings))
+    clips, rejected = imported("csv", source, videos)
+    assert rejected == [] and [clip["video"] for clip in clips] == [f"{e.lower()}.{e}" for e in endings]
+    for clip in load_clips(tmp_path / "out" / "captions.jsonl", videos)[0]:
+        frames = read_frames(clip, 4)
+        assert len(frames.pixels) == 4 and abs(frames.duration - 2) < 0.1, clip.video
+
+
+def test_ids_with_dots_and_several_endings(tmp_path):
+    """A dot in an id is not an ending; sounds and previews beside a video are not meant."""
+    videos = files(tmp_path / "v", "scene.264.mp4", "scene.mp4", "b.mp4", "b.gif", "b.ogg", "c.gif", "d.ts", "d.gif")
+    source = tmp_path / "t.csv"
+    source.write_text("video,caption\nscene.264,x\nscene,y\nb,x\nb.gif,y\nc,x\nd,x\n")
+    clips, rejected = imported("csv", source, videos)
+    assert [clip["video"] for clip in clips] == ["scene.264.mp4", "scene.mp4", "b.mp4", "b.gif", "c.gif"]
+    assert rejected == [("t.csv:7", "several videos", "video")]
+
+
+def hub_cache(folder: Path) -> tuple[Path, Path]:
+    """A data set as a hub cache holds it: every file a link to a blob without an ending. Its folder and the blob."""
+    root, blobs = folder / "snapshots" / "x", folder / "blobs"
+    for path in (root / "sub", blobs):
+        path.mkdir(parents=True)
+    make = ["ffmpeg", "-loglevel", "error", "-f", "lavfi", "-i", "testsrc=s=64x48:r=25:d=1", "-f", "mp4"]
+    subprocess.run([*make, str(blobs / "0123abcd")], check=True, timeout=60)
+    (root / "a.mp4").symlink_to("../../blobs/0123abcd")
+    (root / "sub" / "b.mp4").symlink_to("../../../blobs/0123abcd")
+    (root / "more").symlink_to("../../blobs")
+    (root / "again").symlink_to("../x")
+    return root, blobs / "0123abcd"
+
+
+def test_links_of_a_hub_cache(tmp_path):
+    """A link that leaves the root is named as a link; --follow-links takes it, as a path below the root, and it decodes."""
+    root, blob = hub_cache(tmp_path)
+    file = root / "clips.jsonl"
+    paths = ("a.mp4", "sub/b.mp4", "more/0123abcd", "../x/a.mp4", "../../blobs/0123abcd", "more/../../outside.mp4")
+    file.write_text("".join(json.dumps({"video": path, "caption": path}) + "\n" for path in paths))
+    with pytest.raises(ClipError, match=r"it is a link that leaves the root .*--follow-links"):
+        load_clips(file)
+    clips, problems = load_clips(file, follow_links=True)
+    assert [clip.caption for clip in clips] == list(paths[:4]) and len(problems) == 2
+    assert all("leaves the root" in problem and "is a link" not in problem for problem in problems)
+    assert clips[0].video == root.resolve() / "a.mp4" and clips[2].video == root.resolve() / "more" / "0123abcd"
+    wanted = read_frames(Clip(blob, "", "blob"), 4).pixels
+    assert all(torch.equal(read_frames(clip, 4).pixels, wanted) for clip in clips)
+    file.write_text('{"video": "blobs/0123abcd", "caption": "x"}\n')
+    assert load_clips(file, tmp_path)[0][0].video == blob.resolve()  # no link at all, and no ending
+
+
+def test_links_in_importers_and_curation(tmp_path):
+    """Importers and curation name the links, and follow them where they are told to; circles of links end."""
+    from data import curate
+
+    root, blob = hub_cache(tmp_path / "cache")
+    source, quiet = tmp_path / "t.csv", Console(quiet=True)
+    rows = "a,He jumps.\nsub/b.mp4,He falls.\nmore/0123abcd,He runs.\nb,He falls.\n"
+    source.write_text("video,caption\n" + rows)
+    with pytest.raises(ClipError, match=r"its 3 links leave it.*--follow-links"):
+        run_import(Settings("csv", source, root, tmp_path / "clips.jsonl"), quiet)
+    (root / "c.mp4").write_bytes(blob.read_bytes())
+    source.write_text("video,caption\n" + rows + "c,He waits.\n")
+    run_import(Settings("csv", source, root, tmp_path / "clips.jsonl"), quiet)
+    assert [clip["video"] for clip in lines(tmp_path / "clips.jsonl")] == ["c.mp4"]
+    mends = [r["mend"] for r in lines(tmp_path / "clips.rejected.jsonl")]
+    assert len(mends) == 4 and all("link that leaves" in mend and "--follow-links" in mend for mend in mends)
+    run_import(Settings("csv", source, root, tmp_path / "clips.jsonl", follow_links=True), quiet)
+    found = lines(tmp_path / "clips.jsonl")
+    assert [clip["video"] for clip in found] == ["a.mp4", "sub/b.mp4", "more/0123abcd", "c.mp4"]  # b is the same clip
+
+    captions = [clip | {"keywords": ["jumps"], "caption": f"{i} jumps"} for i, clip in enumerate(found)]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(clip) + "\n" for clip in captions))
+    for name, counted in (("no", 3), ("yes", 0)):
+        s = curate.Settings(tmp_path / "captions.jsonl", tmp_path / name, root, workers=0, follow_links=name == "yes")
+        counts = curate.main(s, quiet)
+        assert counts["malformed"] == counted and counts["unreadable"] == 0 and counts.total() == 4
+
+
+def test_links_in_benchmarks(tmp_path):
+    """A benchmark's videos may be links with --follow-links; another ending than the authors' is found."""
+    from data.benchmarks import load_benchmark
+
+    root, blob = hub_cache(tmp_path / "cache")
+    (root / "MetaData" / "DoTA").mkdir(parents=True)
+    (root / "VRU_videos" / "DoTA").mkdir(parents=True)
+    entries = {f"./VRU_videos/DoTA/VRU_{i}": {"gt": "x"} for i in (1, 2)}
+    (root / "MetaData" / "DoTA" / "DoTA_Dense_Caption.json").write_text(json.dumps(entries))
+    (root / "VRU_videos" / "DoTA" / "VRU_1.mp4").symlink_to(tmp_path / "cache" / "blobs" / "0123abcd")
+    (root / "VRU_videos" / "DoTA" / "VRU_2.MKV").write_bytes(blob.read_bytes())
+    benchmark = load_benchmark("vru-accident-captions", root)
+    assert [q.video.name for q in benchmark.questions] == ["VRU_2.MKV"]
+    (problem,) = [problem for problem in benchmark.problems if "VRU_1" in problem]
+    assert "it is a link that leaves the root" in problem and "--follow-links" in problem
+    benchmark = load_benchmark("vru-accident-captions", root, follow_links=True)
+    assert [q.video.name for q in benchmark.questions] == ["VRU_1.mp4", "VRU_2.MKV"]
+    (root / "clips.jsonl").write_text('{"video": "a.mp4", "caption": "x"}\n')
+    assert [q.id for q in load_benchmark("clips", root, follow_links=True).questions] == ["a.mp4"]
+
+
+def test_paths_of_all_kinds(tmp_path):
+    """Whole paths, addresses and Windows' paths: taken if they are below the root, else one clear message."""
+    root = files(tmp_path / "my videos", "a.mp4", "sub/b.mp4", "50%.mp4", "~c.mp4", "odd\\name.mp4", "100%25.mp4")
+    taken = {
+        "a.mp4": "a.mp4",
+        "./sub/../a.mp4": "a.mp4",
+        "sub\\b.mp4": "sub/b.mp4",
+        str(root / "a.mp4"): "a.mp4",
+        f"file://{root}/a.mp4": "a.mp4",
+        f"file://localhost{root}/sub/b.mp4".replace(" ", "%20"): "sub/b.mp4",
+        "file://50%.mp4": "50%.mp4",
+        "file://100%25.mp4": "100%25.mp4",
+        "~c.mp4": "~c.mp4",
+        "odd\\name.mp4": "odd\\name.mp4",
+        "gone.mp4": "gone.mp4",
+    }
+    for path, wanted in taken.items():
+        assert inside_root(path, root) == root.resolve() / wanted, path
+    for path, message in {
+        "../a.mp4": "leaves the root",
+        "sub/../../a.mp4": "leaves the root",
+        f"{root}2/a.mp4": "leaves the root",
+        "/etc/hostname": "leaves the root",
+        "file:///etc/hostname": "leaves the root",
+        "..\\a.mp4": "leaves the root",
+        "C:\\videos\\a.mp4": "Windows disk",
+        "\\\\server\\a.mp4": "leaves the root",
+        "~/a.mp4": "begins with ~",
+        "~anna/a.mp4": "begins with ~",
+        "http://x.org/a.mp4": "web address; download",
+        "s3://bucket/a.mp4": "web address; download",
+        "data:video/mp4;base64,AAAA": "the file itself",
+        "a\0b": "not a path",
+        "x" * 300 + ".mp4": "not a path",
+        "\ud800.mp4": "not a path",
+    }.items():
+        for follow_links in (False, True):
+            with pytest.raises(PathError, match=message):
+                inside_root(path, root, follow_links)
+    link = tmp_path / "link to root"
+    link.symlink_to(root)
+    assert inside_root("a.mp4", link) == inside_root(str(root / "a.mp4"), link) == root.resolve() / "a.mp4"
+    (root / "self.mp4").symlink_to("self.mp4")
+    (root / "inner.mp4").symlink_to("sub/b.mp4")
+    assert inside_root("inner.mp4", root) == root.resolve() / "sub/b.mp4"
+    assert not inside_root("self.mp4", root).exists()
+
+
+# --- Files that are something else, and the command -----------------------------------------------------------------------
 
 
 BROKEN_FILES = [

@@ -7,11 +7,12 @@ import torch
 import tyro
 from bitsandbytes.nn import Params4bit
 from rich.console import Console
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import train_rl
 import train_sft
 from data import memory, models, sizes, videolm
+from data.clips import Preparation, load_clips, prepare
 
 CPU = torch.device("cpu")
 
@@ -196,3 +197,32 @@ def test_attention_is_chosen_by_what_is_there(monkeypatch):
     for version in (2, 3, 4):
         monkeypatch.setattr(models, f"is_flash_attn_{version}_available", lambda: True)
         assert models.choose_attention() == f"flash_attention_{version}"
+
+
+def test_masks_count_with_the_square_of_the_length():
+    """A padding mask of stage 1, the packed mask of stage 2 and its prefixes; none where one clip alone needs none."""
+    hf = memory.skeleton("random:qwen2.5-vl-7b")
+
+    def masks(gpu: bool = False, **load) -> float:
+        return memory.estimate(hf, memory.Load(visual_tokens=4000, **load), QLORA, gpu)["attention masks"]
+
+    assert masks(clips=1, text_tokens=1000) == 0
+    assert masks(clips=2, text_tokens=1000) == 2 * 5000**2 * 9  # bools, and numbers there and back
+    assert masks(clips=2, text_tokens=6000) == 4 * masks(clips=2, text_tokens=1000)
+    packed = dict(clips=1, text_tokens=1000, rollouts=8, new_tokens=500)
+    assert masks(**packed) == 9000**2 * 9 and masks(True, **packed) == 9000**2 * 10
+    assert masks(**packed, prompts=4) == 4 * 9000**2 * 9  # the prefix and its twin: 1000 + 2 * 4000
+
+
+def test_limit_of_texts_follows_from_the_context(world, qwen2_5):
+    """By default: the context less video and template; a caption that fits in stays, one token more does not."""
+    clips, _ = load_clips(world / "train.jsonl")
+    preparation = Preparation(AutoProcessor.from_pretrained(qwen2_5), context=4096)
+    rest = memory.longest(clips[:1], preparation)[0] + 64  # the template is shorter than that
+    tokenizer = preparation.processor.tokenizer
+    per_word = len(tokenizer(" jumps").input_ids)
+    fits, long = ((4096 - rest + more) // per_word for more in (-64, 200))
+    clips[0].caption, clips[1].caption = " jumps" * fits, " jumps" * long
+    kept, problems = memory.leave_out_long(clips, preparation, None)
+    assert len(kept) == len(clips) - 1 and len(problems) == 1 and clips[1].where in problems[0]
+    assert len(prepare(kept[0], preparation).input_ids) <= 4096

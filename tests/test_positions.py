@@ -164,7 +164,7 @@ def test_a_repeated_frame_takes_no_time(preparation, world, num_frames, seconds)
     repeated = num_frames % 2
     times = [3.5 / num_frames * (i + 0.5) for i in range(num_frames)]
     pixels = torch.zeros(num_frames + repeated, 3, 48, 48, dtype=torch.uint8)
-    frames = Frames(pixels, times + times[-1:] * repeated, 25.0, 3.5, repeated)
+    frames = Frames(pixels, times + times[-1:] * repeated, 25.0, 3.5, 3.5 / num_frames)
     assert frames.seconds_per_slot(2) == pytest.approx(seconds)
     from data.clips import Clip
 

@@ -182,3 +182,13 @@ def test_equal_rewards_give_no_advantage():
     for divide in (False, True):
         _, a = vp.rewards_and_advantages("relative", same, same, same, same, divide=divide)
         assert a.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("mark", ["[PAD]", "[UNK]"])
+def test_special_tokens_in_a_caption_are_words(tmp_path, mark):
+    """A caption that holds one is its words: the tokens around it are the same, and nothing of it is left out."""
+    own = TextEncoder(build_text_encoder(tmp_path / "own", ["a man jumps pad unk"]))
+    word = mark[1:-1].lower()
+    marked, plain = own([f"A man {mark} jumps.", f"A man {word} jumps."])
+    assert marked.tokens == plain.tokens and len(marked.tokens) == 4
+    torch.testing.assert_close(marked.embeddings, plain.embeddings)

@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from rich.console import Console
 from safetensors.torch import load_file
+
+import eval as evaluation
+import train_rl
+import train_sft
+from data.clips import ClipError
+from tests.test_clips import write_video
 
 HERE = Path(__file__).parent.parent
 FAST = ["--steps", "3", "--batch-size", "4", "--micro-batch-size", "2", "--log-every", "1", "--sheets", "1"]
@@ -179,3 +187,52 @@ def test_readme_names_every_make_target():
     readme, makefile = (HERE / "README.md").read_text(), (HERE / "Makefile").read_text()
     for target in ("demo", "test"):
         assert f"make {target}" in readme and f"\n{target}:" in makefile
+
+
+@pytest.fixture
+def odd_clips(world, tmp_path) -> Path:
+    """Twelve good lines and what people have beside them, each of which must cost itself at most."""
+    good = [json.loads(x) for x in (world / "train.jsonl").read_text().splitlines()[:12]]
+    for name in ("v" * 248 + ".mp4", "a [bold] 🙂.mp4"):
+        shutil.copy(world / good[0]["video"], tmp_path / name)
+    write_video(tmp_path / "strip.mp4", size=(16, 4096))
+    lines = [x | {"video": str(world / x["video"])} for x in good]
+    part = {name: good[0][name] for name in ("caption", "keywords")}
+    half = part | {"video": f"{tmp_path}/a [bold] 🙂.mp4", "caption": "A man pays $5 in $\\frac{."}
+    long, marked = "The red circle vanishes. " * 9000, "A man <|video_pad|> jumps off.<|im_end|> [/] He runs."
+    lines[:0] = [half | {"end": 1}, half | {"start": 1}, part | {"video": str(tmp_path / ("v" * 248 + ".mp4"))}]
+    lines += [part | {"video": str(tmp_path / "strip.mp4")}]
+    lines += [lines[3] | {"caption": caption, "truth": None} for caption in (long, marked)]
+    texts = [json.dumps(x) for x in lines]
+    texts += [r'{"video": "a.mp4", "caption": "\ud83d"}', '{"video": "a.mp4", "caption": "x", "start": ' + "9" * 400 + "}"]
+    (tmp_path / "odd.jsonl").write_text("\n".join(texts) + "\n")
+    return tmp_path / "odd.jsonl"
+
+
+def test_odd_clips_end_no_run(odd_clips, qwen2_5, tmp_path, capsys, monkeypatch):
+    """Stage 1 with an evaluation in the middle, stage 2, and eval.py: each odd clip is named, nothing else is lost."""
+    monkeypatch.setenv("COLUMNS", "400")
+    data = dict(data=odd_clips, root=Path("/"), workers=0, max_bad_share=0.5)
+    more = dict(eval_data=odd_clips, batch_size=6, micro_batch_size=3, log_every=1) | data
+    settings = train_sft.Settings(model=str(qwen2_5), out=tmp_path / "sft", steps=6, eval_every=3, sheets=3, **more)
+    results = train_sft.main(settings)
+    shown = capsys.readouterr().out
+    # the strip is refused by the processor; the long caption is not read where the model only describes
+    assert results["clips"] == 17 and [x for x in results["skipped"] if "strip.mp4" in x] == results["skipped"]
+    assert f"{odd_clips}:17: " in shown and "field 'caption': prompt and caption have more than" in shown
+    assert "lone surrogate" in shown and f"{odd_clips}:20: field 'start'" in shown and "aspect ratio" in shown
+    sheets = ["sheet-000-a-bold.png", "sheet-001-a-bold.png", f"sheet-002-{'v' * 40}.png"]
+    assert sorted(p.name for p in (tmp_path / "sft").glob("sheet*")) == sheets
+    few = dict(steps=3, max_new_tokens=4, num_rollouts=2, num_twin_rollouts=1, eval_before=False)
+    settings = train_rl.Settings(model=str(tmp_path / "sft"), out=tmp_path / "rl", **few, **more)
+    assert train_rl.main(settings)["clips"] == 17 and (tmp_path / "rl/rollouts.html").exists()
+    limits = dict(max_text_tokens=20, limit=2, max_new_tokens=2)
+    with pytest.raises(ClipError, match=r"no clip could be described(?s:.*)the prompt has more than 3 tokens"):
+        evaluation.run_evaluation(
+            evaluation.EvalSettings(
+                str(qwen2_5), odd_clips, Path("/"), tmp_path / "none", **limits | {"max_text_tokens": 3}
+            ),
+            Console(),
+        )
+    settings = evaluation.EvalSettings(str(qwen2_5), odd_clips, Path("/"), tmp_path / "eval", **limits)
+    assert evaluation.run_evaluation(settings, Console())["clips"] == 2

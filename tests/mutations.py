@@ -1,0 +1,248 @@
+"""Do the tests notice? Puts faults into a copy of the repository, one by one, and runs the test that should turn red.
+
+    python -m tests.mutations                 # all faults: some minutes on one core
+    python -m tests.mutations --only clip     # those whose name holds a text
+
+Exit code 1 if a test stays green. A fault is a replacement of text; it must find its text exactly once, so a fault that
+the code has outgrown is an error, and has to be written anew.
+"""
+
+import contextlib
+import importlib
+import io
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+HERE = Path(__file__).parent.parent
+SFT, RL = "train_sft.py", "train_rl.py"
+# The tests of tests/test_reference_loops.py, by case.
+CONTRASTIVE, CAPTION_ONLY, NO_TWIN = "stage_1[contrastive]", "stage_1[caption-only]", "stage_1[no-twin]"
+RELATIVE, POOLED, RECALL, SIMILARITY = "stage_2[relative]", "stage_2[pooled]", "stage_2[recall]", "stage_2[similarity]"
+
+
+@dataclass
+class Fault:
+    """Text of a file that is replaced, and the test that should turn red."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    case: str
+
+    @property
+    def test(self) -> str:
+        """As pytest names it."""
+        return f"tests/test_reference_loops.py::test_{self.case}"
+
+
+FAULTS = [
+    # Stage 1.
+    Fault("schedule never stepped", SFT, "            schedule.step()\n", "", CONTRASTIVE),
+    Fault("schedule stepped before the optimizer", SFT,
+          "            optimizer.step()\n            schedule.step()\n",
+          "            schedule.step()\n            optimizer.step()\n", CAPTION_ONLY),
+    Fault("lambda ignored", SFT, "(lm_loss + s.contrastive_weight * con_loss)", "(lm_loss + con_loss)", CONTRASTIVE),
+    Fault("contrastive loss logged, not trained", SFT,
+          "(lm_loss + s.contrastive_weight * con_loss)", "(lm_loss)", CONTRASTIVE),
+    Fault("gradient clipping off", SFT, "models.clip_gradients(trained, s.grad_clip)",
+          "models.clip_gradients(trained, 1e9)", CONTRASTIVE),
+    Fault("caption loss divided by its micro-batch's tokens", SFT, "out.lm_loss / num_tokens",
+          "out.lm_loss / len(batch.label_ids)", CAPTION_ONLY),
+    Fault("contrastive loss divided by its micro-batch's keywords", SFT, "out.contrastive_loss / num_keywords",
+          "out.contrastive_loss / max(1, len(batch.keyword_ids))", CONTRASTIVE),
+    Fault("zero_grad missing", SFT, "            optimizer.zero_grad()\n            at = loader.state()",
+          "            at = loader.state()", CAPTION_ONLY),
+    Fault("only the last micro-batch counts", SFT, "            for batch in batches:\n",
+          "            for batch in batches:\n                optimizer.zero_grad()\n", CAPTION_ONLY),
+    Fault("optimizer steps after every micro-batch", SFT, "con_loss).backward()\n",
+          "con_loss).backward()\n                optimizer.step()\n", CONTRASTIVE),
+    Fault("weight decay ignored", SFT, "weight_decay=s.weight_decay", "weight_decay=0.0", CAPTION_ONLY),
+    Fault("warm-up ignored", SFT, "int(s.warmup * s.steps)", "0", CONTRASTIVE),
+    Fault("AdamW's own betas", SFT, "betas=(0.9, 0.99), ", "", CAPTION_ONLY),
+    Fault("temperature ignored", SFT, "s.contrastive_layer, s.temperature)", "s.contrastive_layer)", CONTRASTIVE),
+    Fault("contrastive layer ignored", SFT,
+          "(hf, s.contrastive_layer, s.temperature)", "(hf, None, s.temperature)", NO_TWIN),
+    Fault("twin negatives cannot be switched off", SFT, "contrastive, s.twin_negatives)", "contrastive, True)", NO_TWIN),
+    Fault("contrastive heads not trained", SFT, "for part in (lm.hf, lm.heads)]", "for part in (lm.hf,)]", CONTRASTIVE),
+    Fault("vision encoder cannot be frozen", SFT, "s.lora_rank, s.freeze_vision", "s.lora_rank, False", NO_TWIN),
+    Fault("the seed does not decide the order", SFT, "preparation, s.seed", "preparation, 0", NO_TWIN),
+    Fault("every epoch in the same order", "data/loader.py", "default_rng([self.seed, epoch])",
+          "default_rng([self.seed, 0])", CONTRASTIVE),
+    Fault("the twin is the full video", "vp.py", "self.gather_video(video, batch.twin_index)", "video", CONTRASTIVE),
+    Fault("text vectors carry gradients", "vp.py", "(batch.keyword_ids).detach()", "(batch.keyword_ids)", CONTRASTIVE),
+    # Stage 2.
+    Fault("KL weight fixed at 0", RL, "*clip, s.beta)", "*clip, 0.0)", RELATIVE),
+    Fault("reference is the policy of now", RL, "reference.log_probs(packed", "lm.log_probs(packed", SIMILARITY),
+    Fault("raw rewards for advantages", RL, "advantages.append(a.cpu())", "advantages.append(r.cpu())", RECALL),
+    Fault("advantages of the wrong sign", RL, "advantages.append(a.cpu())", "advantages.append(-a.cpu())", RECALL),
+    Fault("clip-low and clip-high swapped", RL, "(s.clip_low, s.clip_high)", "(s.clip_high, s.clip_low)", RELATIVE),
+    Fault("schedule never stepped", RL, "                schedule.step()\n", "", RECALL),
+    Fault("gradient clipping off", RL, "models.clip_gradients(trained, s.grad_clip)",
+          "models.clip_gradients(trained, 1e9)", RELATIVE),
+    Fault("old log-probabilities from now", RL,
+          "vp.grpo_loss(logp, old_logp,", "vp.grpo_loss(logp, logp.detach(),", SIMILARITY),
+    Fault("old log-probabilities of other rollouts", RL, "zip(rollouts.logp[b, :G], lengths[b])",
+          "zip(rollouts.logp[b, :G].flip(0), lengths[b])", RELATIVE),
+    Fault("the twin's rollouts trained on", RL,
+          """[tokens[b][:G] for b in part])
+                per_token = [  # log-probability when it was sampled, advantage and weight of each token
+                    torch.cat([p[:n] for b in part for p, n in zip(rollouts.logp[b, :G], lengths[b])]),""",
+          """[tokens[b][-G:] for b in part])
+                per_token = [  # log-probability when it was sampled, advantage and weight of each token
+                    torch.cat([p[:n] for b in part for p, n in zip(rollouts.logp[b, -G:], lengths[b][-G:])]),""",
+          RELATIVE),
+    Fault("reward kind ignored", RL, "embedded, s.reward, s.alpha", 'embedded, "relative", s.alpha', SIMILARITY),
+    Fault("alpha ignored", RL, "s.alpha, s.margin, s.divide_by_spread", "1.0, s.margin, s.divide_by_spread", RECALL),
+    Fault("margin ignored", RL, "s.alpha, s.margin, s.divide_by_spread", "s.alpha, 0.0, s.divide_by_spread", RELATIVE),
+    Fault("never divided by the spread", RL, "s.margin, s.divide_by_spread", "s.margin, False", POOLED),
+    Fault("the twin's rollouts not compared", RL, "[0 if e.source is None else G_twin for e in group]",
+          "[0 for e in group]", POOLED),
+    Fault("groups without spread trained on", RL, "bool(a.abs().max() > 1e-6)", "True", SIMILARITY),
+    Fault("temperature ignored while sampling", RL, "torch.from_numpy(np.stack(draws)), s.temperature",
+          "torch.from_numpy(np.stack(draws))", RECALL),
+    Fault("temperature ignored in the policy's log-probabilities", RL, "lm.log_probs(packed, seen, s.temperature)",
+          "lm.log_probs(packed, seen)", RECALL),
+    Fault("temperature ignored in the reference's", RL, "reference.log_probs(packed, seen, s.temperature)",
+          "reference.log_probs(packed, seen)", RELATIVE),
+    Fault("the seed does not decide the rollouts", RL, "[s.seed, place]", "[0, place]", POOLED),
+    Fault("loss level ignored", RL, "s.loss_level, num_tokens", '"token", num_tokens', POOLED),
+    Fault("divided by the tokens of some rollouts", RL, "num_tokens / world_size)", "float(sampled[0].sum()))", RECALL),
+    Fault("one update on every batch", RL, "for _ in range(s.epochs):", "for _ in range(1):", SIMILARITY),
+    Fault("epochs not counted in the schedule", RL, "int(s.warmup * s.steps * s.epochs), s.steps * s.epochs",
+          "int(s.warmup * s.steps), s.steps", POOLED),
+    Fault("zero_grad missing", RL, "                optimizer.zero_grad()\n            at = loader.state()",
+          "            at = loader.state()", RECALL),
+    Fault("only the last micro-batch counts", RL, "                    loss.backward()\n",
+          "                    optimizer.zero_grad()\n                    loss.backward()\n", SIMILARITY),
+    Fault("optimizer steps after every micro-batch", RL, "                    loss.backward()\n",
+          "                    loss.backward()\n                    optimizer.step()\n", SIMILARITY),
+    Fault("weight decay ignored", RL, "weight_decay=s.weight_decay", "weight_decay=0.0", RELATIVE),
+    Fault("warm-up ignored", RL, "int(s.warmup * s.steps * s.epochs)", "0", RELATIVE),
+    Fault("AdamW's own betas", RL, "betas=(0.9, 0.99), ", "", RECALL),
+    Fault("vision encoder never trained", RL, "freeze_vision=not s.train_vision", "freeze_vision=True", POOLED),
+]  # fmt: skip
+
+
+@dataclass
+class Settings:
+    """Settings of `python -m tests.mutations`."""
+
+    only: str = ""
+    """Faults whose file and name hold this text."""
+    time_limit: float = 600.0
+    """Seconds for one test."""
+
+
+@dataclass
+class Result:
+    """How a test ended: green, red, or error (it could not be run), and what it said."""
+
+    outcome: str
+    message: str = ""
+
+
+class Watcher:
+    """A plugin of pytest that keeps how the one test ended."""
+
+    def __init__(self):
+        self.result = Result("error", "no test ran")
+
+    def pytest_collectreport(self, report) -> None:
+        """A file that cannot be imported proves nothing about the test."""
+        if report.failed:
+            self.result = Result("error", str(report.longrepr).strip().splitlines()[-1])
+
+    def pytest_runtest_logreport(self, report) -> None:
+        """A failing fixture proves nothing either."""
+        if report.when == "call" or report.failed:
+            said = getattr(getattr(report.longrepr, "reprcrash", None), "message", "").splitlines()
+            outcome = "green" if report.passed else "red" if report.when == "call" else "error"
+            self.result = Result(outcome, said[0] if said else "")
+
+
+def run_test(folder: Path, test: str, results: multiprocessing.Queue) -> None:
+    """Run one test in a copy of the repository; a forked process, in which nothing of the repository is loaded yet."""
+    os.chdir(folder)
+    sys.path[0] = str(folder)
+    watcher = Watcher()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        pytest.main(["-x", "-q", "-p", "no:cacheprovider", test], [watcher])
+    results.put(watcher.result)
+
+
+def forget_repository() -> None:
+    """Unload what was imported from the repository, and keep the libraries: they take most of a test's time."""
+    for name, module in list(sys.modules.items()):
+        file = Path(getattr(module, "__file__", None) or os.sep)
+        if name != "__main__" and file.is_relative_to(HERE) and "site-packages" not in file.parts:
+            del sys.modules[name]
+
+
+def try_fault(copy: Path, fault: Fault | None, test: str, time_limit: float) -> Result:
+    """Run a test with a fault in the copy, which is whole again afterwards."""
+    path = copy / fault.file if fault else None
+    text = path.read_text() if path else ""
+    if fault:
+        if text.count(fault.old) != 1:
+            raise SystemExit(
+                f"{fault.file}: '{fault.name}': found {text.count(fault.old)} times: {fault.old!r}; give a new text"
+            )
+        path.write_text(text.replace(fault.old, fault.new))
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    process = fork.Process(target=run_test, args=(copy, test, results))
+    process.start()
+    process.join(time_limit)
+    if process.is_alive():
+        process.kill()
+    result = results.get(timeout=5) if process.exitcode == 0 else Result("error", f"exit code {process.exitcode}")
+    if fault:
+        path.write_text(text)
+    return result
+
+
+def main(settings: Settings) -> int:
+    """Try all faults; returns the exit code."""
+    console, faults = Console(), [f for f in FAULTS if settings.only in f"{f.file} {f.name}"]
+    began = time.perf_counter()
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # before the libraries are loaded
+    importlib.import_module("tests.test_reference_loops")
+    forget_repository()
+    sys.dont_write_bytecode = True  # a fault may have the size and the second of the text before it
+    table = Table("fault", "file", "test that went red", "it said")
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        kept_out = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache")
+        shutil.copytree(HERE, copy, ignore=kept_out, symlinks=True)
+        for test in dict.fromkeys(fault.test for fault in faults):  # without a fault all are green, or nothing is shown
+            result = try_fault(copy, None, test, settings.time_limit)
+            if result.outcome != "green":
+                console.print(f"{test} without a fault: {result.outcome}: {result.message}", markup=False)
+                return 1
+        for fault in faults:
+            result = try_fault(copy, fault, fault.test, settings.time_limit)
+            shown = {"red": escape(fault.case), "green": "[bold red]STILL GREEN[/]", "error": "[bold red]ERROR[/]"}
+            table.add_row(fault.name, fault.file, shown[result.outcome], escape(result.message[:60]))
+            console.print(f"{result.outcome}: {fault.file}: {fault.name}", markup=False)
+            bad += result.outcome != "red"
+    console.print(table)
+    console.print(f"{len(faults) - bad} of {len(faults)} faults turned a test red, in {time.perf_counter() - began:.0f} s")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Settings, description=__doc__)))
