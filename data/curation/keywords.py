@@ -288,8 +288,9 @@ def rank(
 def keyword_prompt(caption: str) -> str:
     """What to ask a video-language model for."""
     return (
-        "List the phrases of this caption that name a brief action or event that can be seen, copied word for word, at "
-        f'most eight words each, as a JSON list of strings and nothing else.\nCaption: "{caption}"'
+        "List the phrases of this caption that name a brief action or event that happens (none for what is denied, wanted "
+        "or almost done) and can be seen, copied word for word, at most eight words each, as a JSON list of strings and "
+        f'nothing else.\nCaption: "{caption}"'
     )
 
 
