@@ -367,10 +367,11 @@ def main(settings: Settings) -> dict | None:
     num_prompts, left_over = divmod(s.batch_size, run.num_processes)
     if left_over:
         raise ValueError(f"--batch-size {s.batch_size} is not a multiple of {run.num_processes} processes")
+    clips, eval_clips = run.load_clips()
     architecture = memory.skeleton(s.model)
     context = architecture.config.text_config.max_position_embeddings
     preparation = Preparation(models.load_processor(s.model), s.max_frames, s.fps, max_pixels=s.max_pixels, context=context)
-    clips, eval_clips = run.load_clips(preparation, s.max_new_tokens, EVAL_TOKENS)
+    clips, eval_clips = run.leave_out_long(clips, eval_clips, preparation, s.max_new_tokens, EVAL_TOKENS)
     load = memory.Load(
         s.micro_batch_size, *memory.longest(clips, preparation), rollouts=G, twin_rollouts=s.num_twin_rollouts,
         prompts=num_prompts, new_tokens=s.max_new_tokens, reference=s.beta > 0 and not s.lora_rank,

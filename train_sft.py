@@ -138,10 +138,11 @@ def main(settings: Settings) -> dict | None:
             f"--batch-size {s.batch_size} is not a multiple of micro-batch {s.micro_batch_size} x {run.num_processes} "
             "processes"
         )
+    clips, eval_clips = run.load_clips()
     architecture = memory.skeleton(s.model)
     context = architecture.config.text_config.max_position_embeddings
     steady = Preparation(models.load_processor(s.model), s.max_frames, s.fps, max_pixels=s.max_pixels, context=context)
-    clips, eval_clips = run.load_clips(steady, new_tokens=0, eval_tokens=EVAL_TOKENS)
+    clips, eval_clips = run.leave_out_long(clips, eval_clips, steady, new_tokens=0, eval_tokens=EVAL_TOKENS)
     twin_layers = (s.contrastive_layer or architecture.config.text_config.num_hidden_layers // 2) * contrastive
     load = memory.Load(s.micro_batch_size, *memory.longest(clips, steady), twin_layers)
     budget = memory.Budget(architecture, load, vars(s), run.device, s.memory_gb, run.num_processes)

@@ -194,10 +194,12 @@ def run_set(folder: Path, annotations: Path, minutes: float) -> Outcome:
     results = json.loads((folder / "run" / "results.json").read_text())
     used = {row["clip"] for row in results["rows"]}
     lost = {re.match(rf"{re.escape(str(annotations))}:\d+", reason)[0] for reason in results["skipped"]} - refused
-    faults += [f"{place} was neither used nor named in the evaluation" for place in sorted(accepted - used - lost)]
-    faults += [f"{place} was lost in the evaluation, and not named in the log" for place in sorted(lost - named)]
-    # An evaluation reads no caption: one that is too long is lost in training alone.
+    # Texts that are too long are named before the first step; an evaluation reads no caption, and may use its clip.
     too_long = set(re.findall(rf"({re.escape(str(annotations))}:\d+): .*--max-text-tokens", said))
+    faults += [
+        f"{place} was neither used nor named in the evaluation" for place in sorted(accepted - used - lost - too_long)
+    ]
+    faults += [f"{place} was lost in the evaluation, and not named in the log" for place in sorted(lost - named)]
     lost_in_training = named - refused - too_long
     faults += [f"{place} was used in the evaluation and lost in training" for place in sorted(used & lost_in_training)]
     return Outcome(len(lines), len(refused), len(lost), len(used), faults)

@@ -110,22 +110,27 @@ class Run:
 
     # --- before the first step
 
-    def load_clips(self, preparation: Preparation, new_tokens: int, eval_tokens: int) -> tuple[list[Clip], list[Clip]]:
-        """The clips to train on and to evaluate on. What cannot be used is noted, to be named by `show_start`.
-
-        new_tokens, eval_tokens: of the longest description in training and in evaluation, for which the context must have
-        room.
-        """
+    def load_clips(self) -> tuple[list[Clip], list[Clip]]:
+        """The clips to train on and to evaluate on. Lines that cannot be used are noted, to be named by `show_start`."""
         s = self.settings
         clips, self.problems = load_clips(s.data, s.root, s.follow_links)
-        clips, too_long = memory.leave_out_long(clips, preparation, s.max_text_tokens, new_tokens)
-        self.problems += too_long
         if not s.eval_data:
             return clips, []
         eval_clips, self.eval_problems = load_clips(s.eval_data, s.root, s.follow_links)
-        longest = max(new_tokens, eval_tokens)
-        eval_clips, too_long = memory.leave_out_long(eval_clips, preparation, s.max_text_tokens, longest, captions=False)
-        self.eval_problems += too_long
+        return clips, eval_clips
+
+    def leave_out_long(
+        self, clips: list[Clip], eval_clips: list[Clip], preparation: Preparation, new_tokens: int, eval_tokens: int
+    ) -> tuple[list[Clip], list[Clip]]:
+        """The clips whose text is not too long for the model; the others are noted, too.
+
+        new_tokens, eval_tokens: of the longest description in training and in evaluation, for which the context must have
+        room. An evaluation reads no caption.
+        """
+        limit, longest = self.settings.max_text_tokens, max(new_tokens, eval_tokens)
+        clips, too_long = memory.leave_out_long(clips, preparation, limit, new_tokens)
+        eval_clips, eval_too_long = memory.leave_out_long(eval_clips, preparation, limit, longest, captions=False)
+        self.problems, self.eval_problems = self.problems + too_long, self.eval_problems + eval_too_long
         return clips, eval_clips
 
     def share(self, block: int) -> dict[str, int]:
