@@ -391,7 +391,8 @@ def main(settings: Settings) -> dict | None:
     page = RolloutPage(s.out / "rollouts.html", run.console)
     if eval_clips and s.eval_before and not run.resumed.path:
         run.saved_extra["before"] = evaluate_run(run, lm, preparation, eval_clips) | {"rows": []}
-    if eval_clips and run.resumed.path and run.due(s.eval_every) and run.step < s.steps:  # it may have been killed in the middle of that
+    # An evaluation in the middle of which the run was killed is made again.
+    if run.resumed.path and eval_clips and run.due(s.eval_every) and run.step < s.steps:
         evaluate_run(run, lm, preparation, eval_clips, s.eval_clips)
 
     # --- the loop: rollouts -> rewards -> update -> log -> save -> eval

@@ -158,7 +158,8 @@ def main(settings: Settings) -> dict | None:
     run.show_start(clips, lm)
     if run.is_main:
         draw_sheets(clips[: s.sheets], steady, s.out, run.console)
-    if run.resumed.path and eval_clips and run.due(s.eval_every) and run.step < s.steps:  # it may have been killed in the middle of that
+    # An evaluation in the middle of which the run was killed is made again.
+    if run.resumed.path and eval_clips and run.due(s.eval_every) and run.step < s.steps:
         evaluate_run(run, lm, steady, eval_clips, s.eval_clips)
 
     # --- the loop: data -> forward, backward -> step -> log -> save -> eval
