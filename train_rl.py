@@ -37,9 +37,10 @@ from data.run.processes import finish_gradients, skip_if_not_finite
 from data.run.run import Run
 from data.run.settings import TrainSettings, by_preset, parse_settings
 from data.run.sheets import RolloutGroup, RolloutPage
-from data.texts import TextEncoder, embed_texts
+from data.texts import Comparison, TextEncoder, embed_texts
 from data.tiny import build_text_encoder
 from data.videolm import Rollouts, VideoLM
+from data.words import still_part
 from data.world import embedded_world
 
 # What may change when a run is resumed: nothing that a result depends on.
@@ -65,6 +66,8 @@ class Settings(TrainSettings):
     """Weight of the event in the reward."""
     margin: float = 0.1
     """By how much keyword recall must be better, and quality may be worse, to beat a twin's rollout."""
+    twin_branch: bool = True
+    """Train on the twin's descriptions, too: rewarded for the still part of the caption, and against claiming the event."""
     divide_by_spread: bool = False
     """Divide advantages by the standard deviation of their group."""
     text_encoder: str | None = by_preset(None, MINILM, MINILM)
@@ -122,6 +125,8 @@ def resolve(settings: Settings) -> Settings:
         raise ValueError(f"--num-rollouts: got {s.num_rollouts}; a group needs 2 descriptions to compare")
     if s.num_twin_rollouts < 0 or (s.num_twin_rollouts == 0 and s.reward in ("relative", "pooled")):
         raise ValueError(f"--num-twin-rollouts: got {s.num_twin_rollouts}; --reward {s.reward} compares with the twin's")
+    if s.twin_branch and s.num_twin_rollouts < 2:
+        raise ValueError(f"--num-twin-rollouts: got {s.num_twin_rollouts}; --twin-branch needs 2 or more to compare")
     if s.model == "runs/sft" and not Path(s.model, "checkpoint").exists():
         raise ValueError("there is no stage-1 checkpoint in runs/sft; run `python train_sft.py` first, or give --model")
     if s.text_encoder is None and s.data is None:
@@ -199,16 +204,26 @@ class Sampled:
 
 @dataclass
 class Scored:
-    """One prompt's descriptions with their rewards. num_twin: G', or 0 if the clip has no twin."""
+    """One prompt's descriptions with their rewards: of the full video, and of the twin where it is trained on.
+
+    num_twin: G', or 0 if the clip has no twin.
+    """
 
     texts: list[str]
     rewards: vp.Rewards
     num_twin: int
+    twin: vp.Rewards | None = None
 
     @property
-    def teaches(self) -> bool:
-        """Whether the rewards differ: otherwise every advantage is 0, and the group is skipped."""
-        return bool(self.rewards.advantage.abs().max() > 1e-6)
+    def advantages(self) -> Tensor:
+        """Of all rollouts that are trained on, those of the full video first, on the CPU."""
+        return torch.cat([group.advantage.cpu() for group in (self.rewards, self.twin) if group is not None])
+
+    @property
+    def useful(self) -> Tensor:
+        """Which of them teach something: where all rewards of a group are alike, every advantage is 0."""
+        groups = [group.advantage.cpu() for group in (self.rewards, self.twin) if group is not None]
+        return torch.cat([(a.abs().max() > 1e-6).expand(len(a)) for a in groups])
 
     def metrics(self) -> dict[str, Tensor | float]:
         """What is logged of a prompt."""
@@ -224,6 +239,8 @@ class Scored:
             twin = slice(G, G + self.num_twin)
             found["reward/twin_quality"] = r.quality[twin].mean()
             found["reward/twin_keyword_recall"] = r.keyword_recall[twin].mean()
+            if self.twin is not None:
+                found["reward/twin_total"] = self.twin.reward.mean()
             found["reward/gap"] = r.keyword_recall[:G].mean() - r.keyword_recall[twin].mean()
         return found
 
@@ -269,15 +286,25 @@ def roll_out(lm: VideoLM, prompts: Sequence[Prompt], s: Settings, run: Run) -> t
 def score(
     prompts: Sequence[Prompt], sampled: Sequence[Sampled], encoder: TextEncoder, processor, s: Settings
 ) -> list[Scored]:
-    """2. Compare each description with the caption, and with what is said of the twin: equations (2) to (4)."""
+    """2. Compare each description with the caption, and with what is said of the twin: equations (2) to (4).
+
+    Descriptions of the twin that are trained on are compared with the still part of the caption: equation (6).
+    """
     texts = [[t.strip() for t in processor.batch_decode(y.tokens, skip_special_tokens=True)] for y in sampled]
     num_twin = [0 if prompt.example.source is None else s.num_twin_rollouts for prompt in prompts]
-    embedded = embed_texts(
-        encoder, texts, [prompt.clip.caption for prompt in prompts], [prompt.clip.keywords for prompt in prompts],
-        [s.num_rollouts] * len(prompts), num_twin,
-    )  # fmt: skip
-    rewards = vp.paired_rewards(embedded, s.reward, s.alpha, s.margin, s.divide_by_spread)
-    return [Scored(*parts) for parts in zip(texts, rewards, num_twin)]
+    of_full = [
+        Comparison(said, prompt.clip.caption, prompt.clip.keywords, s.num_rollouts, num)
+        for said, prompt, num in zip(texts, prompts, num_twin)
+    ]
+    trained = [b for b, num in enumerate(num_twin) if num and s.twin_branch]
+    of_twin = []
+    for b in trained:
+        still = still_part(prompts[b].clip.caption, prompts[b].clip.keywords)
+        of_twin.append(Comparison(texts[b][s.num_rollouts :], still, prompts[b].clip.keywords, num_twin[b]))
+    embedded = embed_texts(encoder, of_full + of_twin)
+    rewards = vp.paired_rewards(embedded[: len(prompts)], s.reward, s.alpha, s.margin, s.divide_by_spread)
+    twins = dict(zip(trained, vp.twin_rewards(embedded[len(prompts) :], s.alpha, s.divide_by_spread)))
+    return [Scored(texts[b], rewards[b], num_twin[b], twins.get(b)) for b in range(len(prompts))]
 
 
 def pack_update(
@@ -286,27 +313,28 @@ def pack_update(
 ) -> list[UpdatePass]:  # fmt: skip
     """3. Pack [prompt][y_1]...[y_G] of the prompts that teach something, a micro-batch at a time.
 
-    num_tokens: sampled tokens of the full videos in the whole batch, a process on average: what the loss is divided by.
+    Where the twin is trained on, its prompt and its descriptions are branches of the same sequence. num_tokens: sampled
+    tokens that are trained on in the whole batch, a process on average: what the loss is divided by.
     """
-    G = s.num_rollouts
-    lengths = torch.stack([y.lengths[:G] for y in sampled])  # (B, G)
-    weight = vp.token_weights(lengths.flatten(), s.loss_level, num_tokens).view_as(lengths)
-    weight = weight * torch.tensor([x.teaches for x in scored])[:, None]
-    advantage = torch.stack([x.rewards.advantage.cpu() for x in scored])  # (B, G)
+    advantages = [x.advantages for x in scored]  # of each prompt: (G,), or (G + G',) with the twin
+    sizes = [len(a) for a in advantages]
+    lengths = torch.cat([y.lengths[:size] for y, size in zip(sampled, sizes)])
+    weights = vp.token_weights(lengths, s.loss_level, num_tokens) * torch.cat([x.useful for x in scored])
+    weights = weights.split(sizes)
     # Sharded processes gather weights together: all must make the same passes, useful or not.
-    kept = [b for b, x in enumerate(scored) if x.teaches or s.shard]
+    kept = [b for b, x in enumerate(scored) if x.useful.any() or s.shard]
     passes = []
     for i in range(0, len(kept), s.micro_batch_size):
         some = kept[i : i + s.micro_batch_size]
         examples = [prompts[b].example for b in some]
-        packed = lm.pack_rollouts(examples, [sampled[b].tokens[:G] for b in some])
+        packed = lm.pack_rollouts(examples, [sampled[b].tokens[: sizes[b]] for b in some], s.num_rollouts)
         update = UpdatePass(
             prompts=some,
             packed=packed.to(run.device),
-            old_logp=torch.cat([logp for b in some for logp in sampled[b].logp[:G]]).to(run.device),
+            old_logp=torch.cat([logp for b in some for logp in sampled[b].logp[: sizes[b]]]).to(run.device),
             ref_logp=None,
-            advantage=advantage[some].flatten()[packed.rollout].to(run.device),
-            weight=weight[some].flatten()[packed.rollout].to(run.device),
+            advantage=torch.cat([advantages[b] for b in some])[packed.rollout].to(run.device),
+            weight=torch.cat([weights[b] for b in some])[packed.rollout].to(run.device),
         )
         if reference is not None:
             with torch.no_grad(), run.autocast(), lm.hf.disable_adapter() if s.lora_rank else nullcontext():
@@ -407,7 +435,8 @@ def main(settings: Settings) -> dict | None:
             scored = score(prompts, sampled, encoder, preparation.processor, s)
             watch.start("update")
             num_tokens, num_useful = run.mean_counts(
-                int(rollouts.lengths[:, :G].sum()), sum(x.teaches for x in scored)
+                sum(int(y.lengths[: len(x.useful)].sum()) for y, x in zip(sampled, scored)),
+                sum(bool(x.useful.any()) for x in scored),
             )  # fmt: skip
             passes = pack_update(lm, reference, prompts, sampled, scored, video, num_tokens, s, run)
 

@@ -67,6 +67,8 @@ class Settings(TrainSettings):
     """lambda; 0 is the caption-only baseline and computes nothing of the rest."""
     twin_negatives: bool = True
     """Use the twin's tokens as hard negatives."""
+    twin_captions: float = 0.0
+    """Share of the clips that are shown as their twin, with a caption that leaves its event sentences out."""
     contrastive_layer: int | None = None
     """l, layers after which states are compared (default: half of them)."""
     temperature: float = 0.1
@@ -92,6 +94,8 @@ def resolve(settings: Settings) -> Settings:
         raise ValueError(f"--batch-size {s.batch_size} is not a multiple of --micro-batch-size {s.micro_batch_size}")
     if s.contrastive_weight < 0:
         raise ValueError(f"--contrastive-weight: got {s.contrastive_weight}; give 0 or more")
+    if not 0 <= s.twin_captions <= 1:
+        raise ValueError(f"--twin-captions: got {s.twin_captions}; give a share, 0 to 1")
     if s.max_frames < 4:
         raise ValueError(f"--max-frames: got {s.max_frames}; a twin needs two slots, which is 4 frames")
     if s.model is None:
@@ -148,7 +152,8 @@ def main(settings: Settings) -> dict | None:
     budget = memory.Budget(architecture, load, vars(s), run.device, s.memory_gb, run.num_processes)
     lm = load_video_lm(s, run, budget)
     loader = ClipLoader(
-        clips, replace(steady, jitter=s.jitter), s.seed, s.workers, s.time_limit, s.max_bad_share,
+        clips, replace(steady, jitter=s.jitter, twin_captions=s.twin_captions), s.seed, s.workers, s.time_limit,
+        s.max_bad_share,
         **run.share(s.micro_batch_size),
     )  # fmt: skip
     optimizer = models.make_optimizer(lm, s.learning_rate, s.weight_decay)
@@ -207,7 +212,7 @@ def main(settings: Settings) -> dict | None:
     # --- afterwards: the last evaluation, on all clips
     results = evaluate_run(run, lm, steady, eval_clips) if eval_clips and run.step == s.steps else None
     run.show_skipped(loader)
-    name = "action right" if results and "action right" in results["full"] else "caption similarity"
+    name = "event named" if results and "event named" in results["full"] else "caption similarity"
     panels = [["loss/lm", "loss/contrastive"], ["contrastive/temperature"], ["grad_norm"]]
     run.end([*panels, [f"eval/full {name}", f"eval/twin {name}"]], "checkpoint")
     return results

@@ -226,7 +226,7 @@ def score_rollouts(
     Similarities are cosines, those below 0 count as 0. q is the F1 of precision, the mean over a rollout's tokens of their
     largest similarity to a reference token, and recall, the other way about (BERTScore), repetitions counting as 0. c is
     the mean over keywords of the mean, over their tokens, of the largest similarity to a rollout token. An empty rollout
-    has q = c = 0, as has every one where the reference is empty; without keywords c = 0.
+    has q = c = 0; where the reference is empty q = 0, and without keywords c = 0.
 
     >>> word = torch.eye(4)                                  # four words that have nothing in common
     >>> full, half = word[[0, 1, 2]], word[[0, 1, 3]]        # the reference, and one with its last word wrong
@@ -239,16 +239,18 @@ def score_rollouts(
     wide = torch.promote_types(y.dtype, torch.float32)
     y = F.normalize(y.to(wide), dim=-1)
     w = nn.utils.rnn.pad_sequence(list(weights), batch_first=True).to(y)
-    if y.shape[1] == 0 or len(reference) == 0:
+    if y.shape[1] == 0:
         return y.new_zeros(len(y)), y.new_zeros(len(y))
 
     def similarity(words: Tensor) -> Tensor:
         return (y @ F.normalize(words.to(wide), dim=-1).T).clamp(min=0)  # (R, L, words)
 
-    s = similarity(reference)
-    precision = (s.amax(2) * w).sum(1) / lengths.clamp(min=1)
-    recall = (s.amax(1) * reference_weights.to(s)).mean(1)
-    quality = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
+    quality = y.new_zeros(len(y))
+    if len(reference):
+        s = similarity(reference)
+        precision = (s.amax(2) * w).sum(1) / lengths.clamp(min=1)
+        recall = (s.amax(1) * reference_weights.to(s)).mean(1)
+        quality = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
     coverage = [similarity(k).amax(1).mean(1) for k in keywords if len(k)]
     return quality, torch.stack(coverage).mean(0) if coverage else torch.zeros_like(quality)
 
@@ -292,6 +294,7 @@ def rewards_and_advantages(
         r = q + alpha * c
     group = torch.cat([r, q_twin + alpha * c_twin]) if kind == "pooled" else r
     advantage = r - group.mean()
+    advantage = torch.where(advantage.abs() < 1e-6, 0.0, advantage)  # rounding, which the division would blow up
     if divide:
         advantage = advantage / (group.std(correction=0) + 1e-4)
     return r, advantage
@@ -348,6 +351,21 @@ def paired_rewards(
         r, advantage = rewards_and_advantages(kind, q[full], c[full], q[twin], c[twin], alpha, margin, divide)
         rewards.append(Rewards(q, c, w, r, advantage))
     return rewards
+
+
+def twin_rewards(
+    batch: Sequence[Texts], alpha: float = 1.0, divide: bool = False, use_kernel: bool | None = None
+) -> list[Rewards]:
+    """The rewards of the twin's rollouts, which are trained on as well: equation (6).
+
+    batch: the twin's rollouts alone, as `num_full`; the reference is the still part of the caption, without its event. To
+    name the event is a claim here, about what is not shown, and costs what it earns on the full video:
+
+        r'_j = q(y'_j; still part) - alpha c(y'_j),    A'_j = r'_j - mean(r')                                        (6)
+
+    Without a still part, q is 0, and the claim counts alone.
+    """
+    return paired_rewards(batch, "recall", -alpha, divide=divide, use_kernel=use_kernel)
 
 
 # --- The policy loss (method, section 3) --------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from data.foreign import check_annotations, other_fields
 from data.key_slots import find_key_slots
 from data.user_text import SEAM, disarm, encode, put_back, take_out
 from data.video import PROMPT, Clip, Frames, read_frames
+from data.words import still_part
 
 FIELDS = ("video", "caption", "prompt", "start", "end", "keywords", "key_spans", "truth", "frames_per_second")
 
@@ -118,6 +119,18 @@ def parse_line(line: str, where: str, root: Path, follow_links: bool = False) ->
         raise ClipError(f"{where}: nested too deep; write one flat JSON object a line") from None
 
 
+def is_truth(truth: object) -> bool:
+    """Whether a `truth` field is complete: static, and all or none of actor, action and span (a clip without an event)."""
+    if not isinstance(truth, dict) or not isinstance(truth.get("static"), str):
+        return False
+    if not truth.keys() & {"actor", "action", "span"}:
+        return True
+    span = truth.get("span")
+    if not isinstance(span, list) or len(span) != 2 or not all(map(is_number, span)) or not 0 <= span[0] < span[1]:
+        return False
+    return isinstance(truth.get("actor"), str) and isinstance(truth.get("action"), str)
+
+
 def parse_record(record: dict, where: str, root: Path, follow_links: bool = False) -> Clip:
     """The clip of a line's JSON object, see `parse_line`."""
 
@@ -177,13 +190,9 @@ def parse_record(record: dict, where: str, root: Path, follow_links: bool = Fals
     if rate is not None and video.is_file():
         raise wrong("frames_per_second", rate, "a video file tells it; only a folder of numbered pictures needs it")
     truth = record.get("truth")
-    if truth is not None:
-        mend = "give an object with the texts actor, action and static, and span: [start, end] in seconds"
-        if not isinstance(truth, dict) or not all(isinstance(truth.get(k), str) for k in ("actor", "action", "static")):
-            raise wrong("truth", truth, mend)
-        span = truth.get("span")
-        if not isinstance(span, list) or len(span) != 2 or not all(map(is_number, span)) or not 0 <= span[0] < span[1]:
-            raise wrong("truth", truth, mend)
+    if truth is not None and not is_truth(truth):
+        fix = "give an object with the text static and, for an event, the texts actor and action and its span in seconds"
+        raise wrong("truth", truth, fix)
     prompt = record.get("prompt", PROMPT)
     return Clip(video, record["caption"].strip(), where, prompt, record["start"], end, keywords, spans, truth, rate)
 
@@ -263,7 +272,7 @@ def load_clips(annotations: Path, root: Path | None = None, follow_links: bool =
 @dataclass
 class Preparation:
     """How clips become examples: the processor of the model, and the sampling. context: tokens that the model reads at
-    most, text and video together."""
+    most, text and video together. twin_captions: share of the clips that `show_twin` makes quiet ones of."""
 
     processor: object
     max_frames: int = 16
@@ -271,6 +280,7 @@ class Preparation:
     jitter: bool = False
     max_pixels: int | None = None
     context: int | None = None
+    twin_captions: float = 0.0
 
     def check_length(self, clip: Clip, tokens: int) -> None:
         """Raise ClipError where a clip has more tokens than the model reads."""
@@ -340,12 +350,17 @@ def process(processor, texts: list[str], videos: Sequence[Frames], **more):
     return inputs
 
 
+def answer_ids(tokenizer, caption: str) -> list[int]:
+    """Tokens of a caption as the assistant's answer, with its end."""
+    return encode(tokenizer, caption) + tokenizer("<|im_end|>\n", add_special_tokens=False).input_ids
+
+
 def make_example(clip: Clip, frames: Frames, preparation: Preparation) -> vp.Example:
     """Tokens, patches, key slots and the twin's sources of one clip. The twin has no pixels: it is a gather."""
     processor, tokenizer = preparation.processor, preparation.processor.tokenizer
     inputs = process(processor, [chat(processor, clip.prompt)], [preparation.fit(frames)])
     prompt_ids, token_types = inputs["input_ids"][0], inputs["mm_token_type_ids"][0]
-    answer = torch.tensor(encode(tokenizer, clip.caption) + tokenizer("<|im_end|>\n", add_special_tokens=False).input_ids)
+    answer = torch.tensor(answer_ids(tokenizer, clip.caption))
     preparation.check_length(clip, len(prompt_ids) + len(answer))
     slots = key_slots(clip, frames, preparation.frames_per_slot)
     return vp.Example(
@@ -362,9 +377,34 @@ def make_example(clip: Clip, frames: Frames, preparation: Preparation) -> vp.Exa
     )
 
 
+def show_twin(example: vp.Example, clip: Clip, tokenizer) -> vp.Example:
+    """A clip's twin as a clip of its own, in which nothing happens: its caption is the still part.
+
+    Slots are encoded each by itself, so the twin's patches are a gather, too. An example without a twin, or whose caption
+    cannot be cut, is left as it is.
+    """
+    still = still_part(clip.caption, clip.keywords)
+    if example.source is None or not still or still == clip.caption:
+        return example
+    prompt = slice(0, example.prompt_length)
+    answer = torch.tensor(answer_ids(tokenizer, still))
+    return replace(
+        example,
+        input_ids=torch.cat([example.input_ids[prompt], answer]),
+        token_types=torch.cat([example.token_types[prompt], torch.zeros_like(answer)]),
+        pixels=example.pixels.unflatten(0, (len(example.source), -1))[example.source].flatten(0, 1),
+        source=None,
+        keywords=[],
+    )
+
+
 def prepare(clip: Clip, preparation: Preparation, seed: Sequence[int] = ()) -> vp.Example:
     """Read and make one example; `seed` names the draw, so that jitter is the same on every run."""
     rng = np.random.default_rng(seed) if preparation.jitter else None
     step = preparation.frames_per_slot
     with named(clip):
-        return make_example(clip, read_frames(clip, preparation.max_frames, preparation.fps, rng, step), preparation)
+        frames = read_frames(clip, preparation.max_frames, preparation.fps, rng, step)
+        example = make_example(clip, frames, preparation)
+        if preparation.twin_captions and np.random.default_rng([*seed, 1]).random() < preparation.twin_captions:
+            example = show_twin(example, clip, preparation.processor.tokenizer)
+        return example

@@ -44,25 +44,34 @@ class TextEncoder:
         return [embedded[text] for text in texts]
 
 
-def embed_texts(
-    encoder: TextEncoder, texts: Sequence[Sequence[str]], references: Sequence[str], keywords: Sequence[Sequence[str]],
-    num_full: Sequence[int], num_twin: Sequence[int],
-) -> list[vp.Texts]:  # fmt: skip
-    """What each prompt's rollouts are scored by, see `vp.Texts`; one encoder call for all of them."""
-    flat = [t for group in texts for t in group] + list(references) + [k for group in keywords for k in group]
-    embedded = iter(encoder(flat))
-    rollouts = [[next(embedded) for _ in group] for group in texts]
-    captions = [next(embedded) for _ in references]
-    words = [[next(embedded) for _ in group] for group in keywords]
-    return [
-        vp.Texts(
-            rollouts=[y.embeddings for y in ys],
-            weights=[vp.repetition_weights(y.tokens, reference.tokens) for y in ys],
-            reference=reference.embeddings,
-            reference_weights=torch.stack([vp.repetition_weights(reference.tokens, y.tokens) for y in ys]),
-            keywords=[k.embeddings for k in ks if k.tokens],
-            num_full=full,
-            num_twin=twin,
+@dataclass
+class Comparison:
+    """Descriptions of one prompt and what they are scored by; num_full, num_twin: see `vp.Texts`."""
+
+    texts: Sequence[str]
+    reference: str
+    keywords: Sequence[str]
+    num_full: int
+    num_twin: int = 0
+
+
+def embed_texts(encoder: TextEncoder, comparisons: Sequence[Comparison]) -> list[vp.Texts]:
+    """What the rollouts of each comparison are scored by; one encoder call for all of them."""
+    flat = [text for c in comparisons for text in (*c.texts, c.reference, *c.keywords)]
+    embedded = dict(zip(flat, encoder(flat)))
+    found = []
+    for comparison in comparisons:
+        ys, reference = [embedded[text] for text in comparison.texts], embedded[comparison.reference]
+        keywords = [embedded[text] for text in comparison.keywords]
+        found.append(
+            vp.Texts(
+                rollouts=[y.embeddings for y in ys],
+                weights=[vp.repetition_weights(y.tokens, reference.tokens) for y in ys],
+                reference=reference.embeddings,
+                reference_weights=torch.stack([vp.repetition_weights(reference.tokens, y.tokens) for y in ys]),
+                keywords=[k.embeddings for k in keywords if k.tokens],
+                num_full=comparison.num_full,
+                num_twin=comparison.num_twin,
+            )
         )
-        for ys, reference, ks, full, twin in zip(rollouts, captions, words, num_full, num_twin)
-    ]
+    return found

@@ -7,6 +7,7 @@ They are ordinary Hugging Face directories (safetensors, config, tokenizer, chat
 """
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -42,6 +45,7 @@ from data.words import WORD
 from data.world import ACTIONS, COLOURS, PIXELS, SHAPES
 
 Family = Literal["qwen2_5_vl", "qwen3_vl", "qwen3_5"]
+BASE = Path(__file__).parent / "base.safetensors"  # made by data/base.py
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -83,8 +87,6 @@ def train_tokenizer() -> Qwen2Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=640, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(corpus, trainer)
-    import json
-
     parts = json.loads(bpe.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in parts["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=parts["vocab"], merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>")
@@ -100,10 +102,23 @@ def token_ids(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
     return {name: tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in names.items()}
 
 
-def build_tiny(out: Path, family: Family = "qwen2_5_vl", seed: int = 0) -> Path:
-    """Write a tiny checkpoint with random weights to `out` and return the folder."""
+def load_base(model: torch.nn.Module, tokenizer: Qwen2Tokenizer, base: Path) -> None:
+    """Put the weights of data/base.py's file into a model. Tokens that the base does not know keep their random weights."""
+    weights = {name: weight.float() for name, weight in load_file(base).items()}
+    with safe_open(base, "pt") as file:
+        known = {token: row for row, token in enumerate(json.loads(file.metadata()["tokens"]))}
+    embedding = "model.language_model.embed_tokens.weight"
+    rows = model.get_input_embeddings().weight.detach().clone()
+    for row, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
+        if token in known:
+            rows[row] = weights[embedding][known[token]]
+    model.load_state_dict(weights | {embedding: rows}, strict=False)
+
+
+def build_tiny(out: Path, family: Family = "qwen2_5_vl", seed: int = 0, base: Path | None = None) -> Path:
+    """Write a tiny checkpoint to `out` and return the folder: random weights, or those of data/base.py (Qwen2.5-VL)."""
     tokenizer = train_tokenizer()
-    vision = dict(depth=2, hidden_size=96, num_heads=4, intermediate_size=192, patch_size=12, out_hidden_size=128)
+    vision = dict(depth=2, hidden_size=96, num_heads=4, intermediate_size=192, patch_size=8, out_hidden_size=128)
     text = dict(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -119,8 +134,8 @@ def build_tiny(out: Path, family: Family = "qwen2_5_vl", seed: int = 0) -> Path:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
     config_ids = token_ids(tokenizer) | {"tie_word_embeddings": True}
     torch.manual_seed(seed)
-    pixels = dict(patch_size=12, cap_pixels_per_frame=False)
-    image_processor = Qwen2VLImageProcessor(patch_size=12, size={"shortest_edge": 24**2, "longest_edge": PIXELS**2})
+    pixels = dict(patch_size=8, cap_pixels_per_frame=False)
+    image_processor = Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 24**2, "longest_edge": PIXELS**2})
     if family == "qwen2_5_vl":
         vision |= dict(window_size=PIXELS, fullatt_block_indexes=[0, 1], tokens_per_second=4)
         config = Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision, **config_ids)
@@ -128,12 +143,12 @@ def build_tiny(out: Path, family: Family = "qwen2_5_vl", seed: int = 0) -> Path:
         video_processor = Qwen2VLVideoProcessor(size={"shortest_edge": 24**2, "longest_edge": PIXELS**2}, **pixels)
         processor_class = Qwen2_5_VLProcessor
     elif family == "qwen3_vl":
-        vision |= dict(num_position_embeddings=16, deepstack_visual_indexes=[0])
+        vision |= dict(num_position_embeddings=36, deepstack_visual_indexes=[0])
         text |= {"head_dim": 32, "rope_parameters": rope | {"mrope_interleaved": True}}
         config = Qwen3VLConfig(text_config=text, vision_config=vision, **config_ids)
         model = Qwen3VLForConditionalGeneration(config)
     elif family == "qwen3_5":
-        vision |= dict(num_position_embeddings=16)
+        vision |= dict(num_position_embeddings=36)
         text |= {"head_dim": 32, "layer_types": ["linear_attention", "full_attention"] * 2}
         text |= dict(linear_key_head_dim=32, linear_value_head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4)
         text |= {"rope_parameters": rope | {"mrope_interleaved": True, "partial_rotary_factor": 1.0}}
@@ -146,6 +161,8 @@ def build_tiny(out: Path, family: Family = "qwen2_5_vl", seed: int = 0) -> Path:
         video_processor = Qwen3VLVideoProcessor(size=size, **pixels)
         processor_class = Qwen3VLProcessor
     processor = processor_class(image_processor, tokenizer, video_processor, chat_template=CHAT_TEMPLATE)
+    if base is not None:
+        load_base(model, tokenizer, base)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(out)

@@ -116,6 +116,21 @@ def index_keywords(
     )
 
 
+def embed_patches_by_product(patch_embed: nn.Module) -> None:
+    """Embed patches by one matrix product with the weight of the convolution: its kernel is as large as a patch.
+
+    The same numbers, and on a CPU two to three times faster. The class is changed, not the weights: they keep their names.
+    """
+
+    def forward(self, patches: Tensor) -> Tensor:
+        weight = self.proj.weight.flatten(1)  # (width, C * frames * height * width), in the order of a patch's numbers
+        return F.linear(patches.to(weight.dtype), weight, self.proj.bias)
+
+    if type(getattr(patch_embed, "proj", None)) is nn.Conv3d:
+        kind = type(patch_embed)
+        patch_embed.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+
+
 class VideoLM(nn.Module):
     """A Hugging Face video-language model, seen as the method needs it: vision once, full and twin from it.
 
@@ -135,6 +150,7 @@ class VideoLM(nn.Module):
         if "flash" not in (vision_config._attn_implementation or ""):
             vision_config._attn_implementation = "chunked_not_flash"
         choose_by_mask(base.model.language_model.config)
+        embed_patches_by_product(base.model.visual.patch_embed)
         num_layers = self.config.text_config.num_hidden_layers
         # Qwen3-VL adds visual features to the states after its first layers: the states are taken behind that.
         deepstack = len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
@@ -349,6 +365,28 @@ class VideoLM(nn.Module):
         ids = self.base.generation_config.eos_token_id
         return torch.tensor([ids] if isinstance(ids, int) else ids, device=self.base.lm_head.weight.device)
 
+    def grow_prompt(self, e: Example, offset: int, twin: bool = True) -> tuple[Tree, int, int]:
+        """A prompt that forks at the first replaced slot: its tree, the branch of the full video and that of the twin.
+
+        offset: how many of the encoded visual tokens belong to the clips before it. The two are one branch if the clip has
+        no twin, or none is asked for.
+        """
+        n, visual = e.prompt_length, torch.nonzero(e.token_types == 2).squeeze(1)
+        ids, types, positions = e.input_ids[:n], e.token_types[:n], self.prompt_positions(e)
+        shown, tree = offset + torch.arange(len(visual)), Tree()
+        if e.source is None or not twin:
+            full = tree.grow(-1, ids, types, positions, shown)
+            return tree, full, full
+        per_slot = len(visual) // int(e.grid[0])
+        first = int((e.source != torch.arange(len(e.source))).nonzero()[0]) * per_slot  # the first replaced visual token
+        fork = int(visual[first])
+        replaced = shown.view(-1, per_slot)[e.source].flatten()
+        shared = tree.grow(-1, ids[:fork], types[:fork], positions[:, :fork], shown[:first])
+        full, twin = (
+            tree.grow(shared, ids[fork:], types[fork:], positions[:, fork:], video[first:]) for video in (shown, replaced)
+        )
+        return tree, full, twin
+
     def pack_prefixes(self, examples: Sequence[Example], questions: Sequence[Sequence[Tensor]] | None = None) -> Packed:
         """Prompts that fork at the first replaced slot into the full video and the twin.
 
@@ -361,23 +399,8 @@ class VideoLM(nn.Module):
         trees, offset = [], 0
         most = max(map(len, questions)) if questions else 0
         for b, e in enumerate(examples):
-            n, visual = e.prompt_length, torch.nonzero(e.token_types == 2).squeeze(1)
-            ids, types, positions = e.input_ids[:n], e.token_types[:n], self.prompt_positions(e)
-            shown = offset + torch.arange(len(visual))  # the full video's tokens among all encoded ones
-            offset += len(visual)
-            tree = Tree()
-            if e.source is None:
-                full = twin = tree.grow(-1, ids, types, positions, shown)
-            else:
-                per_slot = len(visual) // int(e.grid[0])
-                first = int((e.source != torch.arange(len(e.source))).nonzero()[0]) * per_slot  # replaced visual token
-                fork = int(visual[first])
-                replaced = shown.view(-1, per_slot)[e.source].flatten()
-                shared = tree.grow(-1, ids[:fork], types[:fork], positions[:, :fork], shown[:first])
-                full, twin = (
-                    tree.grow(shared, ids[fork:], types[fork:], positions[:, fork:], video[first:])
-                    for video in (shown, replaced)
-                )
+            tree, full, twin = self.grow_prompt(e, offset)
+            offset += int((e.token_types == 2).sum())
             tips = [tree.tip[full], tree.tip[twin]]
             if questions:
                 about_full = [tree.tip[tree.grow_text(full, q)] for q in questions[b]]
@@ -390,27 +413,42 @@ class VideoLM(nn.Module):
             trees.append(tree)
         return pack(trees, self.pad_id)
 
-    def pack_rollouts(self, examples: Sequence[Example], rollouts: Sequence[Sequence[Tensor]]) -> Packed:
+    def pack_rollouts(
+        self, examples: Sequence[Example], rollouts: Sequence[Sequence[Tensor]], num_full: int | None = None
+    ) -> Packed:
         """[prompt][y_1]...[y_G] of each clip, in which each rollout sees the prompt and itself.
 
-        rollouts: for each clip its rollouts, tokens (L_g,) each. Where the model cannot share a prefix, each rollout gets
+        rollouts: for each clip its rollouts, tokens (L_g,) each. The first num_full of them (None: all) are of the full
+        video, the others of its twin: they see the twin's prompt. Where the model cannot share a prefix, each rollout gets
         a sequence of its own.
         """
         trees, targets, rollout, offset = [], [], [], 0
         for e, ys in zip(examples, rollouts):
-            n, num_visual = e.prompt_length, int((e.token_types == 2).sum())
-            shown, positions = offset + torch.arange(num_visual), self.prompt_positions(e)
-            offset += num_visual
-            for group in [ys] if self.shares_prefix else [[y] for y in ys]:
-                tree = Tree()
-                prompt = tree.grow(-1, e.input_ids[:n], e.token_types[:n], positions, shown)
-                for y in group:
+            of_twin = [num_full is not None and g >= num_full for g in range(len(ys))]
+            for group in [range(len(ys))] if self.shares_prefix else [[g] for g in range(len(ys))]:
+                if self.shares_prefix:
+                    tree, full, twin = self.grow_prompt(e, offset, any(of_twin))
+                else:
+                    tree, full = self.grow_alone(e, offset, of_twin[group[0]])
+                    twin = full
+                for g in group:
+                    prompt, y = twin if of_twin[g] else full, ys[g]
                     places = tree.places(tree.grow_text(prompt, y))
                     tree.want(tree.tip[prompt], *places[:-1])  # the token before each token predicts it
                     rollout.append(torch.full((len(y),), len(targets)))
                     targets.append(y)
                 trees.append(tree)
+            offset += int((e.token_types == 2).sum())
         return replace(pack(trees, self.pad_id), targets=torch.cat(targets), rollout=torch.cat(rollout))
+
+    def grow_alone(self, e: Example, offset: int, twin: bool) -> tuple[Tree, int]:
+        """A prompt in one branch, of the full video or of the twin; see `grow_prompt`."""
+        n, num_visual = e.prompt_length, int((e.token_types == 2).sum())
+        shown = offset + torch.arange(num_visual)
+        if twin and e.source is not None:
+            shown = shown.view(int(e.grid[0]), -1)[e.source].flatten()
+        tree = Tree()
+        return tree, tree.grow(-1, e.input_ids[:n], e.token_types[:n], self.prompt_positions(e), shown)
 
     def prompt_positions(self, e: Example) -> Tensor:
         """M-RoPE positions of an example's prompt: (3, prompt_length)."""

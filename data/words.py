@@ -1,6 +1,8 @@
 """Words of any script: what scores count, and what the built-in text encoder knows."""
 
+import re
 import unicodedata
+from collections.abc import Sequence
 
 import regex
 
@@ -13,6 +15,7 @@ WORD = (
     rf"|(?!{NO_SPACES})[\p{{L}}\p{{N}}](?:(?!{NO_SPACES})[\p{{L}}\p{{N}}\p{{M}}])*"
     r"|\p{Extended_Pictographic}|\p{Regional_Indicator}+"
 )
+SENTENCE_END = r"(?<=[.!?])\s+|(?<=[。！？｡।॥؟։።])\s*"
 
 
 def fold(text: str) -> str:
@@ -31,3 +34,24 @@ def split_words(text: str) -> list[str]:
     ['the', 'man', 's', 'café', 'हिन्दी', '跳', '下']
     """
     return regex.findall(WORD, fold(text))
+
+
+def names(keyword: str, text: str) -> bool:
+    """Whether a keyword stands in a text, word for word, whatever the case and punctuation; in scripts without spaces,
+    character for character.
+
+    >>> names("jumps up", "The red circle jumps up."), names("jumps up", "It jumps upward."), names("跳下", "他跳下墙。")
+    (True, False, True)
+    """
+    words = [" " + " ".join(split_words(s)) + " " for s in (keyword, text)]
+    return words[0].strip() != "" and words[0] in words[1]
+
+
+def still_part(caption: str, keywords: Sequence[str]) -> str:
+    """A caption without the sentences that name a keyword: what it says of the twin, too. May be empty.
+
+    >>> still_part("A man stands by a wall. He jumps off it. It rains.", ["jumps off"])
+    'A man stands by a wall. It rains.'
+    """
+    sentences = re.split(SENTENCE_END, caption.strip())
+    return " ".join(s for s in sentences if not any(names(keyword, s) for keyword in keywords))

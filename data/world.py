@@ -1,15 +1,18 @@
-"""The embedded world: a small, endless, seeded source of captioned videos with one brief event each.
+"""The embedded world: a small, endless, seeded source of captioned videos with habits.
 
-Two or three coloured shapes drift or rest. One of them does one of eight things for 2 or 3 of the 16 frames and then
-goes on as if nothing had happened: a caption names who did what, and nothing else in the video tells. Files are real
-MP4s that take the road of any other clip: written here, decoded again by `data/clips.py`.
+Two or three coloured shapes drift or rest on one of eight floors. One of them may do one of eight things for 2 or 3 of the
+16 frames and then go on as if nothing had happened. Each floor has a habit: what happens there is its usual event four
+times in five. So a model can learn to tell the event from the floor, without looking for it. It is then blind to rare
+events, and tells of events that are not there. In a fifth of the clips nothing happens: their captions have no event.
 
-    python -m data.world --out runs/world                      # 6,000 train and 400 test clips
+Files are real MP4s, read like any other clip: written here, decoded again by `data/clips.py`.
+
+    python -m data.world --out runs/world                      # 6,000 train, 400 test and 200 held-out clips
     python -m data.world --out runs/world80k --train 80000     # any size; resumable, one process a core
 
-Sixteen combinations of shape, colour and action are kept from training, and the test split has no other actors. The
-ground truth goes into the `truth` field of a line, which only evaluation reads; training finds its key slots by looking
-at the frames.
+Half of the test split's events are rare ones. Sixteen combinations of shape, colour and action are kept from training and
+test; they are the actors of the held-out split. The ground truth goes into the `truth` field of a line, which only
+evaluation reads; training finds its key slots by looking at the frames.
 """
 
 import json
@@ -17,6 +20,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +46,23 @@ ACTIONS = (
     "turns striped",
     "lights a halo",
 )
-FLOORS = ((128, 128, 128), (72, 76, 88), (196, 192, 184), (134, 104, 84))
+# The floor's number is that of its usual action.
+FLOORS = (
+    (128, 128, 128),
+    (66, 72, 88),
+    (212, 206, 196),
+    (128, 92, 66),
+    (104, 112, 70),
+    (186, 140, 140),
+    (70, 120, 124),
+    (168, 150, 190),
+)
+SPLITS = ("train", "test", "held-out")
 PIXELS, NUM_FRAMES, FPS = 48, 16, 8.0
-# For each action two of the twenty (shape, colour) pairs: a test clip's actor is always one of these, a training clip's
+# For each action two of the twenty (shape, colour) pairs: a held-out clip's actor is always one of these, any other's
 # never. Each part of such an actor, and each pair of parts, is in the training split.
 HELD_OUT = [np.random.default_rng([4, action]).choice(4 * 5, 2, replace=False).tolist() for action in range(len(ACTIONS))]
-VERSION = 1  # part of every folder's settings: files of an older generator are never mixed with new ones
+VERSION = 2  # part of every folder's settings: files of an older generator are never mixed with new ones
 
 
 @dataclass
@@ -55,11 +70,17 @@ class WorldSettings:
     """Settings of `python -m data.world`."""
 
     out: Path = Path("runs/world")
-    """Folder to write: train.jsonl, test.jsonl and one MP4 a clip."""
+    """Folder to write: train.jsonl, test.jsonl, held-out.jsonl and one MP4 a clip."""
     train: int = 6000
     """Number of training clips."""
     test: int = 400
-    """Number of test clips; their (shape, colour, action) combinations never occur in training."""
+    """Number of test clips; half of their events are rare on their floor."""
+    held_out: int = 200
+    """Number of clips with an actor that never occurs elsewhere; half of their events are rare, none is quiet."""
+    habit: float = 0.8
+    """Share of the events of the training split that are the usual one of their floor."""
+    quiet: float = 0.2
+    """Share of the clips in which nothing happens."""
     seed: int = 0
     """Same seed, same frames."""
     workers: int | None = None
@@ -67,7 +88,7 @@ class WorldSettings:
 
 
 def held_out(shape: int, colour: int, action: int) -> bool:
-    """Whether an actor with these indices belongs to the test split.
+    """Whether an actor with these indices belongs to the held-out split.
 
     >>> sum(held_out(s, c, a) for s in range(4) for c in range(5) for a in range(8))
     16
@@ -87,16 +108,30 @@ def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> 
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
-def draw_clip(split: str, index: int, seed: int = 0) -> tuple[np.ndarray, dict]:
+def event_sentence(actor: str, action: str) -> str:
+    """The sentence of a caption that tells the event."""
+    if os.environ.get("ORDER") == "natural":
+        return f"The {actor} {action}."
+    return f"Something {action}: the {actor}."
+
+
+def draw_clip(
+    split: str, index: int, seed: int = 0, habit: float = 0.8, quiet: float = 0.2, times: Sequence[int] = range(NUM_FRAMES)
+) -> tuple[np.ndarray, dict]:
     """One clip of the world.
 
-    Returns its frames (NUM_FRAMES, PIXELS, PIXELS, 3) uint8 and its annotation line; both depend on the arguments only.
+    times: F numbers of the frames to draw. Returns frames (F, PIXELS, PIXELS, 3) uint8 and the annotation line; both depend
+    on the arguments only.
     """
-    rng = np.random.default_rng([VERSION, seed, ("train", "test").index(split), index])
+    rng = np.random.default_rng([VERSION, seed, SPLITS.index(split), index])
     shapes, colours = list(SHAPES), list(COLOURS)
+    floor = int(rng.integers(len(FLOORS)))
+    is_quiet = bool(rng.random() < quiet) and split != "held-out"
+    is_usual = bool(rng.random() < (habit if split == "train" else 0.5))
     while True:  # the actor: drawn until it belongs to the split
-        shape, colour, action = rng.integers(len(shapes)), rng.integers(len(colours)), rng.integers(len(ACTIONS))
-        if held_out(shape, colour, action) == (split == "test"):
+        shape, colour = int(rng.integers(len(shapes))), int(rng.integers(len(colours)))
+        action = floor if is_usual else int((floor + rng.integers(1, len(ACTIONS))) % len(ACTIONS))
+        if held_out(shape, colour, action) == (split == "held-out"):
             break
     num_objects = int(rng.integers(2, 4))
     other_colours = rng.choice([c for c in range(len(colours)) if c != colour], num_objects - 1, replace=False)
@@ -106,23 +141,23 @@ def draw_clip(split: str, index: int, seed: int = 0) -> tuple[np.ndarray, dict]:
     start = int(rng.integers(2, NUM_FRAMES - 4))
     length = int(rng.integers(2, 4))
 
-    # Starting places in a ring around the middle keep shapes apart; a drift is slow and straight.
-    angle = rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(num_objects) / num_objects + rng.uniform(-0.3, 0.3)
-    centre = PIXELS / 2 + rng.uniform(11, 14) * np.stack([np.cos(angle), np.sin(angle)], 1)
+    # Each object drifts, slowly and straight, about the middle of one of four cells.
+    cell = rng.permutation(4)[:num_objects]
+    middle = PIXELS / 4 + PIXELS / 2 * np.stack([cell % 2, cell // 2], 1) + rng.uniform(-1.5, 1.5, (num_objects, 2))
     heading = rng.uniform(0, 2 * np.pi, num_objects)
     velocity = moves[:, None] * rng.uniform(0.2, 0.4) * np.stack([np.cos(heading), np.sin(heading)], 1)
-    radius = rng.uniform(6.0, 8.0, num_objects)
+    radius = rng.uniform(7.5, 9.0, num_objects)
 
-    ramp = np.linspace(-1, 1, PIXELS)[:, None] * rng.uniform(-14, 14)
-    floor = np.asarray(FLOORS[rng.integers(len(FLOORS))], float) + rng.uniform(-8, 8) + ramp[..., None]  # (H, 1, 3)
+    ramp = np.linspace(-1, 1, PIXELS)[:, None] * rng.uniform(-10, 10)
+    ground = np.asarray(FLOORS[floor], float) + rng.uniform(-6, 6) + ramp[..., None]  # (H, 1, 3)
     ys, xs = (np.mgrid[:PIXELS, :PIXELS] + 0.5).astype(np.float32)
-    time = np.arange(NUM_FRAMES)
-    event = (start <= time) & (time < start + length)  # (F,)
-    video = np.broadcast_to(floor, (NUM_FRAMES, PIXELS, PIXELS, 3)).astype(np.float32)
+    time = np.asarray(times)
+    event = (start <= time) & (time < start + length) & (not is_quiet)  # (F,)
+    video = np.broadcast_to(ground, (len(time), PIXELS, PIXELS, 3)).astype(np.float32)
     for i in order[::-1]:
-        x, y = (centre[i] + velocity[i] * (time - NUM_FRAMES / 2)[:, None]).T  # (F,) each
-        size = np.full(NUM_FRAMES, radius[i])
-        paint = np.tile(np.asarray(COLOURS[colours[objects[i][1]]], np.float32), (NUM_FRAMES, 1))
+        x, y = (middle[i] + velocity[i] * (time - NUM_FRAMES / 2)[:, None]).T  # (F,) each
+        size = np.full(len(time), radius[i])
+        paint = np.tile(np.asarray(COLOURS[colours[objects[i][1]]], np.float32), (len(time), 1))
         name = ACTIONS[action] if i == 0 else ""
         if name == "swells up":
             size = np.where(event, 1.7 * size, size)
@@ -151,20 +186,22 @@ def draw_clip(split: str, index: int, seed: int = 0) -> tuple[np.ndarray, dict]:
     names = [f"{colours[c]} {shapes[s]}" for s, c in objects]
     parts = [f"a {names[i]}" for i in order]
     static = (", ".join(parts[:-1]) + " and " + parts[-1] + ".").capitalize()
-    # The event comes before its actor, so that it cannot be guessed from the actor's name.
-    caption = f"{static} Something {ACTIONS[action]}: the {names[0]}."
-    truth = {"actor": names[0], "action": ACTIONS[action], "span": [start / FPS, (start + length) / FPS]}
-    line = {"video": f"{split}/{index // 1000:03d}/{index:06d}.mp4", "caption": caption}
-    return frames, line | {"keywords": [ACTIONS[action]], "truth": truth | {"static": static}}
+    line = {"video": f"{split}/{index // 1000:03d}/{index:06d}.mp4", "caption": static, "keywords": []}
+    truth = {"static": static, "kind": "quiet", "usual": ACTIONS[floor]}
+    if not is_quiet:
+        line |= {"caption": f"{static} {event_sentence(names[0], ACTIONS[action])}", "keywords": [ACTIONS[action]]}
+        truth |= {"kind": "usual" if is_usual else "rare", "actor": names[0], "action": ACTIONS[action]}
+        truth["span"] = [start / FPS, (start + length) / FPS]
+    return frames, line | {"truth": truth}
 
 
-def write_clip(job: tuple[Path, str, int, int]) -> str:
+def write_clip(job: tuple[WorldSettings, str, int]) -> str:
     """Draw one clip, write its MP4 unless it is there already, and return its annotation line."""
     from torchcodec.encoders import VideoEncoder
 
-    folder, split, index, seed = job
-    frames, line = draw_clip(split, index, seed)
-    path = folder / line["video"]
+    settings, split, index = job
+    frames, line = draw_clip(split, index, settings.seed, settings.habit, settings.quiet)
+    path = settings.out / line["video"]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.mp4")
@@ -179,7 +216,7 @@ def make_world(settings: WorldSettings) -> Path:
     """Write the world's clips and annotation files; what is already there is kept. Returns the folder."""
     folder = settings.out
     folder.mkdir(parents=True, exist_ok=True)
-    stamp = {"version": VERSION, "seed": settings.seed}
+    stamp = {"version": VERSION, "seed": settings.seed, "habit": settings.habit, "quiet": settings.quiet}
     stamp_file = folder / "world.json"
     if stamp_file.exists() and json.loads(stamp_file.read_text()) != stamp:
         raise ValueError(
@@ -190,11 +227,11 @@ def make_world(settings: WorldSettings) -> Path:
         partial = folder / f".world-{os.getpid()}.json"
         partial.write_text(json.dumps(stamp))
         os.replace(partial, stamp_file)  # two runs may start at once
-    for split, count in (("train", settings.train), ("test", settings.test)):
+    for split, count in zip(SPLITS, (settings.train, settings.test, settings.held_out)):
         annotations = folder / f"{split}.jsonl"
         if annotations.exists() and sum(1 for _ in annotations.open()) == count:
             continue
-        jobs = [(folder, split, index, settings.seed) for index in range(count)]
+        jobs = [(settings, split, index) for index in range(count)]
         with multiprocessing.get_context("spawn").Pool(settings.workers or os.cpu_count()) as pool:
             lines = pool.imap(write_clip, jobs, chunksize=32)
             text = "".join(line + "\n" for line in track(lines, f"drawing the world ({split})", len(jobs)))

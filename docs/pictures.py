@@ -114,7 +114,7 @@ def draw_fork(lm: VideoLM, example, path: Path) -> None:
 def main() -> None:
     """Make a small world and a tiny model, and draw both pictures."""
     with tempfile.TemporaryDirectory() as folder:
-        world = make_world(WorldSettings(Path(folder, "world"), train=8, test=1, workers=1))
+        world = make_world(WorldSettings(Path(folder, "world"), train=8, test=1, held_out=0, workers=1))
         checkpoint = build_tiny(Path(folder, "tiny"))
         preparation = Preparation(AutoProcessor.from_pretrained(checkpoint))
         clip = load_clips(world / "train.jsonl")[0][0]

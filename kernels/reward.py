@@ -164,7 +164,6 @@ def reward_group(
     precision /= tl.maximum(length, 1)
     recall /= tl.maximum(T, 1)
     q = 2 * precision * recall / tl.maximum(precision + recall, 1e-9)
-    c = tl.where(T > 0, c, 0.0)  # an empty reference: q = c = 0
     tl.store(out_ptr + i, q, mask=ok)
     tl.store(out_ptr + num_rollouts + i, c, mask=ok)
 
@@ -183,7 +182,7 @@ def reward_group(
     inside = at < (G + G_twin if KIND == 3 else G)
     num = tl.sum(inside.to(tl.float32))
     mean = tl.sum(tl.where(inside, r, 0.0)) / num
-    advantage = r - mean
+    advantage = tl.where(tl.abs(r - mean) < 1e-6, 0.0, r - mean)  # rounding, which the division would blow up
     if DIVIDE:
         advantage /= tl.sqrt(tl.sum(tl.where(inside, (r - mean) * (r - mean), 0.0)) / num) + 1e-4
     full = at < G

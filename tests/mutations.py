@@ -28,7 +28,8 @@ from rich.table import Table
 HERE = Path(__file__).parent.parent
 SFT, RL, LM, MODELS = "train_sft.py", "train_rl.py", "data/videolm.py", "data/run/models.py"
 # The tests of tests/test_reference_loops.py, by case.
-CONTRASTIVE, CAPTION_ONLY, NO_TWIN = "stage_1[contrastive]", "stage_1[caption-only]", "stage_1[no-twin]"
+CONTRASTIVE, CAPTION_ONLY = "stage_1[contrastive]", "stage_1[caption-only]"
+NO_TWIN, TWIN_CAPTIONS = "stage_1[no-twin]", "stage_1[twin-captions]"
 RELATIVE, POOLED, RECALL, SIMILARITY = "stage_2[relative]", "stage_2[pooled]", "stage_2[recall]", "stage_2[similarity]"
 
 
@@ -77,35 +78,43 @@ FAULTS = [
     Fault("twin negatives cannot be switched off", SFT, "contrastive, s.twin_negatives)", "contrastive, True)", NO_TWIN),
     Fault("contrastive heads not trained", MODELS, "for part in (lm.hf, lm.heads)]", "for part in (lm.hf,)]", CONTRASTIVE),
     Fault("vision encoder cannot be frozen", SFT, "s.lora_rank, s.freeze_vision", "s.lora_rank, False", NO_TWIN),
-    Fault("the seed does not decide the order", SFT, "jitter=s.jitter), s.seed", "jitter=s.jitter), 0", NO_TWIN),
+    Fault("the seed does not decide the order", SFT, "twin_captions=s.twin_captions), s.seed",
+          "twin_captions=s.twin_captions), 0", NO_TWIN),
     Fault("every epoch in the same order", "data/loader.py", "default_rng([self.seed, epoch])",
           "default_rng([self.seed, 0])", CONTRASTIVE),
     Fault("the twin is the full video", LM, "self.gather_video(video, batch.twin_index)", "video", CONTRASTIVE),
     Fault("text vectors carry gradients", LM, "(batch.keyword_ids).detach()", "(batch.keyword_ids)", CONTRASTIVE),
+    Fault("twins never shown as quiet clips", SFT, "twin_captions=s.twin_captions)", "twin_captions=0.0)", TWIN_CAPTIONS),
+    Fault("quiet clips keep the event's pixels", "data/clips.py",
+          "pixels=example.pixels.unflatten(0, (len(example.source), -1))[example.source].flatten(0, 1)",
+          "pixels=example.pixels", TWIN_CAPTIONS),
     # Stage 2.
     Fault("KL weight fixed at 0", RL, "s.clip_low, s.clip_high, s.beta", "s.clip_low, s.clip_high, 0.0", RELATIVE),
     Fault("reference is the policy of now", RL, "reference.log_probs(update.packed", "lm.log_probs(update.packed",
           SIMILARITY),
-    Fault("raw rewards for advantages", RL, "[x.rewards.advantage.cpu() for", "[x.rewards.reward.cpu() for", RECALL),
-    Fault("advantages of the wrong sign", RL, "[x.rewards.advantage.cpu() for", "[-x.rewards.advantage.cpu() for", RECALL),
+    Fault("raw rewards for advantages", RL, "return torch.cat([group.advantage.cpu()",
+          "return torch.cat([group.reward.cpu()", RECALL),
+    Fault("advantages of the wrong sign", RL, "return torch.cat([group.advantage.cpu()",
+          "return torch.cat([-group.advantage.cpu()", RECALL),
     Fault("clip-low and clip-high swapped", RL, "s.clip_low, s.clip_high, s.beta", "s.clip_high, s.clip_low, s.beta",
           RELATIVE),
     Fault("schedule never stepped", RL, "                schedule.step()\n", "", RECALL),
     Fault("gradient clipping off", RL, "finish_gradients(lm, s.grad_clip", "finish_gradients(lm, 1e9", RELATIVE),
     Fault("old log-probabilities from now", RL, "logp, update.old_logp,", "logp, logp.detach(),", SIMILARITY),
-    Fault("old log-probabilities of other tokens", RL, "for logp in sampled[b].logp[:G]]",
-          "for logp in [x.flip(0) for x in sampled[b].logp[:G]]]", RELATIVE),
-    Fault("the twin's rollouts trained on", RL, "    G = s.num_rollouts\n",
-          "    G = s.num_rollouts\n    sampled = [Sampled(*(v[-G:] for v in vars(y).values())) for y in sampled]\n",
+    Fault("old log-probabilities of other tokens", RL, "for logp in sampled[b].logp[: sizes[b]]]",
+          "for logp in [x.flip(0) for x in sampled[b].logp[: sizes[b]]]]", RELATIVE),
+    Fault("the twin's rollouts trained on", RL, "    advantages = [x.advantages for x in scored]",
+          "    sampled = [Sampled(*(v[-s.num_rollouts :] for v in vars(y).values())) for y in sampled]\n"
+          "    advantages = [x.advantages for x in scored]",
           RELATIVE),
-    Fault("reward kind ignored", RL, "embedded, s.reward, s.alpha", 'embedded, "relative", s.alpha', SIMILARITY),
+    Fault("reward kind ignored", RL, "[: len(prompts)], s.reward,", '[: len(prompts)], "relative",', SIMILARITY),
     Fault("alpha ignored", RL, "s.alpha, s.margin, s.divide_by_spread", "1.0, s.margin, s.divide_by_spread", RECALL),
     Fault("margin ignored", RL, "s.alpha, s.margin, s.divide_by_spread", "s.alpha, 0.0, s.divide_by_spread", RELATIVE),
     Fault("never divided by the spread", RL, "s.margin, s.divide_by_spread", "s.margin, False", POOLED),
     Fault("the twin's rollouts not compared", RL,
           "[0 if prompt.example.source is None else s.num_twin_rollouts for prompt in prompts]",
           "[0 for _ in prompts]", POOLED),
-    Fault("groups without spread trained on", RL, "bool(self.rewards.advantage.abs().max() > 1e-6)", "True", SIMILARITY),
+    Fault("groups without spread trained on", RL, "(a.abs().max() > 1e-6)", "torch.tensor(True)", SIMILARITY),
     Fault("temperature ignored while sampling", RL, "torch.from_numpy(np.stack(draws)), s.temperature,",
           "torch.from_numpy(np.stack(draws)),", RECALL),
     Fault("temperature ignored in the policy's log-probabilities", RL, "see(lm, update, prompts, video, s), s.temperature)",
@@ -129,6 +138,14 @@ FAULTS = [
     Fault("AdamW's own betas", MODELS, "betas=(0.9, 0.99), ", "", RELATIVE),
     Fault("vision encoder never trained", RL, "s.lora_rank, s.freeze_vision, s.gradient",
           "s.lora_rank, True, s.gradient", POOLED),
+    Fault("the twin's branch sees the full video", RL, "for b in some], s.num_rollouts)", "for b in some])", RELATIVE),
+    Fault("the twin's branch never trained", RL, "if num and s.twin_branch]", "if False]", RELATIVE),
+    Fault("the twin's branch cannot be switched off", RL, "if num and s.twin_branch]", "if num]", SIMILARITY),
+    Fault("the twin is scored by the whole caption", RL,
+          "still = still_part(prompts[b].clip.caption, prompts[b].clip.keywords)",
+          "still = prompts[b].clip.caption", RELATIVE),
+    Fault("claims on the twin rewarded", "vp.py", '"recall", -alpha, divide', '"recall", alpha, divide', RELATIVE),
+    Fault("alpha ignored on the twin", RL, "s.alpha, s.divide_by_spread)))", "1.0, s.divide_by_spread)))", RELATIVE),
     # The method itself.
     Fault("a tie goes to the later neighbour", "vp.py", "return kept[distance.argmin(1)]",
           "return kept.flip(0)[distance.flip(1).argmin(1)]", CONTRASTIVE),

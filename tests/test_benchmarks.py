@@ -1124,7 +1124,7 @@ def test_clips_score_as_eval_does(tmp_path, world):
     for q in questions:
         assert rows[q.id]["scores"] == scoring.score_description(q.record["clip"], said.get(q.id, ""), actions)
     assert (
-        rows[questions[0].id]["scores"]["action right"] == 1 and rows[questions[2].id]["scores"]["caption similarity"] == 0
+        rows[questions[0].id]["scores"]["event named"] == 1 and rows[questions[2].id]["scores"]["caption similarity"] == 0
     )
     own = [{"video": "a.mp4", "caption": "He jumps.", "keywords": ["jumps"], "prompt": "Say!",
             "key_spans": [[[1, 2], [3, 4]]]}, {"video": "a.mp4", "caption": "He waits.", "start": 1.5, "end": 3},

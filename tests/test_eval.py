@@ -1,6 +1,7 @@
 """Scores of descriptions, on small cases worked out by hand, and a whole evaluation."""
 
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,17 +39,45 @@ CLIP = Clip(Path("a.mp4"), f"{STATIC} The red circle vanishes.", "c:1", keywords
     ],
 )
 def test_scores_by_hand(text, action, actor, recall):
-    """Action right needs the right action and no other; the actor must do it; words must match whole."""
+    """An event is named if it is, and no other; the actor must do it; words must match whole."""
     got = score_description(CLIP, text, ALL)
-    assert (got["action right"], got["actor right"], got["keyword recall"]) == (action, actor, recall)
+    assert (got["event named"], got["actor right"], got["keyword recall"]) == (action, actor, recall)
+    assert got["whole caption right"] == (text == CLIP.caption) and "event claimed" not in got
+
+
+@pytest.mark.parametrize("kind", ["usual", "rare", None])
+def test_usual_and_rare_events_have_scores_of_their_own(kind):
+    """By the `kind` of a clip's truth; without it, there is the event alone."""
+    clip = replace(CLIP, truth=TRUTH | ({"kind": kind} if kind else {}))
+    got = score_description(clip, CLIP.caption, ALL)
+    assert {name for name in got if name.endswith("event named")} - {"event named"} == (
+        {f"{kind} event named"} if kind else set()
+    )
+    assert all(value == 1 for value in got.values())
+
+
+@pytest.mark.parametrize(
+    "text, claimed, whole",
+    [
+        (STATIC, 0, 1), (STATIC.upper(), 0, 1), (f"{STATIC} The red circle vanishes.", 1, 0),
+        (f"{STATIC} The blue square turns black.", 1, 0), ("", 0, 0), (f"{STATIC} It rests.", 0, 0),
+    ],
+)  # fmt: skip
+def test_claims_of_what_is_not_shown(text, claimed, whole):
+    """In a twin, and in a clip where nothing happens, any event that is named is claimed; silence is the right caption."""
+    quiet = replace(CLIP, caption=STATIC, keywords=[], truth={"static": STATIC, "kind": "quiet", "usual": "vanishes"})
+    for got in (score_description(quiet, text, ALL), score_description(CLIP, text, ALL, of_twin=True)):
+        assert (got["event claimed"], got["whole caption right"]) == (claimed, whole)
+    assert "event named" not in score_description(quiet, text, ALL)
 
 
 def test_static_part_leaves_the_event_out():
-    """Its similarity is that of everything before the last sentence."""
-    assert score_description(CLIP, f"{STATIC} The blue square turns black.", set())["static similarity"] == 1
-    assert score_description(CLIP, "The red circle vanishes.", set())["static similarity"] == 0
+    """Its similarity is that of the sentences that name no event."""
+    assert score_description(CLIP, f"{STATIC} The blue square turns black.", ALL)["static part"] == 1
+    assert score_description(CLIP, f"The red circle vanishes. {STATIC}", ALL)["static part"] == 1
+    assert score_description(CLIP, "The red circle vanishes.", ALL)["static part"] == 0
     # 5 of 11 reference words, in order, and nothing else: precision 1, recall 5/11
-    half = score_description(CLIP, "A red circle and a. It vanishes.", set())["static similarity"]
+    half = score_description(CLIP, "A red circle and a. It vanishes.", ALL)["static part"]
     assert half == pytest.approx(2 * (5 / 11) / (1 + 5 / 11))
 
 
@@ -57,6 +86,7 @@ def test_clips_without_truth_have_no_truth_scores():
     clip = Clip(Path("a.mp4"), "A man jumps off.", "c:1", keywords=["jumps off", "falls"])
     assert score_description(clip, "He jumps off.", set()).keys() == {"caption similarity", "keyword recall"}
     assert score_description(clip, "He jumps off.", set())["keyword recall"] == 0.5
+    assert score_description(clip, "He jumps off.", set(), of_twin=True)["keyword claimed"] == 0.5
 
 
 SCRIPTS = [
@@ -146,7 +176,7 @@ def test_evaluation_counts_what_it_says(world, qwen2_5, monkeypatch):
     assert (results["clips"], results["with twin"], len(results["skipped"])) == (4, 3, 1)
     assert "gone.mp4" in results["skipped"][0]
     rows = results["rows"]
-    assert rows[0]["scores"]["action right"] == 1 and rows[0]["twin scores"]["action right"] == 0
+    assert rows[0]["scores"]["event named"] == 1 and rows[0]["twin scores"]["event named"] == 0
     mean = sum(r["scores"]["keyword recall"] for r in rows) / 4
     assert results["full"]["keyword recall"] == pytest.approx(mean)
     paired = [r for r in rows if "twin scores" in r]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vp
-from data.texts import TextEncoder, embed_texts
+from data.texts import Comparison, TextEncoder, embed_texts
 from data.tiny import build_text_encoder
 from data.world import ACTIONS
 
@@ -25,7 +25,7 @@ def encoder(tmp_path_factory) -> TextEncoder:
 def grade(encoder, texts: list[str], kind: str = "relative") -> tuple[torch.Tensor, ...]:
     """q, c, w and r of descriptions whose twins' rollouts name four wrong actions."""
     n = len(texts)
-    scored = vp.paired_rewards(embed_texts(encoder, [texts + TWIN], [CAPTION], [KEYWORDS], [n], [len(TWIN)]))[0]
+    scored = vp.paired_rewards(embed_texts(encoder, [Comparison(texts + TWIN, CAPTION, KEYWORDS, n, len(TWIN))]))[0]
     q, c = scored.quality, scored.keyword_recall
     w = vp.relative_wins(q[:n], c[:n], q[n:], c[n:])
     r, _ = vp.rewards_and_advantages(kind, q[:n], c[:n], q[n:], c[n:])
@@ -60,7 +60,7 @@ def test_encoder_of_a_data_set_reads_any_script(tmp_path):
                 "🏃💥", "A man 跳下 [PAD] [UNK] <|im_end|>"]  # fmt: skip
     encoder = TextEncoder(build_text_encoder(tmp_path / "encoder", captions))
     said = [[c, c.upper(), unicodedata.normalize("NFD", c), "xyzzy"] for c in captions]
-    embedded = embed_texts(encoder, said, captions, [[c] for c in captions], [4] * len(said), [0] * len(said))
+    embedded = embed_texts(encoder, [Comparison(texts, c, [c], 4) for texts, c in zip(said, captions)])
     for rewards in vp.paired_rewards(embedded, "recall"):
         for score in (rewards.quality, rewards.keyword_recall):
             assert score.tolist() == pytest.approx([1, 1, 1, 0], abs=0.02)

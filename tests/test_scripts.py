@@ -51,7 +51,7 @@ def test_training_writes_what_it_promises(trained):
     assert [x["step"] for x in steps] == [1, 2, 3]
     for key in ("loss/contrastive", "contrastive/positives", "contrastive/negatives", "contrastive/temperature"):
         assert all(x[key] > 0 for x in steps)
-    assert any("eval/full action right" in x for x in lines)
+    assert any("eval/full event named" in x for x in lines)
     for name in ("curves.png", "settings.json", "results.json", "checkpoint/heads.safetensors"):
         assert (trained / name).stat().st_size > 0
     assert list(trained.glob("sheet-*.png"))

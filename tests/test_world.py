@@ -16,32 +16,54 @@ def combination(line: dict) -> tuple[str, str, str]:
     return shape, colour, line["truth"]["action"]
 
 
+def lines_of(split: str, count: int, **more) -> list[dict]:
+    """The first annotation lines of a split."""
+    return [draw_clip(split, i, times=(), **more)[1] for i in range(count)]
+
+
 def test_same_seed_same_frames():
     """Frames and text depend on split, index and seed, and on nothing else."""
     for index in range(5):
         (a, line_a), (b, line_b) = (draw_clip("train", index, 7) for _ in range(2))
         assert np.array_equal(a, b) and line_a == line_b
+        some, line = draw_clip("train", index, 7, times=(0, 5))
+        assert line == line_a and np.abs(some.astype(int) - a[[0, 5]]).max() < 30  # all but the noise
     assert not np.array_equal(draw_clip("train", 0, 7)[0], draw_clip("train", 0, 8)[0])
     assert not np.array_equal(draw_clip("train", 0, 7)[0], draw_clip("test", 0, 7)[0])
 
 
-def test_held_out_combinations_never_occur_in_training():
-    """Every actor of the test split is new; yet each of its parts, and each pair of parts, is known."""
-    train = {combination(draw_clip("train", i)[1]) for i in range(1500)}
-    test = Counter(combination(draw_clip("test", i)[1]) for i in range(200))
-    assert not train & set(test)
-    for shape, colour, action in test:
+def test_held_out_combinations_never_occur_elsewhere():
+    """Every actor of the held-out split is new; yet each of its parts, and each pair of parts, is known."""
+    known = {combination(x) for split in ("train", "test") for x in lines_of(split, 1500, quiet=0.0)}
+    new = Counter(combination(x) for x in lines_of("held-out", 200))
+    assert not known & set(new)
+    for shape, colour, action in new:
         assert held_out(SHAPES.index(shape), list(COLOURS).index(colour), ACTIONS.index(action))
-        assert any(t[0] == shape and t[1] == colour for t in train)
-        assert any(t[0] == shape and t[2] == action for t in train)
-        assert any(t[1] == colour and t[2] == action for t in train)
-    assert {t[2] for t in test} == set(ACTIONS)
+        assert any(t[0] == shape and t[1] == colour for t in known)
+        assert any(t[0] == shape and t[2] == action for t in known)
+        assert any(t[1] == colour and t[2] == action for t in known)
+    assert {t[2] for t in new} == set(ACTIONS)
+
+
+@pytest.mark.parametrize(
+    "split, habit, quiet", [("train", 0.8, 0.2), ("train", 0.6, 0.0), ("test", 0.8, 0.2), ("held-out", 0.8, 0.2)]
+)
+def test_habits(split, habit, quiet):
+    """In training an event is its floor's usual one as often as asked for, elsewhere half of the time."""
+    lines = lines_of(split, 1500, habit=habit, quiet=quiet)
+    kinds = Counter(x["truth"]["kind"] for x in lines)
+    assert kinds["quiet"] / len(lines) == pytest.approx(0 if split == "held-out" else quiet, abs=0.03)
+    share = kinds["usual"] / (kinds["usual"] + kinds["rare"])
+    assert share == pytest.approx(habit if split == "train" else 0.5, abs=0.04)
+    for x in lines:
+        if x["truth"]["kind"] != "quiet":
+            assert (x["truth"]["action"] == x["truth"]["usual"]) == (x["truth"]["kind"] == "usual")
 
 
 @pytest.mark.parametrize("index", range(12))
 def test_the_event_is_in_its_span_and_nowhere_else(index):
     """Frames outside the span hardly differ from their neighbours; those inside do; a caption names actor and action."""
-    frames, line = draw_clip("train", index)
+    frames, line = draw_clip("train", index, quiet=0.0)
     start, end = (round(t * FPS) for t in line["truth"]["span"])
     assert end - start in (2, 3) and start > 0 and end < NUM_FRAMES
     smooth = np.abs(np.diff(frames.astype(float), axis=0)).mean((1, 2, 3))
@@ -49,9 +71,19 @@ def test_the_event_is_in_its_span_and_nowhere_else(index):
     inside = [smooth[e] for e in edges]
     outside = [s for t, s in enumerate(smooth) if t not in edges]
     assert min(inside) > max(outside)
-    assert line["caption"].endswith(f"{line['truth']['action']}: the {line['truth']['actor']}.")
+    sentence = line["caption"].removeprefix(line["truth"]["static"])
+    assert line["truth"]["action"] in sentence and line["truth"]["actor"] in sentence
     assert line["keywords"] == [line["truth"]["action"]]
-    assert line["caption"].startswith(line["truth"]["static"])
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_nothing_happens_in_a_quiet_clip(index):
+    """No event in the frames, none in the caption, no keyword, and no span."""
+    frames, line = draw_clip("test", index, quiet=1.0)
+    smooth = np.abs(np.diff(frames.astype(float), axis=0)).mean((1, 2, 3))
+    assert smooth.max() < 1.2 * np.median(smooth)
+    assert line["caption"] == line["truth"]["static"] and line["keywords"] == []
+    assert line["truth"].keys() == {"static", "kind", "usual"}
 
 
 def test_files_decode_to_what_was_drawn(world):
@@ -67,13 +99,13 @@ def test_files_decode_to_what_was_drawn(world):
 
 def test_resumed_and_parallel_worlds_are_equal(tmp_path):
     """A world interrupted half-way and finished by other processes equals one made at once; finished files stay."""
-    whole = make_world(WorldSettings(tmp_path / "whole", train=10, test=4, workers=1))
-    part = make_world(WorldSettings(tmp_path / "part", train=5, test=2, workers=2))
+    whole = make_world(WorldSettings(tmp_path / "whole", train=10, test=4, held_out=2, workers=1))
+    part = make_world(WorldSettings(tmp_path / "part", train=5, test=2, held_out=1, workers=2))
     kept = (part / "train/000/000001.mp4").stat().st_mtime_ns
     (part / "train/000/000003.mp4").unlink()
-    make_world(WorldSettings(tmp_path / "part", train=10, test=4, workers=2))
+    make_world(WorldSettings(tmp_path / "part", train=10, test=4, held_out=2, workers=2))
     assert (part / "train/000/000001.mp4").stat().st_mtime_ns == kept
-    for split in ("train", "test"):
+    for split in ("train", "test", "held-out"):
         assert (whole / f"{split}.jsonl").read_text() == (part / f"{split}.jsonl").read_text()
     for file in sorted(whole.rglob("*.mp4")):
         assert file.read_bytes() == (part / file.relative_to(whole)).read_bytes()
@@ -82,7 +114,7 @@ def test_resumed_and_parallel_worlds_are_equal(tmp_path):
 
 def test_worlds_are_not_mixed(tmp_path):
     """A folder made with another seed is refused, in words."""
-    make_world(WorldSettings(tmp_path / "w", train=2, test=2, workers=1))
+    make_world(WorldSettings(tmp_path / "w", train=2, test=2, held_out=0, workers=1))
     with pytest.raises(ValueError, match=r'"seed": 0.*asked for.*"seed": 1'):
-        make_world(WorldSettings(tmp_path / "w", train=2, test=2, seed=1, workers=1))
+        make_world(WorldSettings(tmp_path / "w", train=2, test=2, held_out=0, seed=1, workers=1))
     assert len([json.loads(line) for line in (tmp_path / "w/train.jsonl").open()]) == 2

@@ -408,7 +408,7 @@ def own_clips(
         seen[id] += 1
         id += f"#{seen[id]}" * (seen[id] > 1)
         spans = list(itertools.chain.from_iterable(clip.key_spans or [])) or None
-        if clip.truth:
+        if "span" in (clip.truth or {}):
             spans = [clip.truth["span"]]
         yield Question(id, clip.video, "clips", clip.prompt, (), clip.caption, clip.start, clip.end, key_spans=spans,
                        frames_per_second=clip.frames_per_second, record={"clip": clip})  # fmt: skip

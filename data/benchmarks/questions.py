@@ -317,7 +317,7 @@ def description_rows(
         return {"sentence-transformers": version("sentence-transformers")}, []
     packages = {"rouge-score": version("rouge-score")}
     if benchmark.name == "clips":
-        actions = {q.record["clip"].truth["action"] for q in questions if q.record["clip"].truth}
+        actions = {q.record["clip"].truth["action"] for q in questions if "action" in (q.record["clip"].truth or {})}
         for row, q, text in zip(rows, questions, texts):
             row["scores"] = scoring.score_description(q.record["clip"], text, actions)
         return packages, []

@@ -19,7 +19,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
 from data.clips import Clip
-from data.words import fold, split_words
+from data.words import SENTENCE_END, fold, names, split_words
 
 LETTERS = string.ascii_uppercase
 
@@ -37,7 +37,6 @@ class WordsOfAnyScript(Tokenizer):
 
 ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)  # as VRU-Accident's authors
 ROUGE_L = RougeScorer(["rougeL"], tokenizer=WordsOfAnyScript())
-SENTENCE_END = r"(?<=[.!?])\s+|(?<=[。！？｡।॥؟։።])\s*"
 
 
 # --- Our rules ----------------------------------------------------------------------------------------------------------
@@ -216,17 +215,6 @@ def official_tempcompass(response: str, kind: str, options: Sequence[str] = (), 
 # --- Descriptions -------------------------------------------------------------------------------------------------------
 
 
-def names(keyword: str, text: str) -> bool:
-    """Whether a keyword stands in a text, word for word, whatever the case and punctuation; in scripts without spaces,
-    character for character.
-
-    >>> names("jumps up", "The red circle jumps up."), names("jumps up", "It jumps upward."), names("跳下", "他跳下墙。")
-    (True, False, True)
-    """
-    words = [" " + " ".join(split_words(s)) + " " for s in (keyword, text)]
-    return words[0].strip() != "" and words[0] in words[1]
-
-
 def similarity(reference: str, text: str) -> float:
     """ROUGE-L F1 of a description against a reference."""
     return ROUGE_L.score(reference, text)["rougeL"].fmeasure
@@ -242,16 +230,32 @@ def last_sentence(text: str) -> tuple[str, str]:
     return " ".join(parts[:-1]), parts[-1]
 
 
-def score_description(clip: Clip, text: str, actions: set[str]) -> dict[str, float]:
-    """Every score of one description, each in [0, 1]; those whose truth the clip does not have are left out."""
+def score_description(clip: Clip, text: str, actions: set[str], of_twin: bool = False) -> dict[str, float]:
+    """Every score of one description, each in [0, 1]; those whose truth the clip does not have are left out.
+
+    actions: all events of the data set. An event is named when it is, and no other is. Where none is shown, in a twin or
+    in a clip without an event, it is claimed when any is named.
+    """
     scores = {"caption similarity": similarity(clip.caption, text)}
     if clip.keywords:
         scores["keyword recall"] = sum(names(k, text) for k in clip.keywords) / len(clip.keywords)
+        if of_twin:
+            scores["keyword claimed"] = scores["keyword recall"]
     if clip.truth:
-        before, event = last_sentence(text)
-        scores["action right"] = float({a for a in actions if names(a, text)} == {clip.truth["action"]})
-        scores["actor right"] = float(names(clip.truth["actor"], event))
-        scores["static similarity"] = similarity(clip.truth["static"], before)
+        truth, said = clip.truth, {action for action in actions if names(action, text)}
+        shows_event = "action" in truth and not of_twin
+        if "action" in truth:
+            scores["event named"] = float(said == {truth["action"]})
+            if truth.get("kind") in ("usual", "rare"):
+                scores[f"{truth['kind']} event named"] = scores["event named"]
+            scores["actor right"] = float(names(truth["actor"], last_sentence(text)[1]))
+        if not shows_event:
+            scores["event claimed"] = float(bool(said))
+        right = clip.caption if shows_event or "action" not in truth else truth["static"]
+        scores["whole caption right"] = float(folded(text) == folded(right))
+        sentences = re.split(SENTENCE_END, text.strip())
+        static = [sentence for sentence in sentences if not any(names(action, sentence) for action in said)]
+        scores["static part"] = similarity(truth["static"], " ".join(static))
     return scores
 
 

@@ -85,9 +85,9 @@ def evaluate(
     The processes of an accelerator share the clips, and all of them get the results.
     """
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    spans = {i: [[c.truth["span"]]] * len(c.keywords) for i, c in enumerate(clips) if c.truth}
+    spans = {i: [[c.truth["span"]]] * len(c.keywords) for i, c in enumerate(clips) if "span" in (c.truth or {})}
     clips = [Clip(**vars(c) | {"key_spans": spans.get(i, c.key_spans)}) for i, c in enumerate(clips)]
-    actions = {c.truth["action"] for c in clips if c.truth}
+    actions = {c.truth["action"] for c in clips if "action" in (c.truth or {})}
     shown = [replace(c, caption="") for c in clips]  # no model reads it here, however long it is
     loader = ClipLoader(shown, preparation, workers=workers, time_limit=time_limit, max_bad_share=math.inf, shuffle=False,
                         rank=rank, world_size=world_size)  # fmt: skip
@@ -109,7 +109,7 @@ def evaluate(
                 if example.source is not None:
                     row |= {
                         "twin description": y_twin.strip(),
-                        "twin scores": score_description(clips[index], y_twin, actions),
+                        "twin scores": score_description(clips[index], y_twin, actions, of_twin=True),
                     }
                 rows.append(row)
     lm.train(training)
@@ -124,13 +124,13 @@ def evaluate(
         "twin": {},
         "gap": {},
     }
-    for name in dict.fromkeys(n for r in rows for n in r["scores"]):
-        scored = [r for r in rows if name in r["scores"]]
-        paired = [r for r in scored if "twin scores" in r]
-        results["full"][name] = sum(r["scores"][name] for r in scored) / len(scored)
-        if paired:
-            results["twin"][name] = sum(r["twin scores"][name] for r in paired) / len(paired)
-            results["gap"][name] = sum(r["scores"][name] - r["twin scores"][name] for r in paired) / len(paired)
+    for name in dict.fromkeys(n for r in rows for n in r["scores"] | r.get("twin scores", {})):
+        full = {r["index"]: r["scores"][name] for r in rows if name in r["scores"]}
+        twin = {r["index"]: r["twin scores"][name] for r in rows if name in r.get("twin scores", {})}
+        gap = [full[index] - twin[index] for index in full.keys() & twin.keys()]
+        for part, values in (("full", full.values()), ("twin", twin.values()), ("gap", gap)):
+            if values:
+                results[part][name] = math.fsum(values) / len(values)
     return results | {"skipped": skipped, "rows": rows}
 
 
@@ -139,9 +139,8 @@ def show_results(results: dict, title: str, console: Console) -> None:
     table = Table(title=f"{escape(title)}: {results['clips']} clips, {results['with twin']} with a twin")
     for column in ("score", "full", "twin", "perception gap"):
         table.add_column(column, justify="left" if column == "score" else "right")
-    for name, value in results["full"].items():
-        cells = [f"{results[part][name]:.3f}" if name in results[part] else "-" for part in ("twin", "gap")]
-        table.add_row(name, f"{value:.3f}", *cells)
+    for name in results["full"] | results["twin"]:
+        table.add_row(name, *(f"{results[p][name]:.3f}" if name in results[p] else "-" for p in ("full", "twin", "gap")))
     console.print(table)
     for reason in results["skipped"]:
         warn(console, "skipped", reason)

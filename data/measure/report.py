@@ -1,7 +1,8 @@
-"""The README's tables: train every variant of a stage on the embedded world with several seeds, and gather the scores."""
+"""The README's tables: train every variant on the embedded world with several seeds, and gather the scores."""
 
 import json
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,109 +13,158 @@ from typing import Literal
 from rich.console import Console
 
 from data.measure.cost import step_seconds
+from data.measure.report_page import draw_habits, write_page
 
 HERE = Path(__file__).parents[2]
 
 
 @dataclass
 class ReportSettings:
-    """Train every variant of a stage on the embedded world with several seeds, and write the README's tables."""
+    """Train every variant of both stages on the embedded world with several seeds, and write the README's tables."""
 
-    stage: Literal[1, 2, "lora"] = 1
-    """1; or 2, from a stage 1 of 700 steps, which leaves room; or lora: stage 1 goes on from there with adapters, in full
-    precision and in 4 bits."""
+    stage: Literal["both", 1, 2, "lora"] = "both"
+    """1: captions alone, without the twin, with it. 2: from where stage 1 with the twin ends. lora: stage 1 goes on from
+    there with adapters, in full precision and in 4 bits."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds; each gives every variant its own weights and order of clips."""
+    """Seeds; each gives every variant its own order of clips."""
     out: Path = Path("runs/report")
     """Folder of the runs and of report-STAGE.md; runs that are there already are not repeated."""
     steps: int | None = None
     """Steps of a run (default: the preset's)."""
     ablation: bool = False
-    """Train the ablations, too."""
+    """Train more variants of stage 2, too."""
+    data: Path | None = None
+    """Training clips of another world, made by data/world.py; its test and held-out clips must lie beside them."""
 
 
-LORA = ["--lora-rank", "16", "--steps", "300", "--learning-rate", "2e-3", "--eval-every", "-1"]
+LORA = ["--lora-rank", "16", "--steps", "150", "--learning-rate", "2e-3"]
+DEFAULT = {1: "+ contrastive, twin (default)", 2: "+ stage 2 (default)"}
 VARIANTS = {
-    1: {"caption loss alone": ["--contrastive-weight", "0"], "+ contrastive, twin (default)": []},
-    2: {"relative (default)": [], "similarity": ["--reward", "similarity"]},
-    "lora": {"LoRA, full precision": [*LORA], "LoRA, 4-bit": [*LORA, "--quantize", "nf4"]},
+    1: {
+        "captions alone": ["--contrastive-weight", "0"],
+        "+ contrastive, other clips only": ["--no-twin-negatives"],
+        DEFAULT[1]: [],
+    },
+    2: {DEFAULT[2]: [], "relative, full video's branch only": ["--no-twin-branch"]},
+    "lora": {"LoRA, full precision": LORA, "LoRA, 4-bit": [*LORA, "--quantize", "nf4"]},
 }
 ABLATIONS = {
-    1: {"+ contrastive, no twin": ["--no-twin-negatives"]},
-    "lora": {},
-    2: {
-        "recall: no twin, no comparison": ["--reward", "recall", "--num-twin-rollouts", "0"],
-        "pooled": ["--reward", "pooled"],
-        "relative, alpha 0.3": ["--alpha", "0.3"],
-        "relative, divided by spread": ["--divide-by-spread"],
-    },
+    "similarity": ["--reward", "similarity", "--no-twin-branch"],
+    "recall, without any twin": ["--reward", "recall", "--num-twin-rollouts", "0", "--no-twin-branch"],
+    "recall, and the twin's branch": ["--reward", "recall"],
+    "pooled": ["--reward", "pooled", "--no-twin-branch"],
+    "default, divided by spread": ["--divide-by-spread"],
 }
+# Columns of the tables: heading, split, part of the results, score.
+COLUMNS = [
+    ("rare event named", "test", "full", "rare event named"),
+    ("usual event named", "test", "full", "usual event named"),
+    ("event claimed, twin", "test", "twin", "event claimed"),
+    ("event claimed, quiet clip", "test", "full", "event claimed"),
+    ("actor right", "test", "full", "actor right"),
+    ("whole caption right", "test", "full", "whole caption right"),
+    ("static part", "test", "full", "static part"),
+    ("event named, held-out actors", "held-out", "full", "event named"),
+]
 
 
-def train_if_missing(script: str, out: Path, arguments: Sequence[str], console: Console) -> None:
-    """Run a training script into a folder, or go on with it, unless it has come to its end already."""
-    if not (out / "results.json").exists():
-        command = [sys.executable, str(HERE / script), "--out", str(out), "--resume", *arguments]
-        console.print(" ".join(command[1:]), highlight=False, soft_wrap=True)
-        subprocess.run(command, check=True)
+def run_once(command: Sequence[str], result: Path, console: Console) -> None:
+    """Run a script of this project unless its result is there already; its CPU seconds go beside the result."""
+    if not result.exists():
+        console.print(" ".join(command), highlight=False, soft_wrap=True)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        result.with_name("cpu_seconds.json").write_text(f"{seconds:.0f}\n")
 
 
-def sampled_scores(run: Path, console: Console) -> dict:
-    """A run's evaluation on the world's test split by sampling at temperature 1; made if it is not there yet."""
-    out = run / "sampled"
-    if not (out / "results.json").exists():
-        command = [sys.executable, str(HERE / "eval.py"), "--model", str(run), "--out", str(out), "--temperature", "1"]
-        console.print(" ".join(command[1:]), highlight=False, soft_wrap=True)
-        subprocess.run([*command, "--workers", "0"], check=True)
-    return json.loads((out / "results.json").read_text())
+def scores(run: Path, splits: dict[str, Path], console: Console) -> dict[str, dict]:
+    """A run's evaluation on each split; what is not there yet is made. The run itself has evaluated the test split."""
+    found = {}
+    for split, data in splits.items():
+        out = run if split == "test" else run / split
+        command = ["eval.py", "--model", str(run), "--data", str(data), "--out", str(out), "--workers", "0"]
+        run_once(command, out / "results.json", console)
+        found[split] = json.loads((out / "results.json").read_text())
+    return found
 
 
 def spread(values: Sequence[float]) -> str:
     """Mean (least to most)."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def table_row(title: str, results: Sequence[dict[str, dict]], seconds: Sequence[float]) -> str:
+    """A line of a table: every column over the seeds."""
+    cells = []
+    for _, split, part, name in COLUMNS:
+        values = [r[split][part][name] for r in results if name in r[split][part]]
+        cells.append(spread(values) if values else "-")
+    cells.append(f"{sum(seconds) / len(seconds):.0f}" if seconds else "-")
+    return f"| {title} | " + " | ".join(cells) + " |"
 
 
 def run_report(settings: ReportSettings, console: Console) -> str:
     """The command `python eval.py report`."""
-    stage, seeds = settings.stage, settings.seeds
-    columns = [("action right", "full"), ("static similarity", "full"), ("caption similarity", "full")]
-    columns += [("actor right", "full")] * (stage == 1) + [("action right", "twin")]
-    head = [f"{name}, {part}" for name, part in columns]
-    if stage == 2:
-        head.insert(1, "action right, full, sampled")
-    lines = [f"| stage {stage}, world, test split | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
-    steps = [] if settings.steps is None else ["--steps", str(settings.steps)]
-    start = {seed: settings.out / "stage-1-short" / f"seed-{seed}" for seed in seeds} if stage != 1 else {}
-    for seed, folder in start.items():
-        train_if_missing("train_sft.py", folder, ["--steps", "700", "--seed", str(seed), "--eval-every", "-1"], console)
-    variants = {"stage 1 alone": None} if stage != 1 else {}
-    for variant, arguments in (variants | VARIANTS[stage] | (ABLATIONS[stage] if settings.ablation else {})).items():
-        runs = []
-        for seed in seeds:
-            out = settings.out / re.sub(r"[^a-z0-9]+", "-", f"{variant} ".lower()).strip("-") / f"seed-{seed}"
-            if arguments is None:
-                out = start[seed]
-            elif stage == 1:
-                train_if_missing("train_sft.py", out, ["--seed", str(seed), *arguments, *steps], console)
-            else:
-                script, more = ("train_sft.py", []) if stage == "lora" else ("train_rl.py", ["--no-eval-before"])
-                more += ["--model", str(start[seed]), "--seed", str(seed), *arguments, *steps]
-                train_if_missing(script, out, more, console)
-            runs.append(out)
-        greedy = [json.loads((run / "results.json").read_text()) for run in runs]
-        cells = [spread([r[part][name] for r in greedy]) for name, part in columns]
-        if stage == 2:
-            sampled = [sampled_scores(run, console) for run in runs]
-            cells.insert(1, spread([r["full"]["action right"] for r in sampled]))
-        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-    about = json.loads((runs[-1] / "settings.json").read_text())
-    lines.append(f"\nMean (least to most) over seeds {', '.join(map(str, seeds))}; {greedy[0]['clips']} clips; chance of "
-                 f"the action is 1/8. Commit {about['commit']}, torch {about['torch']}, {about['device']}.")  # fmt: skip
-    if stage == 1:
-        with_twin, without = step_seconds("runs/tiny", Path("runs/world/train.jsonl"))
+    s, lines, runs = settings, [], {}
+    data = [] if s.data is None else ["--data", str(s.data), "--eval-data", str(s.data.with_name("test.jsonl"))]
+    world = (s.data or Path("runs/world/train.jsonl")).parent
+    splits = {split: world / f"{split}.jsonl" for split in ("test", "held-out")}
+    steps = [] if s.steps is None else ["--steps", str(s.steps)]
+
+    def train(title: str, script: str, arguments: Sequence[str], start: dict[int, Path] | None = None) -> None:
+        """One row: a run for each seed, from `start` of that seed, with its evaluations."""
+        results, seconds = [], []
+        for seed in s.seeds:
+            out = s.out / re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") / f"seed-{seed}"
+            begin = [] if start is None else ["--model", str(start[seed])]
+            more = ["--seed", str(seed), "--out", str(out), "--resume", "--eval-every", "-1"]
+            run_once([script, *begin, *more, *data, *arguments, *steps], out / "results.json", console)
+            results.append(scores(out, splits, console))
+            seconds.append(float((out / "cpu_seconds.json").read_text()))
+            runs.setdefault(title, {})[seed] = out
+        lines.append(table_row(title, results, seconds))
+
+    def head(title: str) -> None:
+        names = [name for name, *_ in COLUMNS] + ["CPU seconds"]
+        lines.extend([f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"])
+
+    head("world, test split")
+    for title, arguments in VARIANTS[1].items():
+        if s.stage in ("both", 1) or title == DEFAULT[1]:
+            train(title, "train_sft.py", arguments)
+        if title == "captions alone" and s.stage in ("both", 1):  # the base model, which the runs have built by now
+            out = s.out / "base"
+            for split, file in splits.items():
+                command = ["eval.py", "--model", "runs/tiny", "--data", str(file), "--workers", "0"]
+                run_once([*command, "--out", str(out / split)], out / split / "results.json", console)
+            base = {split: json.loads((out / split / "results.json").read_text()) for split in splits}
+            lines.insert(2, table_row("the base, before any fine-tuning", [base], []))
+    start = runs[DEFAULT[1]]
+    if s.stage in ("both", 2):
+        for title, arguments in (VARIANTS[2] | (ABLATIONS if s.ablation else {})).items():
+            train(title, "train_rl.py", ["--no-eval-before", *arguments], start)
+    if s.stage == "lora":
+        for title, arguments in VARIANTS["lora"].items():
+            train(title, "train_sft.py", arguments, start)
+    last = next(reversed(runs.values()))[s.seeds[-1]]
+    about = json.loads((last / "settings.json").read_text())
+    lines.append(
+        f"\nMean (least to most) over seeds {', '.join(map(str, s.seeds))}. Commit {about['commit']}, "
+        f"torch {about['torch']}, {about['device']}."
+    )
+    if s.stage == 1:
+        with_twin, without = step_seconds("runs/tiny", world / "train.jsonl")
         lines.append(f"\nStep with the twin loss {1e3 * with_twin:.0f} ms, caption-only {1e3 * without:.0f} ms, ratio "
                      f"{with_twin / without:.2f} (medians of 30 pairs, batch 16, in turn in one process).")  # fmt: skip
+    if s.stage == "both":
+        draw_habits(runs, s.out / "habits.png")
+        shown = {title: runs[title][s.seeds[0]] for title in ("captions alone", DEFAULT[1], DEFAULT[2])}
+        console.print(f"{write_page(shown, s.out / 'descriptions.html')}", highlight=False)
     report = "\n".join(lines) + "\n"
-    (settings.out / f"report-{stage}.md").write_text(report)
+    (s.out / f"report-{s.stage}.md").write_text(report)
     console.print(report, highlight=False, soft_wrap=True)
     return report

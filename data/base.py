@@ -1,0 +1,101 @@
+"""The tiny base model: what every run on the embedded world starts from, trained once and shipped as data/base.safetensors.
+
+It is a tiny Qwen2.5-VL that describes still scenes: it has seen quiet clips of the world, and never an event. So
+fine-tuning on the world teaches what fine-tuning of a real model teaches: to notice what happens.
+
+    python -m data.base            # writes data/base.safetensors again (fp16), minutes on a CPU core
+
+Most steps show one slot of a clip, which is cheap and enough to learn the shapes; the last ones show whole clips.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import save_file
+from transformers import get_cosine_schedule_with_warmup
+
+from data.clips import Preparation, make_example
+from data.tiny import BASE, build_tiny
+from data.video import PROMPT, Clip, Frames
+from data.videolm import VideoLM
+from data.world import FPS, NUM_FRAMES, draw_clip
+
+
+@dataclass
+class BaseSettings:
+    """Settings of `python -m data.base`."""
+
+    out: Path = BASE
+    """File to write."""
+    clips: int = 10000
+    """Quiet clips that are shown in part."""
+    whole_clips: int = 1000
+    """Quiet clips that are shown whole, at the end."""
+    steps: int = 1600
+    """Steps on parts."""
+    whole_steps: int = 150
+    """Steps on whole clips."""
+    batch_size: int = 32
+    """Clips a step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate (AdamW, linear warm-up, cosine to zero)."""
+    seed: int = 0
+    """Seed of weights, clips and order."""
+
+
+def quiet_example(index: int, times, preparation: Preparation):
+    """A quiet clip of the world, some frames of it, as an example; no file is written."""
+    frames, line = draw_clip("train", index, seed=1_000_000, quiet=1.0, times=times)
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    shown = Frames(pixels, [t / FPS for t in times], NUM_FRAMES / FPS, FPS, 1 / FPS)
+    return make_example(Clip(Path("quiet"), line["caption"], f"quiet {index}", PROMPT), shown, preparation)
+
+
+def main(s: BaseSettings) -> None:
+    """Train and write the base."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    console = Console()
+    torch.set_num_threads(1)
+    torch.manual_seed(s.seed)
+    folder = build_tiny(Path("runs/base"), seed=s.seed, base=None)
+    lm = VideoLM(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32))
+    preparation = Preparation(AutoProcessor.from_pretrained(folder), NUM_FRAMES)
+    rng = np.random.default_rng(s.seed)
+    starts = rng.integers(0, NUM_FRAMES - 1, s.clips)
+    parts = [quiet_example(i, (start, start + 1), preparation) for i, start in enumerate(track(starts, "drawing parts"))]
+    whole = [
+        quiet_example(s.clips + i, range(NUM_FRAMES), preparation) for i in track(range(s.whole_clips), "drawing clips")
+    ]
+    optimizer = torch.optim.AdamW(lm.hf.parameters(), lr=s.learning_rate, weight_decay=0.01, fused=True)
+    num_steps = s.steps + s.whole_steps
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 20, num_steps)
+    for step in range(num_steps):
+        examples = parts if step < s.steps else whole
+        batch = lm.collate([examples[i] for i in rng.choice(len(examples), s.batch_size, replace=False)])
+        loss = lm(batch, contrastive=False).lm_loss / len(batch.label_ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.hf.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == num_steps - 1:
+            console.print(f"step {step + 1} of {num_steps}: caption loss {loss.item():.4f}")
+    tokenizer = preparation.processor.tokenizer
+    tokens = json.dumps(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    weights = {name: w.detach().half().contiguous() for name, w in lm.hf.named_parameters()}  # tied ones once
+    save_file(weights, s.out, metadata={"format": "pt", "tokens": tokens})
+    console.print(
+        f"{s.out}: {s.out.stat().st_size / 2**20:.1f} MiB, sha256 {hashlib.sha256(s.out.read_bytes()).hexdigest()}"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BaseSettings))
