@@ -38,9 +38,9 @@ class BaseSettings:
     """Quiet clips that are shown in part."""
     whole_clips: int = 1000
     """Quiet clips that are shown whole, at the end."""
-    steps: int = 1600
+    steps: int = 1500
     """Steps on parts."""
-    whole_steps: int = 150
+    whole_steps: int = 250
     """Steps on whole clips."""
     batch_size: int = 32
     """Clips a step."""
@@ -54,7 +54,7 @@ def quiet_example(index: int, times, preparation: Preparation):
     """A quiet clip of the world, some frames of it, as an example; no file is written."""
     frames, line = draw_clip("train", index, seed=1_000_000, quiet=1.0, times=times)
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    shown = Frames(pixels, [t / FPS for t in times], NUM_FRAMES / FPS, FPS, 1 / FPS)
+    shown = Frames(pixels, [t / FPS for t in times], NUM_FRAMES / FPS, FPS, 2 / FPS)  # every second frame
     return make_example(Clip(Path("quiet"), line["caption"], f"quiet {index}", PROMPT), shown, preparation)
 
 
@@ -69,10 +69,11 @@ def main(s: BaseSettings) -> None:
     lm = VideoLM(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32))
     preparation = Preparation(AutoProcessor.from_pretrained(folder), NUM_FRAMES)
     rng = np.random.default_rng(s.seed)
-    starts = rng.integers(0, NUM_FRAMES - 1, s.clips)
-    parts = [quiet_example(i, (start, start + 1), preparation) for i, start in enumerate(track(starts, "drawing parts"))]
+    starts = rng.integers(0, NUM_FRAMES - 2, s.clips)
+    parts = [quiet_example(i, (start, start + 2), preparation) for i, start in enumerate(track(starts, "drawing parts"))]
     whole = [
-        quiet_example(s.clips + i, range(NUM_FRAMES), preparation) for i in track(range(s.whole_clips), "drawing clips")
+        quiet_example(s.clips + i, range(1, NUM_FRAMES, 2), preparation)
+        for i in track(range(s.whole_clips), "drawing clips")
     ]
     optimizer = torch.optim.AdamW(lm.hf.parameters(), lr=s.learning_rate, weight_decay=0.01, fused=True)
     num_steps = s.steps + s.whole_steps

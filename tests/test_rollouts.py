@@ -159,14 +159,20 @@ def separate(lm: videolm.VideoLM, plain_model, e: vp.Example, y: torch.Tensor) -
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_packed_update_equals_separate_sequences(lm, plain, ragged, share):
-    """Issue bar: log-probs and gradients of one packed pass equal those of G separate plain ones (fp32, 1e-5)."""
+@pytest.mark.parametrize("num_full", [None, 1])
+def test_packed_update_equals_separate_sequences(lm, plain, ragged, share, num_full):
+    """Issue bar: log-probs and gradients of one packed pass equal those of G separate plain ones (fp32, 1e-5).
+
+    With num_full, the other rollouts are the twin's: their plain passes are given the degraded pixels.
+    """
     lm.shares_prefix = share
     torch.manual_seed(3)
     ys = [[torch.randint(0, 256, (n,)) for n in ns] for ns in ((5, 1, 7), (3, 3, 2), (8, 4, 1), (2, 6, 6))]
-    packed = lm.pack_rollouts(ragged, ys)
+    packed = lm.pack_rollouts(ragged, ys, num_full)
     got, entropy = lm.log_probs(packed, lm.encode_video(lm.collate(ragged)))
-    want = torch.cat([separate(lm, plain, e, y) for e, group in zip(ragged, ys) for y in group])
+    twins = [e if e.source is None else replace(e, pixels=degraded(e)) for e in ragged]
+    kinds = [ragged if num_full is None or g < num_full else twins for g in range(3)]
+    want = torch.cat([separate(lm, plain, kinds[g][b], y) for b, group in enumerate(ys) for g, y in enumerate(group)])
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert packed.rollout.tolist() == [i for i, y in enumerate(y for g in ys for y in g) for _ in y]
     assert len(entropy) == len(got) and not entropy.requires_grad and (entropy > 0).all()

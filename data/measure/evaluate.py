@@ -203,10 +203,10 @@ class EvalSettings:
     """Longest description."""
     temperature: float = 0.0
     """Sample the descriptions at this temperature (0: greedy)."""
-    max_frames: int = 16
-    """Frames sampled from a clip, at most."""
+    max_frames: int | None = None
+    """Frames sampled from a clip, at most (default: as in the run that trained the model, or 16)."""
     fps: float | None = None
-    """Frames sampled a second (default: max_frames, whatever the length)."""
+    """Frames sampled a second (default: as in the run that trained the model, or max_frames, whatever the length)."""
     max_pixels: int | None = None
     """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: the processor's
     own limit)."""
@@ -231,13 +231,22 @@ class DescribeSettings:
     """What to ask."""
     max_new_tokens: int = 128
     """Longest description."""
-    max_frames: int = 16
-    """Frames sampled, at most."""
+    max_frames: int | None = None
+    """Frames sampled, at most (default: as in the run that trained the model, or 16)."""
     fps: float | None = None
-    """Frames sampled a second (default: max_frames, whatever the length)."""
+    """Frames sampled a second (default: as in the run that trained the model, or max_frames, whatever the length)."""
     max_pixels: int | None = None
     """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: the processor's
     own limit)."""
+
+
+def sampling_of(model: str, max_frames: int | None, fps: float | None) -> tuple[int, float | None]:
+    """How frames are sampled: as told, else as in the run whose folder the model is, else 16 frames of a clip."""
+    settings = Path(model) / "settings.json"
+    run = json.loads(settings.read_text())["settings"] if settings.exists() else {}
+    if max_frames is None and fps is None:
+        return run.get("max_frames", 16), run.get("fps")
+    return max_frames or run.get("max_frames", 16), fps
 
 
 def run_evaluation(settings: EvalSettings, console: Console) -> dict:
@@ -247,7 +256,8 @@ def run_evaluation(settings: EvalSettings, console: Console) -> dict:
     if settings.limit >= 0:
         clips = clips[: settings.limit]
     s, context = settings, lm.config.text_config.max_position_embeddings
-    preparation = Preparation(processor, s.max_frames, s.fps, max_pixels=s.max_pixels, context=context - s.max_new_tokens)
+    sampling = sampling_of(s.model, s.max_frames, s.fps)
+    preparation = Preparation(processor, *sampling, max_pixels=s.max_pixels, context=context - s.max_new_tokens)
     clips, too_long = leave_out_long(clips, preparation, s.max_text_tokens, captions=False)
     problems += too_long
     results = evaluate(lm, preparation, clips, s.batch_size, s.max_new_tokens, s.workers, s.time_limit, s.temperature)
@@ -270,9 +280,11 @@ def run_describe(settings: DescribeSettings, console: Console) -> str:
     lm, processor = load_model(settings.model)
     s, clip = settings, Clip(settings.video, "", "describe", settings.prompt)
     context = lm.config.text_config.max_position_embeddings - s.max_new_tokens
-    preparation = Preparation(processor, s.max_frames, s.fps, max_pixels=s.max_pixels, context=context)
+    preparation = Preparation(
+        processor, *sampling_of(s.model, s.max_frames, s.fps), max_pixels=s.max_pixels, context=context
+    )
     with named(clip):
-        frames = read_frames(clip, s.max_frames, s.fps, frames_per_slot=preparation.frames_per_slot)
+        frames = read_frames(clip, preparation.max_frames, preparation.fps, frames_per_slot=preparation.frames_per_slot)
         example = make_example(clip, frames, preparation)
         described = lm.describe([example], twin=False, max_new_tokens=s.max_new_tokens)
     text = processor.batch_decode(described.tokens[0], skip_special_tokens=True)[0].strip()
