@@ -35,7 +35,7 @@ def qwen2_5(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
     """48 training and 24 test clips."""
-    return make_world(WorldSettings(tmp_path_factory.mktemp("world"), train=48, test=24, held_out=0, workers=2))
+    return make_world(WorldSettings(tmp_path_factory.mktemp("world"), train=48, test=24, held_out=0, quiet=0.0, workers=2))
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def test_on_the_world():
     """Issue bar: slot IoU with the truth of at least 0.9 on drawn clips."""
     times, scores = [i / FPS for i in range(NUM_FRAMES)], []
     for index in range(80):
-        frames, line = draw_clip("train", index)
+        frames, line = draw_clip("train", index, quiet=0.0)
         found = finders.motion_evidence(torch.from_numpy(frames).permute(0, 3, 1, 2), times)
         got = vp.span_slots(finders.spans_of(found.curve, times, NUM_FRAMES / FPS), times)
         true = vp.span_slots([line["truth"]["span"]], times)

@@ -140,7 +140,7 @@ def test_every_path_has_the_published_positions(lm, ragged):
     if lm.config.model_type == "qwen2_5_vl":
         first = rollouts.position_ids[0, -1, rollouts.branch[-1] == 1][0]
         start = int((examples[-1].token_types == 2).nonzero()[0])
-        behind = len(examples[-1].token_types[: examples[-1].prompt_length]) - start - 64 * 4
+        behind = len(examples[-1].token_types[: examples[-1].prompt_length]) - start - 64 * 9
         assert first == start + 63 * 3 + 1 + behind  # 0.75 s * 4 a second: 3 positions a slot
 
 

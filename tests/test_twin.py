@@ -65,7 +65,7 @@ def test_finder_on_decoded_world(world):
         found, truth = find_key_slots(frames.pixels), vp.span_slots([clip.truth["span"]], frames.timestamps)
         ious.append(((found & truth).sum() / (found | truth).sum()).item())
     for index in range(200):  # more of them, without the encoder
-        pixels, line = draw_clip("test", index, seed=3)
+        pixels, line = draw_clip("test", index, seed=3, quiet=0.0)
         found = find_key_slots(torch.from_numpy(pixels).permute(0, 3, 1, 2))
         truth = vp.span_slots([line["truth"]["span"]], [t / 8 for t in range(16)])
         ious.append(((found & truth).sum() / (found | truth).sum()).item())
