@@ -30,11 +30,13 @@ def takes_kernel(use_kernel: bool | None, *tensors: Tensor | None) -> bool:
     use_kernel False never does, True always does and fails loudly where it cannot. float64 has no kernel. Where
     VIDEOPERCEIVER_KERNELS is 0 or 1, it stands in for None.
     """
+    # An optional tensor, such as the twin's, may be None.
     tensors = [x for x in tensors if x is not None]
     use_kernel = FORCED if use_kernel is None else use_kernel
     able = HAS_TRITON and all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) for x in tensors)
     if use_kernel is None:
         return able and not INTERPRETED and all(fits(x.device) for x in tensors)
+    # Asked for and impossible: an error, since a silent fallback would be measured as the kernel.
     if use_kernel and not (able and (INTERPRETED or all(x.is_cuda for x in tensors))):
         raise ValueError("use_kernel: got True; it needs Triton, a GPU (or TRITON_INTERPRET=1) and 16 or 32 bit floats")
     return use_kernel
