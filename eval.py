@@ -23,6 +23,8 @@ the description), and similarity of the static part (all but that sentence).
 
 import sys
 
+import data  # isort: skip  # noqa: F401  first of all: Ctrl-C ends with one word from here on
+
 import tyro
 from rich.console import Console
 

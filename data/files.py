@@ -7,14 +7,19 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 from urllib.parse import unquote
 
-Refuse = Callable[[str, str, str, object, str], None]
-"""refuse(where, reason, field, found, fix) notes what cannot be used."""
+
+class Refuse(Protocol):
+    """Notes what cannot be used: where it is, which field, what was found there, what to do, and the kind of fault."""
+
+    def __call__(self, where: str, field: str, found: object, fix: str, reason: str = "malformed record") -> None: ...
+
 
 # Containers that FFmpeg reads and that say how long they last; animated pictures too. Compared in lower case.
 VIDEO_ENDINGS = (
@@ -29,6 +34,26 @@ COMMON_ENDINGS = VIDEO_ENDINGS[:5]  # before the others, some of which sounds an
 
 class ClipError(ValueError):
     """A clip or a file that cannot be used, and why, in words for the person who made it."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, also when the power fails."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def changes(before: Mapping, now: Mapping) -> list[str]:
+    """What differs between the settings that something was made with and those of now, in words.
+
+    >>> changes({"frames": 16, "fps": 2}, {"frames": 8, "fps": 2})
+    ['frames was 16, is 8']
+    """
+    names = (name for name in now | before if now.get(name) != before.get(name))
+    return [f"{name} was {before.get(name)}, is {now.get(name)}" for name in names]
 
 
 # --- Paths --------------------------------------------------------------------------------------------------------------
@@ -223,12 +248,12 @@ def read_objects(path: Path, expected: str, refuse: Refuse) -> Iterator[tuple[st
         try:
             item = json.loads(item) if isinstance(item, str) else item
         except (ValueError, RecursionError) as error:
-            refuse(where, "malformed record", "", item, f"write one JSON object a line ({error})")
+            refuse(where, "", item, f"write one JSON object a line ({error})")
             continue
         if isinstance(item, dict):
             yield where, item
         else:
-            refuse(where, "malformed record", "", item, f"expected {expected}")
+            refuse(where, "", item, f"expected {expected}")
 
 
 def whole_objects(path: Path, first: str) -> list | None:
@@ -323,11 +348,11 @@ def read_table(path: Path, columns: list[str], refuse: Refuse) -> Iterator[tuple
             except StopIteration:
                 return
             except csv.Error as error:
-                refuse(where, "malformed record", "", str(error), 'put texts in quotes, and write " in them as ""')
+                refuse(where, "", str(error), 'put texts in quotes, and write " in them as ""')
                 continue
             if len(row) > len(header):
-                mend = "put texts that hold the delimiter in quotes"
-                refuse(where, "malformed record", "", f"{len(row)} fields, {len(header)} columns", mend)
+                fix = "put texts that hold the delimiter in quotes"
+                refuse(where, "", f"{len(row)} fields, {len(header)} columns", fix)
             elif row:
                 yield where, dict(zip(header, row))
 

@@ -8,13 +8,13 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.benchmarks.scoring import LETTERS
 from data.clips import ClipError, load_clips
-from data.files import PathError, inside_root, is_seconds, path_below, read_json, read_objects, with_any_ending
+from data.files import PathError, Refuse, inside_root, is_seconds, path_below, read_json, read_objects, with_any_ending
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,6 @@ class Question:
     record: dict = field(default_factory=dict)
     """What else a prompt or a rule needs; `groups`: further tables that the question counts in, name -> group."""
 
-
-Refuse = Callable[[str, str, object, str], None]
-"""refuse(where, field, found, mend) notes a record that cannot be used."""
 
 CRASH = (
     "Provide a detailed description of this crash video.",
@@ -120,7 +117,7 @@ def records(path: Path, kind: type, expected: str, refuse: Refuse) -> list:
             return read_json(path, kind, expected)
         refuse(str(path), "", "no such file", "put it there, or its questions are not asked")
     except ClipError as error:
-        refuse(path.name, "", str(error).removeprefix(f"{path}: "), "mend the file, or its questions are not asked")
+        refuse(path.name, "", str(error).removeprefix(f"{path}: "), "fix the file, or its questions are not asked")
     return []
 
 
@@ -220,7 +217,7 @@ def motionbench(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Questio
     path = base / "video_info.meta.jsonl"
     if not path.is_file():
         raise ClipError(f"{path}: no such file; download it to there")
-    for where, entry in read_objects(path, "MotionBench: an object a line with video_path and qa", as_importer(refuse)):
+    for where, entry in read_objects(path, "MotionBench: an object a line with video_path and qa", refuse):
         pairs = entry.get("qa")
         if not isinstance(entry.get("video_path"), str) or not isinstance(pairs, list):
             refuse(where, "qa", entry, 'give "video_path", and "qa", a list of questions')
@@ -323,7 +320,7 @@ def video_mme(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]
                 try:
                     record["subtitles"] = read_subtitles(spoken)
                 except (OSError, ValueError) as error:
-                    refuse(where, "", f"{spoken.name}: {error}", "mend the file; asked without subtitles")
+                    refuse(where, "", f"{spoken.name}: {error}", "fix the file; asked without subtitles")
             if answer != "":
                 yield Question(row["question_id"], video, row["duration"], row["question"],
                                tuple(re.sub(r"^[A-Z][.)]\s*", "", o) for o in options), answer, record=record)  # fmt: skip
@@ -371,7 +368,7 @@ def dream_1k(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]:
     path = root / "DREAM-1k.jsonl"
     if not path.is_file():
         raise ClipError(f"{path}: no such file; download it to there")
-    for where, entry in read_objects(path, "DREAM-1K: an object a line with messages or text", as_importer(refuse)):
+    for where, entry in read_objects(path, "DREAM-1K: an object a line with messages or text", refuse):
         try:
             if "messages" in entry:
                 turns = {m["role"]: next(p for p in m["content"] if p["type"] == "text") for m in entry["messages"]}
@@ -412,11 +409,6 @@ def own_clips(
             spans = [clip.truth["span"]]
         yield Question(id, clip.video, "clips", clip.prompt, (), clip.caption, clip.start, clip.end, key_spans=spans,
                        frames_per_second=clip.frames_per_second, record={"clip": clip})  # fmt: skip
-
-
-def as_importer(refuse: Refuse) -> Callable[[str, str, str, object, str], None]:
-    """refuse, as data/curation/importers.py calls it: with a reason, which is not needed here."""
-    return lambda where, reason, name, found, mend: refuse(where, name, found, mend)
 
 
 def letter_of(answer: object, count: int, where: str, name: str, refuse: Refuse) -> str | None:

@@ -6,7 +6,6 @@ depend on; a run with other settings does not continue them.
 
 import hashlib
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from torch import nn
 from data.benchmarks.formats import TEMPCOMPASS, video_name
 from data.benchmarks.questions import Benchmark, prompt
 from data.clips import ClipError
-from data.files import Pairs, read_json, read_lines
+from data.files import Pairs, changes, read_json, read_lines, write_whole
 from data.run.log import describe_environment
 from data.run.sheets import printable
 
@@ -59,7 +58,7 @@ def describe_run(benchmark: Benchmark, parts: Sequence["Part"], hf: nn.Module, m
 def open_run(out: Path, settings: dict) -> None:
     """Write settings.json to a folder, or check that it has the same. Raises ValueError where predictions are another's."""
     out.mkdir(parents=True, exist_ok=True)
-    path, partial_path = out / "settings.json", out / ".settings.json"
+    path = out / "settings.json"
     settings = json.loads(json.dumps(settings))
     try:
         found = json.loads(path.read_text())["settings"] if path.exists() else None
@@ -67,15 +66,13 @@ def open_run(out: Path, settings: dict) -> None:
         raise ValueError(f"{path}: cannot be read; give another --out, or delete the folder") from None
     if found is None and (out / "predictions.jsonl").exists():
         raise ValueError(f"{out}: holds predictions but no settings.json; give another --out, or delete the folder")
-    if found is not None and found != settings:
-        names = [n for n in settings | found if settings.get(n) != found.get(n)]
-        listed = "; ".join(f"{n}: {found.get(n)} there, {settings.get(n)} now" for n in names)
+    if found is not None and (changed := changes(found, settings)):
+        listed = "; ".join(changed)
         raise ValueError(
             f"{out}: holds predictions made with other settings ({listed}). Continue with those, or give another --out"
         )
     if found is None:
-        partial_path.write_text(json.dumps({"settings": settings} | describe_environment(), indent=2) + "\n")
-        os.replace(partial_path, path)
+        write_whole(path, json.dumps({"settings": settings} | describe_environment(), indent=2) + "\n")
 
 
 class Lines:
@@ -97,9 +94,7 @@ class Lines:
             except (ValueError, KeyError, TypeError, RecursionError):
                 self.problems.append(f"{path}:{number}: torn or doubled; taken out, its question is asked again")
         if self.problems:
-            partial_path = path.with_name(f".{path.name}")
-            partial_path.write_text("".join(json.dumps(record) + "\n" for record in self.records.values()))
-            os.replace(partial_path, path)
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in self.records.values()))
         self.file = path.open("a")
 
     def add(self, record: dict) -> None:

@@ -161,10 +161,10 @@ def load_benchmark(
     if not root.exists():
         raise ClipError(f"--root {root}: no such folder; download {name} to there")
 
-    def refuse(where: str, name: str, found: object, mend: str) -> None:
+    def refuse(where: str, field: str, found: object, fix: str, reason: str = "") -> None:
         shown = found if isinstance(found, str) else repr(found)
         shown = shown[:80] + "..." * (len(shown) > 80)
-        problems.append(f"{where}: " + f"field '{name}': " * bool(name) + f"found {shown}; " * bool(shown) + mend)
+        problems.append(f"{where}: " + f"field '{field}': " * bool(field) + f"found {shown}; " * bool(shown) + fix)
 
     own = (
         {"follow_links": follow_links, "videos": videos} if name == "clips" else {}

@@ -209,7 +209,7 @@ def activitynet(s: Settings, refuse: Refuse) -> Iterator[Record]:
         where = f"{s.source.name}: {key}"
         spans, sentences = (entry.get(n) if isinstance(entry, dict) else None for n in ("timestamps", "sentences"))
         if not isinstance(spans, list) or not isinstance(sentences, list) or len(spans) != len(sentences) or not spans:
-            refuse(where, "malformed record", "timestamps", entry, "give timestamps and sentences, lists of one length")
+            refuse(where, "timestamps", entry, "give timestamps and sentences, lists of one length")
             continue
         other = key.removeprefix("v_") if key.startswith("v_") else f"v_{key}"
         for i, (span, sentence) in enumerate(zip(spans, sentences), 1):
@@ -217,7 +217,7 @@ def activitynet(s: Settings, refuse: Refuse) -> Iterator[Record]:
                 place = f"{where}, sentence {i}"
                 yield Record(place, key, sentence, names, *span, duration=entry.get("duration"), other_name=other)
             else:
-                refuse(f"{where}, sentence {i}", "bad times", "timestamps", span, "give [start, end] in seconds")
+                refuse(f"{where}, sentence {i}", "timestamps", span, "give [start, end] in seconds", "bad times")
 
 
 def charades(s: Settings, refuse: Refuse) -> Iterator[Record]:
@@ -244,7 +244,7 @@ def charades_sta(s: Settings, refuse: Refuse) -> Iterator[Record]:
             video, start, end = head.split()
             yield Record(where, video, sentence, {"caption": "sentence"}, seconds(start), seconds(end))
         else:
-            refuse(where, "malformed record", "", line, 'write "ID start end##sentence."')
+            refuse(where, "", line, 'write "ID start end##sentence."')
 
 
 def dream_1k(s: Settings, refuse: Refuse) -> Iterator[Record]:
@@ -266,7 +266,7 @@ def dream_1k(s: Settings, refuse: Refuse) -> Iterator[Record]:
                 name, caption, prompt = "description", entry["description"], ""
             video = entry["vid"] if "vid" in entry else PurePosixPath(entry["video_file"]).name
         except (KeyError, TypeError, AttributeError, StopIteration):
-            refuse(where, "malformed record", "", entry, "give vid, and a caption as in DREAM-1k.jsonl")
+            refuse(where, "", entry, "give vid, and a caption as in DREAM-1k.jsonl")
             continue
         yield Record(where, video, caption, {"video": "vid", "caption": name}, prompt=prompt)
 
@@ -331,12 +331,12 @@ def records(s: Settings, refuse: Refuse) -> Iterator[Record]:
     for where, entry in read_objects(s.source, "records with a video and a caption", refuse):
         if missing := [name for name in (s.video_column, s.caption_column) if name not in entry]:
             fix = f"name the fields by --video-column and --caption-column; it has {', '.join(entry)}"
-            refuse(where, "malformed record", missing[0], entry, fix)
+            refuse(where, missing[0], entry, fix)
             continue
         try:
             video = video_path(entry[s.video_column], s.video_column)
         except Unusable as error:
-            refuse(where, error.reason, error.name, error.found, error.fix)
+            refuse(where, error.name, error.found, error.fix, error.reason)
             continue
         captions = entry[s.caption_column]
         captions = captions if isinstance(captions, list) and captions else [captions]
@@ -358,9 +358,9 @@ def folder(s: Settings, refuse: Refuse) -> Iterator[Record]:
             texts[text] = True
             yield Record(str(text), str(video), (s.source / text).read_text("utf-8-sig", errors="surrogateescape"))
         else:
-            refuse(str(video), "caption empty", "caption", "no .txt of this name", f"write {text}, in UTF-8")
+            refuse(str(video), "caption", "no .txt of this name", f"write {text}, in UTF-8", "caption empty")
     for text in (text for text, used in texts.items() if not used):
-        refuse(str(text), "video missing", "video", "no video of this name", "add the video, or take the .txt away")
+        refuse(str(text), "video", "no video of this name", "add the video, or take the .txt away", "video missing")
 
 
 def chats(s: Settings, refuse: Refuse) -> Iterator[Record]:
@@ -381,10 +381,10 @@ def chats(s: Settings, refuse: Refuse) -> Iterator[Record]:
         try:
             clip = chat_clip(entry)
         except Unusable as error:
-            refuse(where, error.reason, error.name, error.found, error.fix)
+            refuse(where, error.name, error.found, error.fix, error.reason)
             continue
         for name, text in clip.further:
-            refuse(where, "further turn", name, text, "make a record of its own of it, if it can be understood alone")
+            refuse(where, name, text, "make a record of its own of it, if it can be understood alone", "further turn")
         times = clip.start, clip.end
         yield Record(where, clip.video, clip.caption, clip.names, *times, prompt=clip.prompt, notes=clip.notes)
 
@@ -413,8 +413,8 @@ IMPORTERS = {
 def make_clip(record: Record, index: VideoIndex, refuse: Refuse) -> dict | None:
     """The line of a record, or None if it was refused. An end behind the video's duration is cut to it, and counted."""
 
-    def reject(reason: str, name: str, found: object, mend: str) -> None:
-        refuse(record.where, reason, record.names.get(name, name), found, mend)
+    def reject(reason: str, name: str, found: object, fix: str) -> None:
+        refuse(record.where, record.names.get(name, name), found, fix, reason)
 
     video = str(record.video) if isinstance(record.video, int) else record.video  # ids may be numbers
     for name, text in (("video", video), ("caption", record.caption), ("prompt", record.prompt)):
@@ -465,11 +465,11 @@ def run_import(s: Settings, console: Console) -> int:
     s.out.parent.mkdir(parents=True, exist_ok=True)
     parts = [path.with_name(path.name + ".part") for path in (s.out, rejected)]
 
-    def refuse(where: str, reason: str, name: str, found: object, mend: str) -> None:
+    def refuse(where: str, field: str, found: object, fix: str, reason: str = "malformed record") -> None:
         reasons[reason] += 1
         shown = found if isinstance(found, str) else repr(found)
         shown = shown[:200] + "..." * (len(shown) > 200)
-        line = {"where": where, "reason": reason, "field": name, "found": shown, "mend": mend}
+        line = {"where": where, "reason": reason, "field": field, "found": shown, "fix": fix}
         line = {key: text.encode("utf-8", "backslashreplace").decode() for key, text in line.items()}
         bad.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -480,7 +480,7 @@ def run_import(s: Settings, console: Console) -> int:
                 line = json.dumps(clip, ensure_ascii=False)
                 key = hashlib.blake2b(line.encode(), digest_size=16).digest()  # not the line: captions may be long
                 if clip and key in seen:
-                    refuse(record.where, "duplicate", "", line, f"nothing; it is the same as {seen[key]}")
+                    refuse(record.where, "", line, f"nothing; it is the same as {seen[key]}", "duplicate")
                 elif clip:
                     seen[key] = record.where
                     videos.add(clip["video"])

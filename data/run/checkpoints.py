@@ -28,6 +28,7 @@ from accelerate.utils import gather_object
 from rich.markup import escape
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data.loader import ClipLoader
@@ -141,13 +142,11 @@ def set_random_states(state: dict) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors by parameter name, whole, on the CPU. Every process of a sharded run must call it."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            value = value.full_tensor() if isinstance(value, DTensor) else value
-            tensors[f"{name}/{key}"] = value.detach().cpu().clone()
-    return tensors
+    """The optimizer's tensors by parameter name, whole, on the CPU. Every process of a sharded run must call it; the
+    first gets them."""
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_optimizer_state_dict(model, optimizer, options=whole)["state"]
+    return {f"{name}/{key}": value for name, values in state.items() for key, value in values.items()}
 
 
 def set_optimizer(model: nn.Module, optimizer, schedule, tensors: dict[str, Tensor], schedule_state: dict) -> None:
