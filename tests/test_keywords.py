@@ -245,10 +245,16 @@ def test_the_question_holds_the_caption():
     assert CAPTION in keywords.keyword_prompt(CAPTION) and "JSON list" in keywords.keyword_prompt(CAPTION)
 
 
+class Tokenizer:
+    """One with a special token."""
+
+    added_tokens_decoder: ClassVar = {0: SimpleNamespace(content="[SEP]", special=True)}
+
+
 class Encoder:
     """Texts as vectors by hand."""
 
-    tokenizer = SimpleNamespace(added_tokens_decoder={0: SimpleNamespace(content="[SEP]", special=True)})
+    tokenizer = Tokenizer()
     asked: ClassVar[list[str]] = []
 
     def encode(self, texts, **_):

@@ -4,8 +4,6 @@ import ast
 import json
 import os
 import re
-import runpy
-import shlex
 import shutil
 import signal
 import subprocess
@@ -14,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import tyro
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -173,34 +170,6 @@ def test_sigterm_saves_and_ends_well(tmp_path, world, qwen2_5, script):
     os.kill(command.pid, signal.SIGTERM)
     assert command.wait().returncode == 0
     assert (tmp_path / "o/checkpoint/model.safetensors").exists()
-
-
-def readme_commands() -> list[str]:
-    """Every `python ...` and `torchrun ...` line of the shell blocks of the README and of docs/."""
-    pages = [HERE / "README.md", *sorted(HERE.glob("docs/*.md"))]
-    blocks = [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)]
-    lines = [x.split("#")[0].strip() for block in blocks for x in block.splitlines()]
-    return [x for x in lines if x.startswith(("python ", "torchrun "))]
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_readme_commands_are_accepted(command, monkeypatch):
-    """Each command is parsed by the script it names: its flags exist and its values have the right type."""
-    words = re.sub(r"^torchrun --nproc_per_node \d+", "python", command)
-    words = shlex.split(words)[1:]
-    if words[0] == "-m":
-        words = [words[1].replace(".", "/") + ".py", *words[2:]]
-    real, accepted = tyro.cli, []
-
-    def only_parse(*arguments, **more):
-        accepted.append(real(*arguments, **more))
-        raise SystemExit(0)
-
-    monkeypatch.setattr(tyro, "cli", only_parse)
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(HERE / words[0]), run_name="__main__")
-    assert len(accepted) == 1
 
 
 def test_readme_names_every_make_target():

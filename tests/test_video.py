@@ -301,6 +301,7 @@ def test_folder_of_pictures(tmp_path):
         read_frames(clip, 8)
     head = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)  # the decoder would ask for 2.7 GB
     head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    head += struct.pack(">I", 8) + b"IDAT"
     (folder / "00008.png").write_bytes(head)
     with pytest.raises(ClipError, match=r"frames: 00008\.png has too many pixels, more than 179 million; scale it down"):
         read_frames(clip, 8)
