@@ -3,7 +3,7 @@
 Words. A *clip* is a video with its caption. *Frames* are what was sampled from it. A *slot* is one temporal patch: two
 consecutive frames, the smallest unit of time that the vision encoder sees. A *keyword* is an event-action phrase of the
 caption ("jumps off"); its *key slots* are those that show it. The *twin* is the key-information-missing video: the same
-slots, the key slots shown as their nearest non-key neighbour. *Full* is the complete video when it stands beside its twin.
+slots, the key slots shown as their nearest non-key neighbour. *Full* is the complete video beside its twin.
 A *rollout* is one sampled description; its *quality* is its score against the caption.
 
 Shapes, here and in the tests:
@@ -14,7 +14,7 @@ Shapes, here and in the tests:
     G rollouts of the full video of a prompt       G' rollouts of its twin            R = G + G'
 
 Pure functions: no globals, no argument changed, no file read. On a GPU the contrastive loss and the rewards take a fused
-kernel of kernels/, which is tested against what stands here.
+kernel of kernels/, which is tested against these functions.
 """
 
 import math
@@ -36,7 +36,7 @@ from kernels.reward import REWARDS, fused_rewards
 def twin_sources(key_slots: Tensor) -> Tensor | None:
     """Which slot the twin shows in each place: src(t) = t outside the key slots, else the nearest slot outside them.
 
-    key_slots: (S,) bool. Returns (S,) long, ties going to the earlier neighbour, or None where there is no twin: no key
+    key_slots: (S,) bool. Returns (S,) long, ties going to the earlier neighbour, or None if there is no twin: no key
     slot, or nothing but key slots.
 
     >>> twin_sources(torch.tensor([0, 0, 1, 1, 1, 0], dtype=torch.bool)).tolist()
@@ -110,7 +110,7 @@ class Example:
 
 @dataclass
 class KeyTokens:
-    """Where the key-slot tokens of a batch stand, and which keyword they belong to.
+    """Where the key-slot tokens of a batch are, and which keyword they belong to.
 
     clip (N,), slot (N,): of each key-slot token. keyword_clip (K,): the clip of each keyword. keyword_id (K,): a number
     that is the same for the same words. keyword_slots (K, S) bool: the key slots of each keyword. shown (N, M): ids of the
@@ -379,7 +379,7 @@ def paired_rewards(
 def token_weights(lengths: Tensor, level: str = "token", num_tokens: float | None = None) -> Tensor:
     """How much each token of a rollout counts in the loss of a whole batch: (R,), for rollouts of `lengths` (R,) tokens.
 
-    token: every token of the batch alike (long rollouts count more); sequence: every rollout alike. num_tokens: where the
+    token: every token of the batch alike (long rollouts count more); sequence: every rollout alike. num_tokens: if the
     batch is spread over processes whose gradients are averaged, the tokens of a process on average.
 
     >>> token_weights(torch.tensor([1, 3])).tolist(), token_weights(torch.tensor([1, 4]), "sequence").tolist()

@@ -4,7 +4,7 @@ that each of them makes. data/curation/importers.py reads the files."""
 import re
 from dataclasses import dataclass, field
 
-# What stands in a prompt for the video: LLaVA (<image> too, in LLaVA-Video-178K), ms-swift, VILA, InternVL, Qwen.
+# Placeholders of the video in a prompt: LLaVA (<image> too, in LLaVA-Video-178K), ms-swift, VILA, InternVL, Qwen.
 MARK = re.compile(
     r"<\|vision_start\|><\|(?:video|image)_pad\|><\|vision_end\|>|<\|?(?:vila/)?(?:video|image)(?:_pad)?\|?>", re.IGNORECASE
 )
@@ -63,7 +63,7 @@ def without_mark(text: str) -> str | None:
 
 
 def video_path(value: object, name: str) -> object:
-    """The path in what stands for a video: itself, or {"path"}, {"url"}, {"video_url": {"url"}}, or a list of one."""
+    """The path in a video's entry: the entry itself, or {"path"}, {"url"}, {"video_url": {"url"}}, or a list of one."""
     if isinstance(value, list) and len(value) == 1:
         return video_path(value[0], name)
     if isinstance(value, list):

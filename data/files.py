@@ -1,5 +1,5 @@
-"""Files of other people: JSON, JSON lines, CSV and parquet, record by record, what is wrong told by its place; paths that
-cannot leave a folder; video files by name."""
+"""Files of other people: JSON, JSON lines, CSV and parquet, record by record, with the place of what is wrong; paths that
+cannot leave a folder; finding video files by their names."""
 
 import csv
 import json
@@ -68,7 +68,7 @@ class PathError(ClipError):
 
 
 def is_below(path: str, folder: str) -> bool:
-    """Whether a path is a folder or lies in it, both normal and absolute."""
+    """Whether a path is a folder or inside it, both normal and absolute."""
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
@@ -194,7 +194,7 @@ def names_by_stem(folder: Path, changed: int) -> dict[str, list[str]]:
 
 
 def with_any_ending(path: Path) -> Path:
-    """The path of a video; where there is no such file, that of the only one beside it with another video's ending."""
+    """The path of a video; if there is no such file, that of the only one beside it with another video's ending."""
     if path.suffix.lower() not in VIDEO_ENDINGS or path.exists() or not path.parent.is_dir():
         return path
     names = names_by_stem(path.parent, path.parent.stat().st_mtime_ns).get(bare_name(path.name), [])
@@ -213,7 +213,7 @@ class Pairs(dict):
 
 
 def read_json(path: Path, kind: type, expected: str) -> list:
-    """The list of a JSON file, or the (key, value) pairs of its object. Raises ClipError where it is something else."""
+    """The list of a JSON file, or the (key, value) pairs of its object. Raises ClipError if it is something else."""
     try:
         loaded = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=Pairs if kind is dict else None)
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 5,000 digits
@@ -317,7 +317,7 @@ def is_parquet(path: Path) -> bool:
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
-    """(place, row) of a parquet file, a few rows at a time. Raises ClipError where it cannot be read."""
+    """(place, row) of a parquet file, a few rows at a time. Raises ClipError if it cannot be read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -358,7 +358,7 @@ def read_table(path: Path, columns: list[str], refuse: Refuse) -> Iterator[tuple
 
 
 def seconds(text: str | None) -> object:
-    """The number in a text; None for an empty one; the text itself where it is no number, to be shown."""
+    """The number in a text; None for an empty one; the text itself if it is no number, to be shown."""
     try:
         return float(text) if text and text.strip() else None
     except ValueError:

@@ -1,4 +1,4 @@
-"""The loader: an endless, seeded stream of examples that no clip can stop, and that goes on where it was left."""
+"""The loader: an endless, seeded stream of examples that no clip can stop, and that continues where it was left."""
 
 import itertools
 import multiprocessing
@@ -53,7 +53,7 @@ class Taken:
 
 
 class ClipLoader:
-    """An endless, seeded stream of examples that survives every clip, and goes on where it stopped.
+    """An endless, seeded stream of examples that survives every clip, and continues where it stopped.
 
     Worker processes read ahead (0: none, in this process), and make of each clip what `make` does (clip, preparation, seed;
     default: an example). A clip that raises, that kills its worker, or that takes longer than time_limit seconds (the
@@ -94,11 +94,11 @@ class ClipLoader:
             self.pool = ProcessPool(self.workers, initializer=_start_worker, initargs=(self.make,), context=context)
 
     def state(self) -> dict:
-        """What `restore` needs to go on behind the last example."""
+        """What `restore` needs to continue after the last example."""
         return {"position": self.position, "skipped": dict(self.skipped)}
 
     def restore(self, state: dict) -> None:
-        """Go on where a loader of the same clips, seed and share stopped; JSON in between does no harm."""
+        """Continue where a loader of the same clips, seed and share stopped; JSON in between does no harm."""
         self.position = state["position"]
         self.skipped = {int(index): reason for index, reason in state["skipped"].items()}
 

@@ -64,7 +64,7 @@ def space_out(tokenizer, text: str) -> str:
 
 
 def pieces_of(marks: re.Pattern, rendered: str) -> list[str]:
-    """A rendered prompt cut at the marks that the chat template wrote: what stands between them, and they themselves."""
+    """A rendered prompt cut at the marks that the chat template wrote: what is between them, and they themselves."""
     return re.split(f"({marks.pattern})", rendered)
 
 
@@ -95,7 +95,7 @@ def put_back(processor, inputs, taken: Sequence[Sequence[str]], padding_side: st
     """Put the ids of the pieces that were taken out of each prompt in place of their stand-ins, in what the processor made.
 
     inputs: input_ids (B, T), and more tensors of that shape, which are given a value for each new token. Raises ValueError
-    where a stand-in is not found again.
+    if a stand-in is not found again.
     """
     tokenizer, shape, mask = processor.tokenizer, inputs["input_ids"].shape, inputs["attention_mask"].bool()
     names = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == shape]

@@ -99,7 +99,7 @@ def error(got, want) -> float:
 
 
 def check() -> list[dict]:
-    """Each kernel's error against float64 beside that of eager PyTorch in the same dtype; raises where it is larger."""
+    """Each kernel's error against float64 beside that of eager PyTorch in the same dtype; raises if it is larger."""
     rows = []
     # The interpreter has no right bfloat16.
     for dtype in (torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])):
@@ -140,7 +140,7 @@ def check() -> list[dict]:
 
 
 def compare(name: str, dtype: torch.dtype, kernel: list, eager: list, exact: list) -> dict:
-    """One row: both errors, printed; ValueError where the kernel's is above eager's by more than 1e-3."""
+    """One row: both errors, printed; ValueError if the kernel's is above eager's by more than 1e-3."""
     row = {"kernel": name, "dtype": str(dtype)[6:], "error": error(kernel, exact), "eager_error": error(eager, exact)}
     print(f"{name:12} {row['dtype']:9} error {row['error']:.1e}   eager {row['eager_error']:.1e}")
     if not row["error"] <= row["eager_error"] + 1e-3:
@@ -242,7 +242,7 @@ def library(name: str):
 
 
 def contrastive_rivals(inputs: tuple) -> dict[str, Callable]:
-    """Forward and backward, each by name."""
+    """Forward and backward, and their names."""
     *tensors, tokens = inputs
 
     def step(function: Callable, **more) -> Callable:

@@ -36,7 +36,7 @@ def ids_shown(clip: Tensor, slot: Tensor, keyword_clip: Tensor, keyword_id: Tens
 
 
 # --- The kernels -----------------------------------------------------------------------------------------------------
-# Rows 0..N-1 are the full video's states, rows N..2N-1 the twin's. A block of rows lies in one of the two.
+# Rows 0..N-1 are the full video's states, rows N..2N-1 the twin's. A block of rows is in one of the two.
 
 EPS = 1e-12  # as in F.normalize
 # Warps that share a tile, and how many steps of a product are loaded ahead of it.
@@ -165,7 +165,7 @@ def combine_parts(part_ptr, lse_ptr, sums_ptr, K, num_blocks, BLOCK_B: tl.conste
         # Then the lanes are combined.
         peak = tl.max(top)
         shift = tl.where(peak == -float("inf"), 0.0, peak)
-        lse = shift + tl.log(tl.sum(total * tl.exp(top - shift)))  # -inf where there is none
+        lse = shift + tl.log(tl.sum(total * tl.exp(top - shift)))  # -inf if there is none
         tl.store(lse_ptr + which * K + j, lse)
         tl.store(sums_ptr + (1 + which) * K + j, tl.sum(count))
         # Equation (1): logsumexp over all minus logsumexp over positives; 0 without a positive.

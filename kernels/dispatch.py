@@ -1,4 +1,4 @@
-"""Which road a call takes: a Triton kernel where the tensors are on a GPU, the eager reference everywhere else."""
+"""Which path a call takes: a Triton kernel if the tensors are on a GPU, else the eager reference."""
 
 import os
 
@@ -25,10 +25,10 @@ if FORCED is ASKED:
 
 
 def takes_kernel(use_kernel: bool | None, *tensors: Tensor | None) -> bool:
-    """Whether a call takes the kernel: None asks for it where all tensors are on a GPU that the tiles fit on, and it can.
+    """Whether a call takes the kernel: None takes it if all tensors are on a GPU that the tiles fit on, and it can.
 
-    use_kernel False never does, True always does and fails loudly where it cannot. float64 has no kernel. Where
-    VIDEOPERCEIVER_KERNELS is 0 or 1, it stands in for None.
+    use_kernel False never does, True always does and fails loudly if it cannot. float64 has no kernel. If
+    VIDEOPERCEIVER_KERNELS is 0 or 1, it takes the place of None.
     """
     # An optional tensor, such as the twin's, may be None.
     tensors = [x for x in tensors if x is not None]

@@ -113,7 +113,7 @@ def sum_stretches(
     # atomics, so two runs give the same bits.
     out = stretch * M + rows
     shift = tl.where(top == -float("inf"), 0.0, top)
-    tl.store(lse_ptr + out, shift + tl.log(total), mask=rows < M)  # -inf where all of the stretch is banned
+    tl.store(lse_ptr + out, shift + tl.log(total), mask=rows < M)  # -inf if all of the stretch is banned
     tl.store(mean_ptr + out, weighted / tl.maximum(total, 1e-30), mask=rows < M)
     tl.store(chosen_ptr + out, chosen, mask=rows < M)
 
@@ -271,7 +271,7 @@ def log_probs_from_states(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probability (M,) of each target and entropy (M,) under the head, float32: `selected_log_probs` of the logits.
 
-    states (M, H), weight (V, H), targets (M,); banned: ids of probability 0. Gradients go to the states and, where it
+    states (M, H), weight (V, H), targets (M,); banned: ids of probability 0. Gradients go to the states and, if it
     wants one, to the head; none through the entropy. use_kernel: None takes the kernel on a GPU; see `takes_kernel`.
 
     >>> states, head = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0], [2.0, 1.0], [9.0, 9.0]])

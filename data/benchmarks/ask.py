@@ -8,7 +8,7 @@ All questions about a part grow as branches out of one prefill (`VideoLM.answer`
 and all, is run once, and so is the vision encoder, for full video and twin together. Models that VideoLM does not know run
 through AutoModelForImageTextToText, a prompt each.
 
-Predictions are appended as they come. Videos are taken in fixed batches, so that a run that was killed and taken up again
+Predictions are appended as they come. Videos are taken in fixed batches, so that a run that was killed and continued
 gives every answer from the same batch as a run that was not. `settings.json` says what the predictions were made with; a
 run with other settings does not continue them.
 """
@@ -118,7 +118,7 @@ def group_questions(benchmark: Benchmark, spans: Mapping[Path, list] | None = No
 
 
 def read_key_spans(path: Path, root: Path, follow_links: bool = False) -> tuple[dict[Path, list], list[str]]:
-    """Key spans by video, in seconds from the beginning of the file, and the lines that cannot be used, by name.
+    """Key spans by video, in seconds from the beginning of the file, and a message for each line that cannot be used.
 
     path: JSONL as data/curation/curate.py writes it, of which video, key_spans and start are used; videos are paths below
     root.
@@ -239,7 +239,7 @@ def common_prefix(prompts: Sequence[Tensor]) -> int:
 def make_asked(
     part: Part, preparation: Preparation, seed: object, benchmark: Benchmark, share_prefix: bool, twin: bool
 ) -> Asked:
-    """Read a part and make its prompts: what a worker does. Raises ClipError where the part cannot be used."""
+    """Read a part and make its prompts: what a worker does. Raises ClipError if the part cannot be used."""
     processor, step = preparation.processor, preparation.frames_per_slot
     frames, source, share = read_part(part, benchmark, step)
     frames = preparation.fit(frames)
@@ -264,7 +264,7 @@ def share_prompt(processor, texts: Sequence[str], frames: Frames) -> tuple[vp.Ex
     """An example of what all prompts begin with, and the tokens that follow in each: the processor sees the video once.
 
     The tokens of prompt and tail together are those of the whole prompt: a special token ends the video, and nothing is
-    merged across it. That is checked on the first prompt; if it did not hold, the processor would make each anew.
+    merged across it. That is checked on the first prompt; if it did not hold, the processor would make each of them.
     """
     inputs, end = process(processor, texts[:1], [frames]), processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
     first, types = inputs["input_ids"][0], inputs["mm_token_type_ids"][0]
@@ -322,7 +322,7 @@ def answer_plain(
 def answer_batch(
     lm: videolm.VideoLM, processor, batch: Sequence[Asked], max_new_tokens: int, twin: bool
 ) -> list[tuple[list[str], list[str]]]:
-    """The same for several parts, all questions about each on one prefill; without a twin, the full video stands in."""
+    """The same for several parts, all questions about each on one prefill. The full video replaces a missing twin."""
     tails = [asked.tails for asked in batch]
     rollouts = lm.answer([asked.example for asked in batch], tails, max_new_tokens, twin)
     most, answers = max(map(len, tails)), []
@@ -341,7 +341,7 @@ def answer(
     """Ask all that has no answer in out/predictions.jsonl yet, and append the answers as they come.
 
     settings: see `open_run`. With twin, answers about twins go to out/twin-predictions.jsonl. Videos that cannot be used
-    are skipped; they stand in out/problems.txt, with `problems`. Returns both files, and the number of problems.
+    are skipped; out/problems.txt names them, with `problems`. Returns both files, and the number of problems.
     """
     open_run(out, settings)
     context = room(hf, benchmark.max_new_tokens)

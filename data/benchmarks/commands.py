@@ -45,7 +45,7 @@ class ScoreSettings:
 
 @dataclass
 class RunSettings:
-    """Ask a model a benchmark's questions, and score the answers. After a kill the same command goes on."""
+    """Ask a model a benchmark's questions, and score the answers. After a kill the same command continues."""
 
     benchmark: Literal[benchmarks.NAMES]
     """Which benchmark; clips: one's own annotation file."""

@@ -1,7 +1,7 @@
 """The files of public benchmarks, as published: from each record a Question, or a reason why it cannot be used.
 
 Each format names the repository in which it was read. A reader is a generator over the questions; what it cannot use it
-refuses by name, and goes on. Paths in the files cannot leave the root.
+names, and the reading continues. Paths in the files cannot leave the root.
 """
 
 import itertools
@@ -29,7 +29,7 @@ class Question:
     text: str
     """The question as the file has it."""
     options: tuple[str, ...]
-    """Texts of the options without their letters; () where the answer is free text, or yes or no."""
+    """Texts of the options without their letters; () if the answer is free text, or yes or no."""
     answer: str | None
     """The right letter (the first of equal options), or the reference text; None: hidden, in no denominator."""
     start: float | None = None
@@ -38,7 +38,7 @@ class Question:
     frames_per_second: float | None = None
     """Of a folder of frames."""
     key_spans: list | None = None
-    """[[start, end], ...] in seconds from `start`, where they are known: for the twin."""
+    """[[start, end], ...] in seconds from `start`, if they are known: for the twin."""
     record: dict = field(default_factory=dict)
     """What else a prompt or a rule needs; `groups`: further tables that the question counts in, name -> group."""
 
@@ -198,9 +198,9 @@ def vru_accident_captions(root: Path, refuse: Refuse, subtitles: bool) -> Iterat
 
 
 def parted(text: str, label: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """A question whose options stand in it, a line each: its stem, the labels and the texts of the options.
+    """A question with its options inside, one on each line: its stem, the labels and the texts of the options.
 
-    label: a pattern of what an option begins with, in a group. Lines that do not begin so go on with the option above.
+    label: a pattern of what an option begins with, in a group. Other lines continue the option above.
 
     >>> parted("What?\\nA. x\\nB. y\\nand z", r"([A-Z])[.):] *")
     ('What?', ('A', 'B'), ('x', 'y and z'))
@@ -418,7 +418,7 @@ def letter_of(answer: object, count: int, where: str, name: str, refuse: Refuse)
     letters = LETTERS[: count or None]
     if isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip().upper() in letters:
         return answer.strip().upper()
-    refuse(where, name, answer, f"give one of the letters {', '.join(letters)}, or NA where it is hidden")
+    refuse(where, name, answer, f"give one of the letters {', '.join(letters)}, or NA if it is hidden")
     return ""
 
 

@@ -56,7 +56,7 @@ def describe_run(benchmark: Benchmark, parts: Sequence["Part"], hf: nn.Module, m
 
 
 def open_run(out: Path, settings: dict) -> None:
-    """Write settings.json to a folder, or check that it has the same. Raises ValueError where predictions are another's."""
+    """Write settings.json to a folder, or check that it has the same. Raises ValueError if predictions are another's."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "settings.json"
     settings = json.loads(json.dumps(settings))
@@ -78,7 +78,7 @@ def open_run(out: Path, settings: dict) -> None:
 class Lines:
     """A predictions file: its lines by id, and more of them appended, each whole before the next.
 
-    What a kill has torn is taken out, and stands in `problems`.
+    A line that a kill has cut off is taken out, and named in `problems`.
     """
 
     def __init__(self, path: Path):
@@ -130,7 +130,7 @@ TEMPCOMPASS_FIELDS = ("prediction", "response", "video-llm-prediction")  # of pr
 
 
 class Predictions:
-    """Responses by question id as they are read, what could not be used, by name, and what the authors' files answer."""
+    """Responses by question id as they are read, what cannot be used, in words, and what the authors' files answer."""
 
     def __init__(self, benchmark: Benchmark):
         self.benchmark = benchmark
@@ -263,7 +263,7 @@ class Predictions:
 
 
 def read_predictions(path: Path, benchmark: Benchmark) -> tuple[dict[str, str], list[str]]:
-    """Responses by question id, and what could not be used, by name.
+    """Responses by question id, and a line for each that cannot be used.
 
     path: .jsonl with {"id", "response"} a line; .json with {id: response}; a run's folder; or the authors' own files, one
     of them or their folder: VRU-Accident's S_VQA_response.json, {video: {category: {"pred", "GT"}}} or {video: {"pred"}};

@@ -1,6 +1,6 @@
 """Scores: the letter in a response, by each benchmark's rule and by ours; scores of descriptions; intervals and tests.
 
-A rule for multiple choice returns the letters that it takes a response for: one, none (""), or, where it is careless,
+A rule for multiple choice returns the letters that it takes a response for: one, none (""), or, if it is careless,
 several. A response is right when the right letter is among them. The official rules, faults included, give published
 figures again; each says where it was read. `read_letter` is ours.
 """
@@ -78,7 +78,7 @@ def plain(response: str) -> str:
     A thought that has only its end began in the prompt; one that has no end was cut off, and no answer follows it.
     """
     behind = re.split(OPENING, re.split(CLOSING, response)[-1])[0]
-    if not behind.strip():  # what stands before or between thoughts
+    if not behind.strip():  # what comes before or between thoughts
         around = re.sub(rf"{OPENING}(?:(?!{OPENING}).)*?{CLOSING}", " ", response, flags=re.S)
         behind = re.split(OPENING, re.split(CLOSING, around)[-1])[0]
     return re.sub(r"[*_`#]+", "", unicodedata.normalize("NFKC", behind)).strip()
@@ -90,12 +90,12 @@ def folded(text: str) -> str:
 
 
 def read_letter(response: str, options: Sequence[str] = (), labels: Sequence[str] = ()) -> str:
-    """The letter that a response gives, or "" where it gives none: ours, the same strict rule for all benchmarks.
+    """The letter that a response gives, or "" if it gives none: ours, the same strict rule for all benchmarks.
 
     options: their texts (none known: A to F may be given); labels: what the question calls them, where not by letters, like
     "Option 1". The first of these that holds: the response is a letter; it is the text or label of an option (of equal
     options, the first); it holds one of the labels; it announces its answer ("The answer is (B)", the last time it does);
-    it begins with a letter and a mark; a capital letter stands in it by itself. "A" before a noun is no letter, and what
+    it begins with a letter and a mark; it has a capital letter by itself. "A" before a noun is no letter, and what
     is said in "A and B", "not A", "A is wrong" does not count.
 
     >>> [read_letter(r, "wxyz") for r in ("(b) foo", "A person runs, so B", "Both A and B; final answer: D", "A or B")]
@@ -150,7 +150,7 @@ def read_yes_no(response: str) -> str:
 
 
 def official_vru_accident(response: str) -> str:
-    """First of A to D that stands by itself in the last line, else after "Answer:".
+    """First of A to D by itself in the last line, else after "Answer:".
 
     Kimyounggun99/VRU-Accident, utils/utils.py: what it does for Qwen models.
     """
@@ -160,7 +160,7 @@ def official_vru_accident(response: str) -> str:
 
 
 def official_motionbench(response: str) -> str:
-    """First character of the first word, after a bracket where there is one; not always a letter.
+    """First character of the first word, after a bracket if there is one; not always a letter.
 
     THUDM/MotionBench, motionbench/utils/answer_util.py.
     """
@@ -173,7 +173,7 @@ def official_motionbench(response: str) -> str:
 def official_mvbench(response: str, count: int) -> str:
     """Of `count` letters those for which the first word of "(" + response is part of "(a)", or "(a)" part of it.
 
-    OpenGVLab/Ask-Anything, video_chat2/mvbench.ipynb, and daniel-cores/tvbench, vqa_dataset.py. The response goes on from
+    OpenGVLab/Ask-Anything, video_chat2/mvbench.ipynb, and daniel-cores/tvbench, vqa_dataset.py. The response continues
     "Best option:(". An empty one is part of every letter, and so always right.
     """
     word = ("(" + response.strip().split("\n")[0]).lower().split(" ")[0]
@@ -194,7 +194,7 @@ def official_video_mme(response: str) -> str:
 
 
 def official_tempcompass(response: str, kind: str, options: Sequence[str] = (), labels: Sequence[str] = ()) -> str:
-    """The letter, or "yes" or "no", by the hand-made rules; "" where its authors would ask GPT.
+    """The letter, or "yes" or "no", by the hand-made rules; "" if its authors would ask GPT.
 
     llyx97/TempCompass as of commit c2ec41e: eval_multi-choice.py, eval_yes_no.py, eval_caption_matching.py, with
     --disable_llm. A response that is the whole right answer is right, too: see `questions.read_answer`.
@@ -204,7 +204,7 @@ def official_tempcompass(response: str, kind: str, options: Sequence[str] = (), 
         return next((word for word in ("yes", "no") if text.lower().startswith(word)), "")
     if kind == "multi-choice":
         return text[0] if text in tuple("ABCD") or re.match(r"[A-D][.)]", text) else ""
-    # Of each option: as it stands, its sentence up to a second colon, its label, and the label's letter or number.
+    # Of each option: as it is, its sentence up to a second colon, its label, and the label's letter or number.
     forms = [(f"{label}: {o}", o.split(": ")[0], label, label.split()[-1]) for label, o in zip(labels, options)]
     said = {text, text.split(") ")[1] if ") " in text else text}
     undotted = {text, text.replace(".", "")}
@@ -233,7 +233,7 @@ def similarity(reference: str, text: str) -> float:
 
 
 def last_sentence(text: str) -> tuple[str, str]:
-    """What stands before the last sentence, and the last sentence.
+    """What comes before the last sentence, and the last sentence.
 
     >>> last_sentence("A red circle rests. The red circle jumps up.")
     ('A red circle rests.', 'The red circle jumps up.')

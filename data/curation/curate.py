@@ -9,7 +9,7 @@
 
 captions.jsonl has the lines that `data/clips.py` reads; `importers.py` makes them from sets that people have. What has
 keywords keeps them. Work is done in parts of a few dozen lines, each written whole or not at all: after a kill the same
-command goes on with the first missing part, and ends with the same files, byte for byte. Every line of the input stands in
+command continues with the first missing part, and ends with the same files, byte for byte. Every line of the input is in
 clips.jsonl or in rejected.jsonl, with its reason.
 """
 
@@ -65,7 +65,7 @@ REASONS = {
     "too short": "shorter than --min-seconds",
     "too long": "longer than --max-seconds",
     "frozen": "nothing moves",
-    "no event found": "no place of the video stands out enough (--min-confidence)",
+    "no event found": "nothing in the video is sudden enough (--min-confidence)",
     "event fills the clip": "more than --max-key-share of it is key: a twin has nothing to show instead",
     "twin looks like the full video": "what stands out hardly differs from its neighbours",
     "duplicate caption": "the same words as an earlier clip",
@@ -223,7 +223,7 @@ class Models:
                 self.lm.heads.load_state_dict(load_file(heads))
 
     def own_evidence(self, clip: Clip, frames: Frames) -> list[finders.Evidence]:
-        """The video-language model's evidence of each keyword: by stage 1's heads where there are any."""
+        """The video-language model's evidence of each keyword: by stage 1's heads if there are any."""
         everywhere = Clip(**vars(clip) | {"key_spans": [[[0.0, 1e-3]]] * len(clip.keywords)})  # not read here
         example = make_example(everywhere, frames, self.preparation)
         return (finders.head_evidence if self.trained_heads else finders.fall_evidence)(self.lm, example)

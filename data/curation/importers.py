@@ -13,7 +13,7 @@ One clip a line: `video` (relative to --videos, which is the `root` when the fil
 `<out stem>.rejected.jsonl`: place in the source, field, what was found, what to do. Nothing is dropped in silence.
 
 Video files are found by name, whatever their ending and folder. If the source names a folder too ("DoTA/VRU_1"), the file
-must lie in a folder of that name. Links that leave --videos are followed with --follow-links alone.
+must be in a folder of that name. Links that leave --videos are followed with --follow-links alone.
 """
 
 import hashlib
@@ -80,7 +80,7 @@ class Settings:
     source: tyro.conf.Positional[Path]
     """Annotation file; vru-accident: one, or the MetaData folder; folder: the one with the .txt files."""
     videos: Annotated[Path, tyro.conf.arg(aliases=["--root"])]
-    """Folder below which the video files lie."""
+    """Folder of the video files, which may be in folders below it."""
     out: Path = Path("captions.jsonl")
     """Annotation file to write."""
     video_column: str = "video"

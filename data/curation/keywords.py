@@ -2,7 +2,7 @@
 
 The caption's grammar decides (spaCy): a verb with its particle, object and a short complement; not what merely is or is
 worn, and not talk about the video, the camera or the caption. Or a video-language model is asked, whose answer counts only
-as far as it is a list of phrases that stand in the caption.
+as far as it is a list of phrases of the caption.
 """
 
 import itertools
@@ -63,7 +63,7 @@ EVENTS = (
 
 @dataclass
 class Keyword:
-    """text: as it stands in the caption, from character start to end; lemma: of its verb with the particle ("pick up")."""
+    """text: as the caption has it, from character start to end; lemma: of its verb with the particle ("pick up")."""
 
     text: str
     lemma: str
@@ -72,7 +72,7 @@ class Keyword:
 
 
 def looks_english(caption: str) -> bool:
-    """Whether a caption is in English: most of its words stand in an English dictionary, and are no small words of others.
+    """Whether a caption is in English: most of its words are in an English dictionary, few are small words of others.
 
     Names count neither way: capitalized words that are not known. "Un homme saute" has two words that English knows, too:
     a foreign article before a small letter at the beginning counts twice. Ties are English if a word like "the" is there.
@@ -118,7 +118,7 @@ def load_grammar(model: str):
 
 
 def subjects(verb) -> set[str]:
-    """Lemmas of a verb's subject; those of the verb that it goes with where it has none of its own."""
+    """Lemmas of a verb's subject; those of the verb that it goes with if it has none of its own."""
     own = {c.lemma_.lower() for c in verb.children if c.dep_ in ("nsubj", "nsubjpass", "expl")}
     if own or verb.dep_ not in ("conj", "xcomp", "advcl", "dep"):
         return own
@@ -156,8 +156,8 @@ def is_event(verb) -> bool:
 def is_hidden_verb(token) -> bool:
     """Whether a plural noun is a verb that the small model took for one: "A man jumps off and lands", "A car enters".
 
-    It stands bare, and either is coordinated with a singular noun, or follows a singular noun and no verb goes with it, or
-    is the subject of a verb that asks for a singular one.
+    It has no article or adjective, and either is coordinated with a singular noun, or follows a singular noun and no verb
+    goes with it, or is the subject of a verb that asks for a singular one.
     """
     if token.tag_ != "NNS" or not token.is_lower or token.i == 0 or token.i + 1 == len(token.doc):
         return False
@@ -224,7 +224,7 @@ def phrase_of(verb, longest: int = 7) -> tuple[int, int]:
 
 
 def plain_for_the_parser(caption: str) -> str:
-    """A caption, as long as before, without what misleads the small model: capitals, and "left" where it is a side."""
+    """A caption, as long as before, without what misleads the small model: capitals, and "left" if it is a side."""
     caption = re.sub(r"\b[A-Z]{2,}\b", lambda m: m[0].lower(), caption)
     return re.sub(rf"(?i)\b((?:{MOVING})(?:e?s|ing|ed)?) left\b", r"\1 east", caption)
 
@@ -306,9 +306,9 @@ def keyword_prompt(caption: str) -> str:
 
 
 def parse_keywords(answer: str, caption: str, limit: int = 3) -> tuple[list[Keyword], str]:
-    """The phrases of a model's answer that can be trusted, and a reason where there are none.
+    """The phrases of a model's answer that can be trusted, and a reason if there are none.
 
-    Only a JSON list of strings counts, in a ```json fence or bare; and of it only what stands in the caption, on word
+    Only a JSON list of strings counts, in a ```json fence or bare; and of it only what the caption says, on word
     borders, one to eight words long.
 
     >>> parse_keywords('["jumps off", "flies to Mars"]', "He jumps off.")[0]
@@ -334,4 +334,4 @@ def parse_keywords(answer: str, caption: str, limit: int = 3) -> tuple[list[Keyw
         match = re.search(pattern, caption, re.I)
         if match and all(k.text.lower() != match[0].lower() for k in keywords):
             keywords.append(Keyword(match[0], words[0].lower(), match.start(), match.end()))
-    return keywords[:limit], "" if keywords else "no phrase of the answer stands in the caption"
+    return keywords[:limit], "" if keywords else "the caption has no phrase of the answer"

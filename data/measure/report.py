@@ -21,7 +21,7 @@ class ReportSettings:
     """Train every variant of a stage on the embedded world with several seeds, and write the README's tables."""
 
     stage: Literal[1, 2, "lora"] = 1
-    """1; or 2, from a stage 1 of 700 steps, which leaves room; or lora: stage 1 goes on from there with adapters, in full
+    """1; or 2, from a stage 1 of 700 steps, which leaves room; or lora: stage 1 continues from there with adapters, in full
     precision and in 4 bits."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; each gives every variant its own weights and order of clips."""
@@ -52,7 +52,7 @@ ABLATIONS = {
 
 
 def train_if_missing(script: str, out: Path, arguments: Sequence[str], console: Console) -> None:
-    """Run a training script into a folder, or go on with it, unless it has come to its end already."""
+    """Run a training script into a folder, or continue it, unless it has already ended."""
     if not (out / "results.json").exists():
         command = [sys.executable, str(HERE / script), "--out", str(out), "--resume", *arguments]
         console.print(" ".join(command[1:]), highlight=False, soft_wrap=True)

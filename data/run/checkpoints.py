@@ -2,12 +2,12 @@
 
     runs/sft/checkpoint -> checkpoint-001000      the newest whole one
         config.json, model.safetensors, ...       an ordinary Hugging Face directory, adapters merged
-        adapter/                                  the LoRA adapter in peft's format, where there is one
+        adapter/                                  the LoRA adapter in peft's format, if there is one
         heads.safetensors                         the contrastive heads of stage 1
         state/                                    what `--resume` needs: optimizer.safetensors, state.json
         files.json                                size and checksum of every file above
 
-While a run with adapters goes on, its checkpoints hold the adapter alone; the last one is merged.
+During a run with adapters its checkpoints hold the adapter alone; the last one is merged.
 """
 
 import base64
@@ -76,7 +76,7 @@ def whole_or_nothing(folder: Path, step: int, keep: int = 2) -> Iterator[Path]:
         last = newest_checkpoint(folder)[0]
         raise ValueError(
             f"{final} could not be saved ({error}); {free:.0f} MiB are free on that disk. "
-            + (f"The checkpoint before, {last}, is whole: free some space and go on with --resume" if last else "")
+            + (f"The checkpoint before, {last}, is whole: free some space and continue with --resume" if last else "")
         ) from error
     if final.exists():  # saved a second time, merged: out of the way, and dropped when the new one is in its place
         os.replace(final, folder / f".partial-old-{step:06d}")
@@ -171,9 +171,11 @@ def save_state(partial: Path, tensors: dict[str, Tensor], state: dict) -> None:
 
 
 def load_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
-    """Read state/ again. Raises ValueError where the checkpoint has none."""
+    """Read state/ again. Raises ValueError if the checkpoint has none."""
     if not (checkpoint / "state/state.json").exists():
-        raise ValueError(f"{checkpoint} has no state/ to resume from; start anew from its weights: --model {checkpoint}")
+        raise ValueError(
+            f"{checkpoint} has no state/ to resume from; start a new run from its weights: --model {checkpoint}"
+        )
     state = json.loads((checkpoint / "state/state.json").read_text())
     return load_file(checkpoint / "state/optimizer.safetensors"), state
 
@@ -183,7 +185,7 @@ def load_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
 
 @dataclass
 class Resumed:
-    """Where a run goes on. path: the checkpoint, None where the run starts; step: that it was saved after; tensors: the
+    """Where a run continues. path: the checkpoint, None if the run starts; step: that it was saved after; tensors: the
     optimizer's; state: everything else that was saved; notes: what to tell about the search."""
 
     path: Path | None = None
@@ -194,9 +196,9 @@ class Resumed:
 
 
 def resume(settings, free: Sequence[str], num_processes: int) -> Resumed:
-    """Find where a run goes on, if it is asked to. free: settings that may differ from those it was begun with.
+    """Find where a run continues, if it is asked to. free: settings that may differ from those it was begun with.
 
-    Raises ValueError, naming what differs, where the checkpoint is of another run: settings, annotation file, processes.
+    Raises ValueError, naming what differs, if the checkpoint is of another run: settings, annotation file, processes.
     """
     if not settings.resume:
         return Resumed()

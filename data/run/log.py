@@ -50,8 +50,8 @@ def progress_table(title: str, metrics: Mapping[str, float], seconds_left: float
 class RunLog:
     """Writes settings.json at the start, and a line of metrics.jsonl at each call, which trackers get, too.
 
-    Only the main process writes. step: where the run goes on; what an earlier attempt wrote of later steps is dropped, and
-    an evaluation at that step, which is made again. NaN and Inf become null.
+    Only the main process writes. step: after which the run continues; what an earlier attempt wrote of later steps is
+    dropped, and an evaluation at that step, which is made again. NaN and Inf become null.
     """
 
     def __init__(self, folder: Path, settings: object, accelerator: Accelerator | None = None, step: int = 0):

@@ -23,7 +23,7 @@ class MergedWeights(Mapping):
 
     Each is made, on the CPU, when it is asked for: all at once would be a second model, a 4-bit one's four times its size.
     4-bit weights are dequantised first, so that the merged model answers as the trained one did. state: the model's own,
-    where it is sharded over processes.
+    if it is sharded over processes.
     """
 
     def __init__(self, hf: nn.Module, state: dict[str, Tensor] | None = None):
@@ -58,7 +58,7 @@ def save_model(
     """Write a model as a Hugging Face directory. Where it has a LoRA adapter: merged, the adapter folded in, and adapter,
     the adapter in a folder of that name, as peft loads it.
 
-    state: the model's weights by name, where they are sharded over processes.
+    state: the model's weights by name, if they are sharded over processes.
     """
     adapted = hasattr(hf, "get_base_model")
     if merged or not adapted:
