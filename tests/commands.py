@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 HERE = Path(__file__).parent.parent
 # The scripts, and what transformers would import when the first model is made.
@@ -21,11 +22,8 @@ IMPORTED = ["train_sft", "train_rl", "eval", "data.curation.curate", "matplotlib
 IMPORTED += [f"transformers.models.{m}.modeling_{m}" for m in ("qwen2_5_vl", "qwen3_vl", "bert")]
 
 
-def start_server() -> None:
-    """Let the server import, beside what pytest does. Once a session, before anything else starts processes."""
-    os.environ["PYTHONPATH"] = str(HERE)
-    multiprocessing.set_forkserver_preload(IMPORTED)
-    forkserver.ensure_running()
+SERVER = forkserver.ForkServer()  # beside the one of multiprocessing, which the loader's workers come from
+SERVER.set_forkserver_preload(IMPORTED)
 
 
 def _be_the_command(words: Sequence[str], folder: str, environment: dict, outputs: Sequence[str], before: Callable) -> None:
@@ -57,7 +55,9 @@ class Command:
             Path(path).touch()
         arguments = (self.words, str(cwd), environment, self.paths, before)
         self.process = multiprocessing.get_context("forkserver").Process(target=_be_the_command, args=arguments)
-        self.process.start()
+        os.environ["PYTHONPATH"] = str(HERE)  # for the server's own imports; it starts with the first command
+        with mock.patch.object(forkserver, "connect_to_new_process", SERVER.connect_to_new_process):
+            self.process.start()
         self.pid = self.process.pid
 
     @property

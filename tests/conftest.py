@@ -17,10 +17,8 @@ from data import videolm
 from data.clips import Preparation, load_clips, prepare
 from data.tiny import build_tiny
 from data.world import write_clip
-from tests.commands import start_server
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
-start_server()
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

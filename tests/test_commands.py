@@ -21,6 +21,7 @@ from rich.console import Console
 import data.world
 import eval as evaluation
 from data.measure import cost, report
+from data.tiny import build_text_encoder
 from tests.commands import HERE, Command, run
 from tests.test_answers import dress
 from tests.test_benchmarks import (
@@ -86,6 +87,8 @@ def make_home(home: Path, world: Path, checkpoint: Path) -> None:
     write(home / "conversations.json", [{"video": c["video"], "conversations": t} for c, t in zip(clips, turns)])
     for name in ("Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL-7B-Instruct"):
         shutil.copytree(checkpoint, home / "Qwen" / name)
+    captions = [clip["caption"] for clip in clips]
+    build_text_encoder(home / "sentence-transformers/all-MiniLM-L6-v2", captions)
     makers = {"mvbench": make_mvbench, "video-mme": make_video_mme, "motionbench": make_motionbench}
     folders = {"mvbench": "MVBench", "video-mme": "Video-MME", "motionbench": "MotionBench"}
     for name, make in makers.items():

@@ -223,9 +223,7 @@ def report_differences(parts: Sequence[Part], lines: Lines, twin_lines: Lines | 
     scores = tabulate(rows)["overall"]["overall"]
     table = [[name, percent(cell)] for name, cell in scores.items()]
     show_table(f"full video against twin: {len(rows)} clips", ["score", "percent"], table, out, console)
-    console.print(
-        "chance of video right: 50 among readable answers; IoU: 0 if the answer cannot be read", highlight=False
-    )
+    console.print("chance of video right: 50 among readable answers; IoU: 0 if the answer cannot be read", highlight=False)
     return {"scores": scores, "rows": rows}
 
 
