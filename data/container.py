@@ -1,5 +1,5 @@
-"""What a player reads from the container of a video file, and the decoder does not tell: the shape of a pixel, whether the
-picture is mirrored, and whether blocks are lost.
+"""What a player reads from the container of a video file, and the decoder does not tell: the shape of a
+pixel, whether the picture is mirrored, and whether blocks are lost.
 
 Shapes are read from MP4 (and MOV, 3GP) and Matroska (and WebM): other containers have none, or FFmpeg hands it on.
 """

@@ -1,5 +1,5 @@
-"""Files of other people: JSON, JSON lines, CSV and parquet, record by record, with the place of what is wrong; paths that
-cannot leave a folder; finding video files by their names."""
+"""Files of other people: JSON, JSON lines, CSV and parquet, record by record, with the place of what is
+wrong; paths that cannot leave a folder; finding video files by their names."""
 
 import csv
 import json
@@ -230,8 +230,9 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_objects(path: Path, expected: str, refuse: Refuse) -> Iterator[tuple[str, dict]]:
-    """(place, object) of each line of a JSONL file or row of a parquet file, read one at a time, of each element of a JSON
-    list (which may be the one list in an object), or of each of several objects that go over lines."""
+    """(place, object) of each line of a JSONL file or row of a parquet file, read one at a time, of each
+    element of a JSON list (which may be the one list in an object), or of each of several objects that go
+    over lines."""
     if is_parquet(path):
         yield from read_parquet(path)
         return
@@ -257,8 +258,9 @@ def read_objects(path: Path, expected: str, refuse: Refuse) -> Iterator[tuple[st
 
 
 def whole_objects(path: Path, first: str) -> list | None:
-    """The objects of a file of JSON objects that go over lines, or the elements of the one list in a single object; None
-    for JSONL. Of broken JSON the text that cannot be read stands for the object. first: the first line with text."""
+    """The objects of a file of JSON objects that go over lines, or the elements of the one list in a single
+    object; None for JSONL. Of broken JSON the text that cannot be read stands for the object. first: the
+    first line with text."""
     try:
         if find_records(json.loads(first)) is None or len(list(zip(read_lines(path), range(2)))) > 1:
             return None  # each line by itself

@@ -1,5 +1,5 @@
-"""What a file is that is handed over as an annotation file and is none: the first bytes or the first record tell, and the
-answer is one message with the command of data/curation/importers.py that makes clips of it."""
+"""What a file is that is handed over as an annotation file and is none: the first bytes or the first record
+tell, and the answer is one message with the command of data/curation/importers.py that makes clips of it."""
 
 import csv
 import json
@@ -59,8 +59,8 @@ def guess_columns(names: list[str]) -> tuple[str, str] | None:
 
 @dataclass
 class Foreign:
-    """What a file is. importer: what data/curation/importers.py calls it; columns: its fields, if they are to be named;
-    fix: what to do if there is no importer."""
+    """What a file is. importer: what data/curation/importers.py calls it; columns: its fields, if they are to
+    be named; fix: what to do if there is no importer."""
 
     kind: str
     importer: str = ""

@@ -1,12 +1,13 @@
 """Correctness, then speed and memory, of every kernel and its rivals: python -m kernels.bench
 
-Needs torch and triton only. On a GPU it first holds each kernel to its reference in float64, on odd sizes, then times it
-beside its rivals on the sizes of training: median of many runs with the 20th and 80th percentile, the share of the card's
-own ceiling (bytes of a large copy, FLOPs of a large bfloat16 product, both measured in this run) that the least possible
-traffic and work make of it, and the peak memory above its inputs. Libraries that are not installed are skipped, and named.
-It prints a table and writes JSON and, where matplotlib is there, a PNG to --out. --tune tries other tiles for our kernels.
-Without a GPU the correctness part runs, under Triton's interpreter, on tiny sizes, and the public functions, which take the
-references there, are timed beside the references called directly.
+Needs torch and triton only. On a GPU it first holds each kernel to its reference in float64, on odd sizes,
+then times it beside its rivals on the sizes of training: median of many runs with the 20th and 80th
+percentile, the share of the card's own ceiling (bytes of a large copy, FLOPs of a large bfloat16 product,
+both measured in this run) that the least possible traffic and work make of it, and the peak memory above its
+inputs. Libraries that are not installed are skipped, and named. It prints a table and writes JSON and, where
+matplotlib is there, a PNG to --out. --tune tries other tiles for our kernels. Without a GPU the correctness
+part runs, under Triton's interpreter, on tiny sizes, and the public functions, which take the references
+there, are timed beside the references called directly.
 """
 
 import argparse
@@ -345,8 +346,8 @@ def ceilings() -> dict:
 def cases() -> list[tuple]:
     """(kernel, sizes, inputs, rivals, least bytes, least FLOPs) of each benchmark; bfloat16."""
     bf16, out = torch.bfloat16, []
-    # (clips, keywords a clip, tokens a clip): the issue's size, and one training step of Qwen2.5-VL-7B, 8 clips of 24 slots
-    # of 256 tokens, 4 of them key; before and after the projection to 256.
+    # (clips, keywords a clip, tokens a clip): the issue's size, and one training step of Qwen2.5-VL-7B, 8
+    # clips of 24 slots of 256 tokens, 4 of them key; before and after the projection to 256.
     for clips, keywords, tokens, D in ((256, 2, 64, 3584), (8, 1, 1024, 3584), (8, 1, 1024, 256)):
         rows, K = 2 * clips * tokens, clips * keywords
         make = lambda a=(clips, keywords, tokens, D): contrastive_inputs(*a, bf16)  # noqa: E731

@@ -1,19 +1,19 @@
 """The contrastive loss of full against twin, equation (1), fused. `vp.contrastive_loss` has it to read.
 
-N key-slot tokens, each with a state of width D in the full video and in its twin, meet K keywords. The similarity matrix
-is no hog, since K is far below D; the float32 normalised copies of the states are. So the states are read as they are and
-the norms are taken on the way. Their backward is free: with s_ij = <x_i, k_j> r_i q_j / tau (r, q: inverse norms) and
-g_ij = dL/ds_ij, which is softmax minus softmax,
+N key-slot tokens, each with a state of width D in the full video and in its twin, meet K keywords. The
+similarity matrix is no hog, since K is far below D; the float32 normalised copies of the states are. So the
+states are read as they are and the norms are taken on the way. Their backward is free: with s_ij = <x_i, k_j>
+r_i q_j / tau (r, q: inverse norms) and g_ij = dL/ds_ij, which is softmax minus softmax,
 
     dx_i = r_i (sum_j g_ij k_j q_j / tau - c_i x_i r_i),  c_i = sum_j g_ij s_ij,     dtau = - sum_i c_i / tau
 
 and likewise for keywords. Nothing is added up atomically: two runs give the same bits.
 
-Traffic of the plain version, forward, for n = 2N states in bf16: reads them (2nD bytes), writes and reads the float32 copy
-(8nD), squares it for the norm (reads 4nD), writes the normalised copy (4nD, and 4nD to read it), multiplies (4nD): about
-26 nD bytes where 2nD would do, plus 30 nK for similarities and masks. The backward keeps both copies and makes two more.
-The kernels read the states once forward and twice backward, write their gradient once, and spend 12 nK on similarities
-and g.
+Traffic of the plain version, forward, for n = 2N states in bf16: reads them (2nD bytes), writes and reads the
+float32 copy (8nD), squares it for the norm (reads 4nD), writes the normalised copy (4nD, and 4nD to read it),
+multiplies (4nD): about 26 nD bytes where 2nD would do, plus 30 nK for similarities and masks. The backward
+keeps both copies and makes two more. The kernels read the states once forward and twice backward, write their
+gradient once, and spend 12 nK on similarities and g.
 """
 
 import torch
@@ -299,8 +299,8 @@ def contrastive_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Sums (3,): loss, tokens in all softmaxes, positives. And what the backward needs: g, c, e, r, unit keywords, q.
 
-    The loss is a sum, so that its gradient g is known up to a factor as soon as the logsumexps are: it is made at once,
-    and the float32 similarities are gone when this returns.
+    The loss is a sum, so that its gradient g is known up to a factor as soon as the logsumexps are: it is
+    made at once, and the float32 similarities are gone when this returns.
     """
     (N, D), K, halves = full.shape, len(keywords), 1 if twin is None else 2
     where = dict(dtype=torch.float32, device=full.device)

@@ -1,10 +1,11 @@
 """Log-probs and entropies of chosen tokens straight from hidden states: reference, kernels, autograd, public functions.
 
-M states of width H meet an output head of V rows. With V = 152k the logits are the largest tensor of a training step, and
-all that is wanted of a row are three sums: its largest logit, its sum of exponentials, and their mean logit for the
-entropy. So the forward pass walks over the vocabulary and keeps those, in float32, one set for each stretch of it. The
-backward makes the logits again, a stretch at a time, turns them into dL/dlogits, and adds each stretch's product to the
-gradient in float32: rounding every stretch's share to bfloat16 before the sum would bias training.
+M states of width H meet an output head of V rows. With V = 152k the logits are the largest tensor of a
+training step, and all that is wanted of a row are three sums: its largest logit, its sum of exponentials, and
+their mean logit for the entropy. So the forward pass walks over the vocabulary and keeps those, in float32,
+one set for each stretch of it. The backward makes the logits again, a stretch at a time, turns them into
+dL/dlogits, and adds each stretch's product to the gradient in float32: rounding every stretch's share to
+bfloat16 before the sum would bias training.
 """
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor
 from kernels.dispatch import INTERPRETED, ceil_div, num_programs, takes_kernel, tl, triton
 
 # --- The reference ---------------------------------------------------------------------------------------------------
-# Its traffic in bf16: reads states and head (2MH + 2VH bytes), writes the logits (2MV), their float32 copy (2MV read, 4MV),
-# a masked one (8MV), a divided one (8MV), the log-softmax (8MV), and the entropy's exponentials and products (about 20MV):
-# at M = 4096, V = 152064 some 30 GB, where states and head are 1.1 GB. It holds 4 to 5 tensors of 2.5 GB at its peak. The
-# kernels read states and head once a pass (the head again for every group of rows that does not share it in the cache),
-# and hold one stretch of dL/dlogits, 64 MB, in the backward.
+# Its traffic in bf16: reads states and head (2MH + 2VH bytes), writes the logits (2MV), their float32 copy
+# (2MV read, 4MV), a masked one (8MV), a divided one (8MV), the log-softmax (8MV), and the entropy's
+# exponentials and products (about 20MV): at M = 4096, V = 152064 some 30 GB, where states and head are 1.1
+# GB. It holds 4 to 5 tensors of 2.5 GB at its peak. The kernels read states and head once a pass (the head
+# again for every group of rows that does not share it in the cache), and hold one stretch of dL/dlogits, 64
+# MB, in the backward.
 
 
 def sampling_log_probs(logits: Tensor, banned: Tensor, temperature: float) -> Tensor:
@@ -214,7 +216,8 @@ def log_probs_backward_op(
     if M == 0:
         return d_states.to(states.dtype), d_weight.zero_()
     tile, step = tile_sizes(states.dtype)
-    # Brought near 1, and back at the end: float16 would lose gradients that are divided by a batch's number of tokens.
+    # Brought near 1, and back at the end: float16 would lose gradients that are divided by a batch's number
+    # of tokens.
     peak = up.abs().max().clamp(min=1e-30)
     up = up / peak
     # One stretch of dL/dlogits in the dtype of the states: all that is ever held of the logits.
@@ -271,8 +274,9 @@ def log_probs_from_states(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probability (M,) of each target and entropy (M,) under the head, float32: `selected_log_probs` of the logits.
 
-    states (M, H), weight (V, H), targets (M,); banned: ids of probability 0. Gradients go to the states and, if it
-    wants one, to the head; none through the entropy. use_kernel: None takes the kernel on a GPU; see `takes_kernel`.
+    states (M, H), weight (V, H), targets (M,); banned: ids of probability 0. Gradients go to the states and,
+    if it wants one, to the head; none through the entropy. use_kernel: None takes the kernel on a GPU; see
+    `takes_kernel`.
 
     >>> states, head = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0], [2.0, 1.0], [9.0, 9.0]])
     >>> logp, entropy = log_probs_from_states(states, head, torch.tensor([0]), banned=torch.tensor([2]))

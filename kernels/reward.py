@@ -1,14 +1,15 @@
 """The reward of paired rollouts, equations (2) to (4), fused: two Triton kernels. `vp.paired_rewards` has it to read.
 
-A prompt has G descriptions of the full video and G' of its twin, a reference caption and keywords, all of different length,
-as token embeddings of width D. Precision asks for each token of a rollout how near the nearest word of the reference is,
-recall and keyword coverage ask the reverse: the maximum of one similarity matrix along its rows and along its
-columns. A library's kernel takes one direction a launch, and so reads everything twice; here one tile of the matrix serves
-both, and no matrix is stored. There is no gradient.
+A prompt has G descriptions of the full video and G' of its twin, a reference caption and keywords, all of
+different length, as token embeddings of width D. Precision asks for each token of a rollout how near the
+nearest word of the reference is, recall and keyword coverage ask the reverse: the maximum of one similarity
+matrix along its rows and along its columns. A library's kernel takes one direction a launch, and so reads
+everything twice; here one tile of the matrix serves both, and no matrix is stored. There is no gradient.
 
-Traffic of the plain version, for R rollouts of L tokens and C reference and keyword tokens in bf16: pads (2RLD read, 2RLD
-written), makes float32 (4RLD), normalises (12RLD), multiplies (4RLD for the reference and for each keyword), and writes and
-reads the similarities twice (16RLC). The kernels read 2RLD once, and the C words of a prompt once.
+Traffic of the plain version, for R rollouts of L tokens and C reference and keyword tokens in bf16: pads
+(2RLD read, 2RLD written), makes float32 (4RLD), normalises (12RLD), multiplies (4RLD for the reference and
+for each keyword), and writes and reads the similarities twice (16RLC). The kernels read 2RLD once, and the C
+words of a prompt once.
 """
 
 from collections.abc import Sequence
@@ -29,10 +30,11 @@ REWARDS = ("similarity", "recall", "relative", "pooled")
 class PackedTexts:
     """A batch of `vp.Texts` without padding, for the kernels.
 
-    tokens (sum L, D), token_weights (sum L,), first_token (R + 1,): of all rollouts. words (sum C, D): each prompt's
-    reference, then its keywords; first_word (P + 1,); num_reference (P,). word_weights (sum C,): what a keyword's token
-    counts in the coverage. reference_weights (sum over rollouts of T,), first_weight (R,). prompt (R,): whose a rollout
-    is; first_rollout (P + 1,); groups (P, 2): G and G'. longest (3,): the most tokens of a rollout, words and rollouts.
+    tokens (sum L, D), token_weights (sum L,), first_token (R + 1,): of all rollouts. words (sum C, D): each
+    prompt's reference, then its keywords; first_word (P + 1,); num_reference (P,). word_weights (sum C,):
+    what a keyword's token counts in the coverage. reference_weights (sum over rollouts of T,), first_weight
+    (R,). prompt (R,): whose a rollout is; first_rollout (P + 1,); groups (P, 2): G and G'. longest (3,): the
+    most tokens of a rollout, words and rollouts.
     """
 
     tokens: Tensor
@@ -95,8 +97,8 @@ def match_words(
 ):  # fmt: skip
     """One rollout against a block of its prompt's words: both maxima of each tile.
 
-    row: for each token the largest similarity to a reference word of this block; part: this block's share of recall and of
-    keyword coverage, which are sums over words.
+    row: for each token the largest similarity to a reference word of this block; part: this block's share of
+    recall and of keyword coverage, which are sums over words.
     """
     # One program: one rollout, one block of its prompt's words.
     i, block = tl.program_id(0), tl.program_id(1)

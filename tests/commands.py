@@ -1,7 +1,8 @@
 """Commands of the repository, each in a process of its own that costs no import.
 
-A server process imports the scripts once and is forked for every command: importing takes twelve seconds of a core, and a
-small run one or two. What a fork cannot show (Ctrl-C while Python still imports, a first import, torchrun) starts Python.
+A server process imports the scripts once and is forked for every command: importing takes twelve seconds of a
+core, and a small run one or two. What a fork cannot show (Ctrl-C while Python still imports, a first import,
+torchrun) starts Python.
 """
 
 import multiprocessing

@@ -3,10 +3,11 @@
     python -m tests.fuzz                       # 2,000 lines and 300 videos, minutes
     python -m tests.fuzz --lines 60 --videos 20 --seed 7
 
-Lines are mutations of good ones (fields, types, numbers, Unicode, special tokens, raw bytes) or any JSON; videos have bytes
-flipped, zeroed or cut, or one container's head on another's body. Each set goes through `train_sft.py`, with an evaluation
-of the same clips in the middle and at the end, in a process of its own. Every line must then be trained on, or be named
-with its file and line, and training and evaluation must agree on which.
+Lines are mutations of good ones (fields, types, numbers, Unicode, special tokens, raw bytes) or any JSON;
+videos have bytes flipped, zeroed or cut, or one container's head on another's body. Each set goes through
+`train_sft.py`, with an evaluation of the same clips in the middle and at the end, in a process of its own.
+Every line must then be trained on, or be named with its file and line, and training and evaluation must agree
+on which.
 """
 
 import json
@@ -201,7 +202,8 @@ def run_set(folder: Path, annotations: Path, minutes: float, run_script: Callabl
     results = json.loads((folder / "run" / "results.json").read_text())
     used = {row["clip"] for row in results["rows"]}
     lost = {re.match(rf"{re.escape(str(annotations))}:\d+", reason)[0] for reason in results["skipped"]} - refused
-    # Texts that are too long are named before the first step; an evaluation reads no caption, and may use its clip.
+    # Texts that are too long are named before the first step; an evaluation reads no caption, and may use its
+    # clip.
     too_long = set(re.findall(rf"({re.escape(str(annotations))}:\d+): .*--max-text-tokens", said))
     faults += [
         f"{place} was neither used nor named in the evaluation" for place in sorted(accepted - used - lost - too_long)

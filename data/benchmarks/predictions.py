@@ -1,7 +1,7 @@
 """Predictions: a run's folder that a kill cannot spoil, and files of predictions, ours and the authors'.
 
-A folder says what its predictions were made with, holds their lines, and what went wrong. `settings.json` says what they
-depend on; a run with other settings does not continue them.
+A folder says what its predictions were made with, holds their lines, and what went wrong. `settings.json`
+says what they depend on; a run with other settings does not continue them.
 """
 
 import hashlib
@@ -216,8 +216,8 @@ class Predictions:
                 self.take(place, same[0], entry[field])
 
     def take_element(self, where: str, entry: object) -> None:
-        """A video with its "questions": [{"question_id", "response", "answer"}], as Video-MME's authors want it; or one
-        such question; or {"id", "response"}, of any benchmark."""
+        """A video with its "questions": [{"question_id", "response", "answer"}], as Video-MME's authors want
+        it; or one such question; or {"id", "response"}, of any benchmark."""
         questions = entry.get("questions", [entry]) if isinstance(entry, dict) else None
         if not isinstance(questions, list):
             self.problems.append(f'{where}: found {str(entry)[:80]}; give "questions", or "id" and "response"')
@@ -265,12 +265,13 @@ class Predictions:
 def read_predictions(path: Path, benchmark: Benchmark) -> tuple[dict[str, str], list[str]]:
     """Responses by question id, and a line for each that cannot be used.
 
-    path: .jsonl with {"id", "response"} a line; .json with {id: response}; a run's folder; or the authors' own files, one
-    of them or their folder: VRU-Accident's S_VQA_response.json, {video: {category: {"pred", "GT"}}} or {video: {"pred"}};
-    TempCompass's KIND.json, {video: {aspect: [{"question", "answer", "prediction"}]}}; Video-MME's list of videos with
-    "questions"; MotionBench's {uid: answer}. A response of null is one that says nothing. Of several responses to a
-    question the first counts. Under the official protocol VRU-Accident's `pred` of more than a letter is no answer, as for
-    the authors' script. Raises ClipError if there is no readable file, or nothing of it can be used.
+    path: .jsonl with {"id", "response"} a line; .json with {id: response}; a run's folder; or the authors'
+    own files, one of them or their folder: VRU-Accident's S_VQA_response.json, {video: {category: {"pred",
+    "GT"}}} or {video: {"pred"}}; TempCompass's KIND.json, {video: {aspect: [{"question", "answer",
+    "prediction"}]}}; Video-MME's list of videos with "questions"; MotionBench's {uid: answer}. A response of
+    null is one that says nothing. Of several responses to a question the first counts. Under the official
+    protocol VRU-Accident's `pred` of more than a letter is no answer, as for the authors' script. Raises
+    ClipError if there is no readable file, or nothing of it can be used.
     """
     path, read = Path(path), Predictions(benchmark)
     files = [path]

@@ -41,8 +41,8 @@ def hide(
 ) -> tuple[list[Part], list[str]]:
     """Each clip, or the first `limit`, hidden in footage of other clips, the whole as many clips long as `lengths` say.
 
-    The footage of a length holds that of the shorter ones, and no clip with one of the keywords. Returns the parts, their
-    questions called "ID in LENGTH", and a line for each clip that has too few others.
+    The footage of a length holds that of the shorter ones, and no clip with one of the keywords. Returns the
+    parts, their questions called "ID in LENGTH", and a line for each clip that has too few others.
     """
     parts, hidden, problems = own_clips(parts, "needle"), [], []
     keywords = [{k.casefold() for k in p.questions[0].record["clip"].keywords} for p in parts]
@@ -169,8 +169,8 @@ def interval_iou(start: float, end: float, spans: Sequence[Sequence[float]]) -> 
 def score_differences(parts: Sequence[Part], lines: Mapping[str, dict]) -> list[dict]:
     """Scores of each pair of full video and twin; an answer that cannot be read, or is missing, is wrong.
 
-    video right: it names the full video (chance: 0.5). IoU: of its seconds and the key spans. both: the right video, and an
-    IoU of 0.5 or more.
+    video right: it names the full video (chance: 0.5). IoU: of its seconds and the key spans. both: the right
+    video, and an IoU of 0.5 or more.
     """
     rows = []
     for part in parts:

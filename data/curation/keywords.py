@@ -1,8 +1,8 @@
 """Keywords: the phrases of a caption that name an event, cut out of it word for word.
 
-The caption's grammar decides (spaCy): a verb with its particle, object and a short complement; not what merely is or is
-worn, and not talk about the video, the camera or the caption. Or a video-language model is asked, whose answer counts only
-as far as it is a list of phrases of the caption.
+The caption's grammar decides (spaCy): a verb with its particle, object and a short complement; not what
+merely is or is worn, and not talk about the video, the camera or the caption. Or a video-language model is
+asked, whose answer counts only as far as it is a list of phrases of the caption.
 """
 
 import itertools
@@ -32,13 +32,15 @@ ASPECT = words("""
     begin start continue proceed keep stop quit cease finish go come try attempt struggle get prepare fail refuse
     hesitate forget neglect decline manage
 """)  # with another verb behind
-# With another verb behind, these are part of its phrase: "tries to open the door" can be seen, whether it opens or not.
+# With another verb behind, these are part of its phrase: "tries to open the door" can be seen, whether it
+# opens or not.
 LEADING = words("try attempt struggle"), words("try stop quit cease")  # before "to open"; before "opening"
 TALK = words("""
     video camera clip scene footage shot view image frame screen picture caption text title credit film animation we
     you viewer narrator cameraman videographer speaker voice subtitle overlay
 """)
-# Small words that only English has; those of other languages; and those that say nothing, since both have them.
+# Small words that only English has; those of other languages; and those that say nothing, since both have
+# them.
 ENGLISH = words("""
     the and with his their from into down off then while they that this which another before after around through
     behind under across onto over out up she he it its by of
@@ -74,9 +76,9 @@ class Keyword:
 def looks_english(caption: str) -> bool:
     """Whether a caption is in English: most of its words are in an English dictionary, few are small words of others.
 
-    Names count neither way: capitalized words that are not known. "Un homme saute" has two words that English knows, too:
-    a foreign article before a small letter at the beginning counts twice. Ties are English if a word like "the" is there.
-    Raises ValueError with the command that installs what is missing.
+    Names count neither way: capitalized words that are not known. "Un homme saute" has two words that English
+    knows, too: a foreign article before a small letter at the beginning counts twice. Ties are English if a
+    word like "the" is there. Raises ValueError with the command that installs what is missing.
 
     >>> looks_english("A white van hits a van."), looks_english("Ein Mann springt")
     (True, False)
@@ -156,8 +158,8 @@ def is_event(verb) -> bool:
 def is_hidden_verb(token) -> bool:
     """Whether a plural noun is a verb that the small model took for one: "A man jumps off and lands", "A car enters".
 
-    It has no article or adjective, and either is coordinated with a singular noun, or follows a singular noun and no verb
-    goes with it, or is the subject of a verb that asks for a singular one.
+    It has no article or adjective, and either is coordinated with a singular noun, or follows a singular noun
+    and no verb goes with it, or is the subject of a verb that asks for a singular one.
     """
     if token.tag_ != "NNS" or not token.is_lower or token.i == 0 or token.i + 1 == len(token.doc):
         return False
@@ -308,8 +310,8 @@ def keyword_prompt(caption: str) -> str:
 def parse_keywords(answer: str, caption: str, limit: int = 3) -> tuple[list[Keyword], str]:
     """The phrases of a model's answer that can be trusted, and a reason if there are none.
 
-    Only a JSON list of strings counts, in a ```json fence or bare; and of it only what the caption says, on word
-    borders, one to eight words long.
+    Only a JSON list of strings counts, in a ```json fence or bare; and of it only what the caption says, on
+    word borders, one to eight words long.
 
     >>> parse_keywords('["jumps off", "flies to Mars"]', "He jumps off.")[0]
     [Keyword(text='jumps off', lemma='jumps', start=3, end=12)]

@@ -56,8 +56,9 @@ def checksums(folder: Path) -> dict[str, list[int]]:
 def whole_or_nothing(folder: Path, step: int, keep: int = 2) -> Iterator[Path]:
     """A folder to write a checkpoint into; it becomes `folder`/checkpoint-STEP when it is whole, and not before.
 
-    Then `folder`/checkpoint points at it, and all but it and the `keep` - 1 before it are dropped. Where writing fails,
-    such as on a full disk, what was written is taken away, older ones stay, and ValueError says what happened.
+    Then `folder`/checkpoint points at it, and all but it and the `keep` - 1 before it are dropped. Where
+    writing fails, such as on a full disk, what was written is taken away, older ones stay, and ValueError
+    says what happened.
     """
     final, partial = folder / f"checkpoint-{step:06d}", folder / f".partial-{step:06d}"
     for left_over in folder.glob(".partial-*"):
@@ -142,8 +143,8 @@ def set_random_states(state: dict) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors by parameter name, whole, on the CPU. Every process of a sharded run must call it; the
-    first gets them."""
+    """The optimizer's tensors by parameter name, whole, on the CPU. Every process of a sharded run must call
+    it; the first gets them."""
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_optimizer_state_dict(model, optimizer, options=whole)["state"]
     return {f"{name}/{key}": value for name, values in state.items() for key, value in values.items()}
@@ -185,8 +186,8 @@ def load_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
 
 @dataclass
 class Resumed:
-    """Where a run continues. path: the checkpoint, None if the run starts; step: that it was saved after; tensors: the
-    optimizer's; state: everything else that was saved; notes: what to tell about the search."""
+    """Where a run continues. path: the checkpoint, None if the run starts; step: that it was saved after;
+    tensors: the optimizer's; state: everything else that was saved; notes: what to tell about the search."""
 
     path: Path | None = None
     step: int = 0
