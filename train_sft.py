@@ -185,8 +185,7 @@ def main(settings: Settings) -> dict | None:
     # --- the loop: data -> forward, backward -> step -> log -> save -> eval
     with loader, run.guard(saver, budget):
         for _ in run.steps():
-            # The whole step is collated first: its losses are sums, divided by the counts of all of its
-            # micro-batches.
+            # The whole step is collated first: losses are sums, divided by counts over all micro-batches.
             batches = run.together(lambda: [take_batch(loader, lm, s.micro_batch_size) for _ in range(num_micro)])
             num_tokens, num_keywords = run.mean_counts(
                 sum(len(batch.label_ids) for batch in batches), sum(len(batch.keyword_ids) for batch in batches)
@@ -196,8 +195,7 @@ def main(settings: Settings) -> dict | None:
             # Forward and backward, one micro-batch at a time.
             for batch in batches:
                 with run.autocast():
-                    # One vision pass; the caption loss on the full video; equation (1) on states of full and
-                    # twin.
+                    # One vision pass; caption loss on the full video; equation (1) on states of both.
                     out = lm(batch.to(run.device), contrastive, s.twin_negatives)
                 lm_loss, contrastive_loss = out.lm_loss / num_tokens, out.contrastive_loss / num_keywords
                 (lm_loss + s.contrastive_weight * contrastive_loss).backward()  # L = L_LM + lambda L_con
@@ -208,8 +206,7 @@ def main(settings: Settings) -> dict | None:
             # Means over processes, then one clipped gradient step.
             losses = run.mean(sums)
             grad_norm = finish_gradients(lm, s.grad_clip, run.num_processes)
-            # NaN and Inf: the fused optimizer leaves the step out by itself, so that nobody waits for the
-            # device.
+            # NaN and Inf: the fused optimizer leaves the step out by itself; nobody waits for the device.
             skipped = skip_if_not_finite(optimizer, sum(losses.values()) + grad_norm)
             optimizer.step()
             schedule.step()
