@@ -354,7 +354,6 @@ def rollout_metrics(rollouts: Rollouts, G: int, seconds: dict[str, float], num_p
     }
 
 
-# Curves of a run: one panel for each group of names.
 # Title -> metrics of the panels of curves.png.
 PANELS = {
     "caption similarity": ["reward/quality", "reward/twin_quality"],
