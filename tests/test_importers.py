@@ -586,7 +586,7 @@ def test_a_foreign_file_is_named_with_its_command(tmp_path):
         importers = "python -m data.curation.importers"
         command = f"{importers} {importer} '{folder / name}' --videos '{folder}' --out '{folder}/clips.jsonl'"
         assert command + "".join(f" {m}" for m in more) in message, (name, message)
-        assert message.count("\n") <= 6 and f"go on with --data '{folder}/clips.jsonl'" in message
+        assert message.count("\n") <= 6 and f"continue with --data '{folder}/clips.jsonl'" in message
         if importer not in ("json", "csv", "llava", "swift", "messages", "parquet") or "NAME" in message:
             continue
         words = shlex.split(message[message.index("python -m") :].split("\n")[0])[3:]
