@@ -14,14 +14,16 @@
     python eval.py score --benchmark mvbench --root MVBench --predictions runs/sft/mvbench.jsonl     # a public benchmark
     python eval.py score --compare a.official.json b.official.json    # two models on the same questions
 
-A model that does not look at the event scores the same on the full video and on its twin: the difference is the
-perception gap. Keyword recall is the share of a clip's keywords that stand, word for word, in the greedy description;
-caption similarity is ROUGE-L F1 (package rouge-score) against the caption. Clips with a `truth` field (the embedded
-world) add: action right (that action is named, and no other of the data set's), actor right (in the sentence that ends
-the description), and similarity of the static part (all but that sentence).
+A model that does not look at the event scores the same on the full video and on its twin: the difference is
+the perception gap. Keyword recall is the share of a clip's keywords that are, word for word, in the greedy
+description; caption similarity is ROUGE-L F1 (package rouge-score) against the caption. Clips with a `truth`
+field (the embedded world) add: action right (that action is named, and no other of the data set's), actor
+right (in the sentence that ends the description), and similarity of the static part (all but that sentence).
 """
 
 import sys
+
+import data  # isort: skip  # noqa: F401  first of all: Ctrl-C ends with one word from here on
 
 import tyro
 from rich.console import Console

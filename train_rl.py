@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import data  # isort: skip  # noqa: F401  first of all: Ctrl-C ends with one word from here on
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -380,11 +382,14 @@ def rollout_metrics(rollouts: Rollouts, G: int, seconds: dict[str, float], num_p
     }
 
 
-# Curves of a run: one panel for each group of names.
-PANELS = [
-    ["reward/quality", "reward/twin_quality"], ["reward/keyword_recall", "reward/twin_keyword_recall"],
-    ["reward/beaten_twins", "rollout/no_spread"], ["policy/kl"], ["policy/entropy"],
-]  # fmt: skip
+# Title -> metrics of the panels of curves.png.
+PANELS = {
+    "caption similarity": ["reward/quality", "reward/twin_quality"],
+    "keyword recall": ["reward/keyword_recall", "reward/twin_keyword_recall"],
+    "share of twins beaten": ["reward/beaten_twins", "rollout/no_spread"],
+    "KL to stage 1, per token": ["policy/kl"],
+    "entropy, per token": ["policy/entropy"],
+}
 
 
 def main(settings: Settings) -> dict | None:

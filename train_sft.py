@@ -2,9 +2,9 @@
 
     L = L_LM(caption | full video) + lambda * L_con(keywords; full video's key slots against the twin's)
 
-For each clip: find the key slots of its keywords, encode the video once, gather the twin's visual tokens from it, run
-the caption loss on the full video, catch its states after l layers, run the twin through the same l layers, and pull the
-keywords toward the full video's key-slot states and away from the twin's.
+For each clip: find the key slots of its keywords, encode the video once, gather the twin's visual tokens from
+it, run the caption loss on the full video, catch its states after l layers, run the twin through the same l
+layers, and pull the keywords toward the full video's key-slot states and away from the twin's.
 
     python train_sft.py                                                           # embedded world, tiny model, CPU
     python train_sft.py --contrastive-weight 0                                    # the caption-only baseline
@@ -21,6 +21,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import data  # isort: skip  # noqa: F401  first of all: Ctrl-C ends with one word from here on
+
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
@@ -32,7 +34,7 @@ from data.run.processes import finish_gradients, skip_if_not_finite
 from data.run.run import Run, counted
 from data.run.settings import TrainSettings, by_preset, parse_settings
 from data.run.sheets import draw_sheets
-from data.tiny import build_tiny
+from data.tiny import BASE, build_tiny
 from data.videolm import Batch, VideoLM
 from data.world import embedded_world
 
@@ -45,6 +47,13 @@ FREE = (
 
 # Metrics of a step; the first is all that captions alone have.
 METRICS = ("loss/lm", "loss/contrastive", "contrastive/positives", "contrastive/negatives")
+
+# Title -> metrics of the panels of curves.png.
+PANELS = {
+    "losses": ["loss/lm", "loss/contrastive"],
+    "temperature τ": ["contrastive/temperature"],
+    "gradient norm": ["grad_norm"],
+}
 
 
 @dataclass
@@ -87,6 +96,7 @@ class Settings(TrainSettings):
 
 def resolve(settings: Settings) -> Settings:
     """Check the settings, and make the embedded world and the tiny model if none are given."""
+    # A copy: what was asked for stays as it was.
     s = replace(settings)
     s.check()
     s.check_above_zero("steps", "batch_size", "micro_batch_size", "learning_rate", "log_every")
@@ -98,8 +108,9 @@ def resolve(settings: Settings) -> Settings:
         raise ValueError(f"--twin-captions: got {s.twin_captions}; give a share, 0 to 1")
     if s.max_frames < 4:
         raise ValueError(f"--max-frames: got {s.max_frames}; a twin needs two slots, which is 4 frames")
+    # Nothing given: everything is made on the spot, so that `python train_sft.py` runs anywhere.
     if s.model is None:
-        s.model = str(build_tiny(Path("runs/tiny"), "qwen2_5_vl", s.seed))
+        s.model = str(build_tiny(Path("runs/tiny"), seed=s.seed, base=BASE))
     if s.data is None:
         s.data, test = embedded_world(s.world_clips)
         s.eval_data = s.eval_data or test
@@ -112,11 +123,13 @@ def resolve(settings: Settings) -> Settings:
 def load_video_lm(s: Settings, run: Run, budget: memory.Budget) -> VideoLM:
     """The model to train, on its device, as the last checkpoint left it."""
     models.choose_threads(budget.architecture, run.device)
+    # Before any weight is loaded: a run that would not fit says so, and which settings need less.
     run.console.print(budget.check())
     hf = models.load_trainable(
         s.model, s.quantize, s.lora_rank, s.freeze_vision, s.gradient_checkpointing, run.device, run.resumed.path
     )  # fmt: skip
     lm = VideoLM(hf, s.contrastive_layer, s.temperature)
+    # Heads and temperature are trained beside the model, and dropped at the end.
     lm.heads.requires_grad_(s.contrastive_weight > 0)
     if run.resumed.path and s.contrastive_weight > 0:
         lm.heads.load_state_dict(checkpoints.load_file(run.resumed.path / "heads.safetensors"))
@@ -136,17 +149,21 @@ def main(settings: Settings) -> dict | None:
     # --- set-up: processes and settings, clips, model, optimizer, where to continue from
     run = Run(settings, resolve, FREE)
     s, contrastive = run.settings, run.settings.contrastive_weight > 0
+    # Gradient accumulation: so many forward passes make one step.
     num_micro, left_over = divmod(s.batch_size, s.micro_batch_size * run.num_processes)
     if left_over:
         raise ValueError(
             f"--batch-size {s.batch_size} is not a multiple of micro-batch {s.micro_batch_size} x {run.num_processes} "
             "processes"
         )
+    # Lines that cannot be used are named here, with file and line, before the model is touched.
     clips, eval_clips = run.load_clips()
     architecture = memory.skeleton(s.model)
     context = architecture.config.text_config.max_position_embeddings
+    # How a clip becomes tokens. Evaluation samples the same moments every time; training may jitter.
     steady = Preparation(models.load_processor(s.model), s.max_frames, s.fps, max_pixels=s.max_pixels, context=context)
     clips, eval_clips = run.leave_out_long(clips, eval_clips, steady, new_tokens=0, eval_tokens=EVAL_TOKENS)
+    # The twin leaves after l layers: what the memory estimate must know of it.
     twin_layers = (s.contrastive_layer or architecture.config.text_config.num_hidden_layers // 2) * contrastive
     load = memory.Load(s.micro_batch_size, *memory.longest(clips, steady), twin_layers)
     budget = memory.Budget(architecture, load, vars(s), run.device, s.memory_gb, run.num_processes)
@@ -156,11 +173,14 @@ def main(settings: Settings) -> dict | None:
         s.max_bad_share,
         **run.share(s.micro_batch_size),
     )  # fmt: skip
+    # AdamW, linear warm-up, then a cosine to zero.
     optimizer = models.make_optimizer(lm, s.learning_rate, s.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(s.warmup * s.steps), s.steps)
+    # After a kill: optimizer, schedule, order of the clips and random numbers as they were.
     run.restore(lm, optimizer, schedule, loader)
     saver = checkpoints.Saver(run, lm, steady.processor, optimizer, schedule)
     run.show_start(clips, lm)
+    # Look at these first: do the marked frames show the event?
     if run.is_main:
         draw_sheets(clips[: s.sheets], steady, s.out, run.console)
     # An evaluation in the middle of which the run was killed is made again.
@@ -170,16 +190,17 @@ def main(settings: Settings) -> dict | None:
     # --- the loop: data -> forward, backward -> step -> log -> save -> eval
     with loader, run.guard(saver, budget):
         for _ in run.steps():
-            # The whole step is collated first: its losses are sums, divided by the counts of all of its micro-batches.
+            # The whole step is collated first: losses are sums, divided by counts over all micro-batches.
             batches = run.together(lambda: [take_batch(loader, lm, s.micro_batch_size) for _ in range(num_micro)])
             num_tokens, num_keywords = run.mean_counts(
                 sum(len(batch.label_ids) for batch in batches), sum(len(batch.keyword_ids) for batch in batches)
             )
             num_keywords = max(1.0, num_keywords)
             sums = dict.fromkeys(METRICS if contrastive else METRICS[:1], 0.0)
+            # Forward and backward, one micro-batch at a time.
             for batch in batches:
                 with run.autocast():
-                    # One vision pass; the caption loss on the full video; equation (1) on states of full and twin.
+                    # One vision pass; caption loss on the full video; equation (1) on states of both.
                     out = lm(batch.to(run.device), contrastive, s.twin_negatives)
                 lm_loss, contrastive_loss = out.lm_loss / num_tokens, out.contrastive_loss / num_keywords
                 (lm_loss + s.contrastive_weight * contrastive_loss).backward()  # L = L_LM + lambda L_con
@@ -187,14 +208,16 @@ def main(settings: Settings) -> dict | None:
                 parts = {"loss/lm": lm_loss.detach(), "loss/contrastive": contrastive_loss.detach()}
                 parts |= {f"contrastive/{name}": count / num_keywords for name, count in out.metrics.items()}
                 sums = {name: total + parts.get(name, 0.0) for name, total in sums.items()}
+            # Means over processes, then one clipped gradient step.
             losses = run.mean(sums)
             grad_norm = finish_gradients(lm, s.grad_clip, run.num_processes)
-            # NaN and Inf: the fused optimizer leaves the step out by itself, so that nobody waits for the device.
+            # NaN and Inf: the fused optimizer leaves the step out by itself; nobody waits for the device.
             skipped = skip_if_not_finite(optimizer, sum(losses.values()) + grad_norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
 
+            # Bookkeeping: nothing below changes the model.
             run.count_bad(skipped)
             run.metrics.add(losses | {"grad_norm": grad_norm, "skipped": skipped})
             run.end_of_step(loader, sum(batch.input_ids.numel() for batch in batches))
@@ -213,8 +236,8 @@ def main(settings: Settings) -> dict | None:
     results = evaluate_run(run, lm, steady, eval_clips) if eval_clips and run.step == s.steps else None
     run.show_skipped(loader)
     name = "event named" if results and "event named" in results["full"] else "caption similarity"
-    panels = [["loss/lm", "loss/contrastive"], ["contrastive/temperature"], ["grad_norm"]]
-    run.end([*panels, [f"eval/full {name}", f"eval/twin {name}"]], "checkpoint")
+    evaluated = {f"evaluation: {name}": [f"eval/full {name}", f"eval/twin {name}"]}
+    run.end(PANELS | evaluated, "checkpoint")
     return results
 
 

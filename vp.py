@@ -3,7 +3,7 @@
 Words. A *clip* is a video with its caption. *Frames* are what was sampled from it. A *slot* is one temporal patch: two
 consecutive frames, the smallest unit of time that the vision encoder sees. A *keyword* is an event-action phrase of the
 caption ("jumps off"); its *key slots* are those that show it. The *twin* is the key-information-missing video: the same
-slots, the key slots shown as their nearest non-key neighbour. *Full* is the complete video when it stands beside its twin.
+slots, the key slots shown as their nearest non-key neighbour. *Full* is the complete video beside its twin.
 A *rollout* is one sampled description; its *quality* is its score against the caption.
 
 Shapes, here and in the tests:
@@ -14,7 +14,7 @@ Shapes, here and in the tests:
     G rollouts of the full video of a prompt       G' rollouts of its twin            R = G + G'
 
 Pure functions: no globals, no argument changed, no file read. On a GPU the contrastive loss and the rewards take a fused
-kernel of kernels/, which is tested against what stands here.
+kernel of kernels/, which is tested against these functions.
 """
 
 import math
@@ -36,15 +36,17 @@ from kernels.reward import REWARDS, fused_rewards
 def twin_sources(key_slots: Tensor) -> Tensor | None:
     """Which slot the twin shows in each place: src(t) = t outside the key slots, else the nearest slot outside them.
 
-    key_slots: (S,) bool. Returns (S,) long, ties going to the earlier neighbour, or None where there is no twin: no key
+    key_slots: (S,) bool. Returns (S,) long, ties going to the earlier neighbour, or None if there is no twin: no key
     slot, or nothing but key slots.
 
     >>> twin_sources(torch.tensor([0, 0, 1, 1, 1, 0], dtype=torch.bool)).tolist()
     [0, 1, 1, 1, 5, 5]
     """
+    # Without a key slot the twin would be the full video; with nothing else there is nothing to show instead.
     if not key_slots.any() or key_slots.all():
         return None
     kept = torch.nonzero(~key_slots).squeeze(1)  # ascending, so argmin prefers the earlier of two equally near
+    # A kept slot is nearest to itself, so that it shows itself.
     distance = (torch.arange(len(key_slots))[:, None] - kept[None, :]).abs()
     return kept[distance.argmin(1)]
 
@@ -59,13 +61,16 @@ def span_slots(spans: Sequence[Sequence[float]], timestamps: Sequence[float], fr
     >>> span_slots([[0.5, 0.9]], [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]).tolist()
     [False, True, False]
     """
+    # A slot begins with its first frame; float64, for sums of frame times.
     begins = torch.tensor(timestamps[::frames_per_slot], dtype=torch.float64)
     if len(timestamps) > 1:
+        # The last slot has no next one: it lasts as long as its frames would at the mean distance.
         step = (timestamps[-1] - timestamps[0]) / (len(timestamps) - 1)
     else:
         step = 1.0
     ends = torch.cat([begins[1:], begins[-1:] + max(step, 1e-6) * frames_per_slot])
     slots = torch.zeros(len(begins), dtype=torch.bool)
+    # Two intervals overlap if each begins before the other ends; a span of no length still counts.
     for start, end in spans:
         slots |= (begins < max(end, start + 1e-6)) & (ends > start)
     return slots
@@ -105,7 +110,7 @@ class Example:
 
 @dataclass
 class KeyTokens:
-    """Where the key-slot tokens of a batch stand, and which keyword they belong to.
+    """Where the key-slot tokens of a batch are, and which keyword they belong to.
 
     clip (N,), slot (N,): of each key-slot token. keyword_clip (K,): the clip of each keyword. keyword_id (K,): a number
     that is the same for the same words. keyword_slots (K, S) bool: the key slots of each keyword. shown (N, M): ids of the
@@ -121,11 +126,14 @@ class KeyTokens:
 
     def positives(self) -> Tensor:
         """(K, N) bool: P_j, the tokens of the keyword's own clip in its key slots."""
+        # One keyword a row, one token a column: same clip, and a slot that shows the keyword.
         return (self.keyword_clip[:, None] == self.clip[None, :]) & self.keyword_slots[:, self.slot]
 
     def negatives(self) -> Tensor:
         """(K, N) bool: key-slot tokens of other clips, except those that show an event of the same words."""
+        # "falls" in two clips is the same event: to push the one from the other would teach nonsense.
         same_words = (self.keyword_id[:, None] == self.keyword_id[None, :]).float()
+        # (K, K) @ (K, N): how many keywords of the same words each token shows.
         shows_same = same_words @ self.positives().float() > 0
         return (self.keyword_clip[:, None] != self.clip[None, :]) & ~shows_same
 
@@ -149,6 +157,7 @@ def contrastive_loss(
     cutting a batch into micro-batches changes nothing but the in-batch negatives. A keyword without a positive adds
     neither loss nor gradient. use_kernel: None takes the kernel on a GPU; see `takes_kernel`.
     """
+    # On a GPU the lines below are one fused kernel: kernels/contrastive.py.
     if takes_kernel(use_kernel, full, twin, keywords):
         return fused_contrastive(full, twin, keywords, temperature, tokens)
     positive, allowed = tokens.positives(), tokens.positives() | tokens.negatives()  # P_j, P_j + N_j: (K, N)
@@ -157,13 +166,17 @@ def contrastive_loss(
         states = torch.cat([full, twin])  # (2N, d)
         allowed = torch.cat([allowed, positive], 1)
         positive = F.pad(positive, (0, len(twin)))
+    # Norms and exponentials in float32 at least, whatever the model computes in.
     wide = torch.promote_types(states.dtype, torch.float32)
+    # Cosine similarity over tau: only directions count, so no state can win by its length.
     z = F.normalize(states.to(wide), dim=-1)
     k = F.normalize(keywords.to(wide), dim=-1)
     s = k @ z.T / temperature  # (K, 2N)
     # A finite floor instead of -inf: a keyword without a positive keeps a finite value and gradient.
     low = torch.finfo(s.dtype).min / 2
+    # Equation (1). Several positives: their sum in the numerator (MIL-NCE), since not all have to match.
     loss = s.masked_fill(~allowed, low).logsumexp(1) - s.masked_fill(~positive, low).logsumexp(1)  # (K,)
+    # Counts of entries, for the log: are there negatives at all?
     metrics = {"positives": positive.sum(), "negatives": (allowed & ~positive).sum()}
     return torch.where(positive.any(1), loss, 0.0).sum(), metrics
 
@@ -173,11 +186,13 @@ class ContrastiveHeads(nn.Module):
 
     def __init__(self, width: int, d: int = 256, temperature: float = 0.1):
         super().__init__()
+        # No bias: it would be the same in full and twin.
         self.visual = nn.Linear(width, d, bias=False)
         self.text = nn.Linear(width, d, bias=False)
         # Both start equal: states are pulled from the first step toward the keywords' own embeddings, where the layers
         # above, and the output head, can read them.
         self.text.load_state_dict(self.visual.state_dict())
+        # The logarithm is learned, so that tau stays above 0.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
 
     @property
@@ -189,6 +204,7 @@ class ContrastiveHeads(nn.Module):
         self, full: Tensor, twin: Tensor | None, keywords: Tensor, tokens: KeyTokens
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """full, twin (N, D), keywords (K, D) -> the summed loss of equation (1) and its metrics."""
+        # float32 also under autocast: tau divides small differences of cosines.
         with torch.autocast(full.device.type, enabled=False):
             z_twin = None if twin is None else self.visual(twin.float())
             z, k = self.visual(full.float()), self.text(keywords.float())
@@ -207,6 +223,7 @@ def repetition_weights(tokens: Sequence[int], reference: Sequence[int]) -> Tenso
     >>> repetition_weights([5, 7, 5, 7, 5], reference=[5, 9, 5]).tolist()
     [1.0, 1.0, 1.0, 0.0, 0.0]
     """
+    # A word counts as often as the other text has it; what is said beyond that is repetition.
     seen, weights = Counter(), []
     allowed = Counter(reference)
     for token in tokens:
@@ -234,6 +251,7 @@ def score_rollouts(
     >>> [round(x, 2) for x in q.tolist()], c.tolist()
     ([1.0, 0.67], [1.0, 0.0])
     """
+    # All rollouts of the prompt in one padded tensor; zeros are like nothing.
     lengths = torch.tensor([len(y) for y in rollouts], device=reference.device)
     y = nn.utils.rnn.pad_sequence(list(rollouts), batch_first=True)  # (R, L, D), pads are 0
     wide = torch.promote_types(y.dtype, torch.float32)
@@ -266,7 +284,9 @@ def relative_wins(q: Tensor, c: Tensor, q_twin: Tensor, c_twin: Tensor, margin: 
     ...               torch.tensor([0.8, 0.8]), torch.tensor([0.2, 1.0])).tolist()
     [0.5, 0.0, 0.0]
     """
+    # Every rollout of the full video against every one of the twin: (G, G').
     better = c[:, None] > c_twin[None, :] + margin
+    # Without this, a rollout that only lists events would win.
     no_worse = q[:, None] > q_twin[None, :] - margin
     return (better & no_worse).float().sum(1) / max(len(c_twin), 1)
 
@@ -292,6 +312,7 @@ def rewards_and_advantages(
         r = q + alpha * relative_wins(q, c, q_twin, c_twin, margin)
     elif kind in ("recall", "pooled"):
         r = q + alpha * c
+    # pooled asks: better than what is said of either video, on average?
     group = torch.cat([r, q_twin + alpha * c_twin]) if kind == "pooled" else r
     advantage = r - group.mean()
     advantage = torch.where(advantage.abs() < 1e-6, 0.0, advantage)  # rounding, which the division would blow up
@@ -339,6 +360,7 @@ def paired_rewards(
     """
     if kind not in REWARDS:
         raise ValueError(f"reward: got {kind!r}; choose one of {', '.join(REWARDS)}")
+    # On a GPU two fused kernels do all prompts at once: kernels/reward.py.
     if batch and takes_kernel(use_kernel, *(prompt.reference for prompt in batch)):
         return [Rewards(*scores) for scores in fused_rewards(batch, kind, alpha, margin, divide)]
     rewards = []
@@ -346,6 +368,7 @@ def paired_rewards(
         q, c = score_rollouts(
             prompt.rollouts, prompt.weights, prompt.reference, prompt.reference_weights, prompt.keywords
         )  # fmt: skip
+        # The full video's rollouts come first, then the twin's.
         full, twin = slice(0, prompt.num_full), slice(prompt.num_full, prompt.num_full + prompt.num_twin)
         w = relative_wins(q[full], c[full], q[twin], c[twin], margin)
         r, advantage = rewards_and_advantages(kind, q[full], c[full], q[twin], c[twin], alpha, margin, divide)
@@ -374,12 +397,13 @@ def twin_rewards(
 def token_weights(lengths: Tensor, level: str = "token", num_tokens: float | None = None) -> Tensor:
     """How much each token of a rollout counts in the loss of a whole batch: (R,), for rollouts of `lengths` (R,) tokens.
 
-    token: every token of the batch alike (long rollouts count more); sequence: every rollout alike. num_tokens: where the
+    token: every token of the batch alike (long rollouts count more); sequence: every rollout alike. num_tokens: if the
     batch is spread over processes whose gradients are averaged, the tokens of a process on average.
 
     >>> token_weights(torch.tensor([1, 3])).tolist(), token_weights(torch.tensor([1, 4]), "sequence").tolist()
     ([0.25, 0.25], [0.5, 0.125])
     """
+    # Dividing by the tokens of the whole batch makes micro-batches change nothing.
     if level == "token":
         return torch.full(lengths.shape, 1.0 / max(1.0, float(lengths.sum()) if num_tokens is None else num_tokens))
     if level == "sequence":
@@ -397,14 +421,18 @@ def grpo_loss(
     reference (None: no penalty); the advantage of its rollout; its weight, see `token_weights`. The sum over the
     micro-batches of a batch is the loss of the batch. The penalty is Schulman's k3: e^x - x - 1, x = ref_logp - logp.
     """
+    # How much likelier the token is now than when it was sampled.
     rho = (logp - old_logp).exp()
+    # The minimum is the pessimistic one: beyond the clip there is nothing to gain, but still to lose.
     unclipped, clipped = rho * advantage, rho.clamp(1 - clip_low, 1 + clip_high) * advantage
     loss = -torch.minimum(unclipped, clipped)
     kl = torch.zeros_like(loss)
+    # k3 is never negative, and 0 where policy and reference agree.
     if ref_logp is not None:
         x = ref_logp - logp
         kl = x.exp() - x - 1
         loss = loss + beta * kl
+    # Weighted as the loss is, so that sums over micro-batches are means over the batch.
     metrics = {"kl": (weight * kl).sum().detach(), "clipped": (weight * (clipped < unclipped)).sum().detach()}
     return (weight * loss).sum(), metrics
 
@@ -420,6 +448,8 @@ def choose(logp: Tensor, uniform: Tensor | None) -> Tensor:
     """
     if uniform is None:
         return logp.argmax(-1)
+    # The first token at which the cumulated probability exceeds the number.
     cumulated = logp.exp().cumsum(-1)
+    # Times the last value: rounding may leave the sum a little off 1.
     place = torch.searchsorted(cumulated, (uniform * cumulated[..., -1])[..., None], right=True).squeeze(-1)
     return place.clamp(max=logp.shape[-1] - 1)

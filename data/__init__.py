@@ -1,6 +1,8 @@
 """Clips, models, runs, measuring. They look into models, so they refuse versions of transformers that nobody tried."""
 
+import sys
 from importlib.metadata import version
+from types import TracebackType
 
 OLDEST, NEWEST = (5, 18, 0), (5, 24, 0)  # transformers that the tests were run with; 6 and later are refused
 
@@ -20,4 +22,13 @@ def check_transformers(found: str) -> None:
         )
 
 
+def end_quietly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python does with an error that nobody caught, but for Ctrl-C: one word, in place of a page of library code."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = end_quietly
 check_transformers(version("transformers"))

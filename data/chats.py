@@ -1,10 +1,11 @@
-"""Chats: the records that other trainers of video-language models read (LLaVA, ms-swift, OpenAI, TRL), and the one clip
-that each of them makes. data/curation/importers.py reads the files."""
+"""Chats: the records that other trainers of video-language models read (LLaVA, ms-swift, OpenAI, TRL), and
+the one clip that each of them makes. data/curation/importers.py reads the files."""
 
 import re
 from dataclasses import dataclass, field
 
-# What stands in a prompt for the video: LLaVA (<image> too, in LLaVA-Video-178K), ms-swift, VILA, InternVL, Qwen.
+# Placeholders of the video in a prompt: LLaVA (<image> too, in LLaVA-Video-178K), ms-swift, VILA, InternVL,
+# Qwen.
 MARK = re.compile(
     r"<\|vision_start\|><\|(?:video|image)_pad\|><\|vision_end\|>|<\|?(?:vila/)?(?:video|image)(?:_pad)?\|?>", re.IGNORECASE
 )
@@ -33,8 +34,8 @@ class Turn:
 
 @dataclass
 class ChatClip:
-    """What a chat says about its one video. names: our field -> where it is in the record; notes: what is left out, to be
-    counted; further: (field, text) of the turns that make no clip."""
+    """What a chat says about its one video. names: our field -> where it is in the record; notes: what is
+    left out, to be counted; further: (field, text) of the turns that make no clip."""
 
     video: str
     caption: str
@@ -47,8 +48,8 @@ class ChatClip:
 
 
 def without_mark(text: str) -> str | None:
-    """A prompt without the mark of its video: at its head, its end or on a line of its own. None if there are several, or
-    if it is a word of a sentence.
+    """A prompt without the mark of its video: at its head, its end or on a line of its own. None if there are
+    several, or if it is a word of a sentence.
 
     >>> without_mark("<video>\\nWhat happens?"), without_mark("What happens in <video>?")
     ('What happens?', None)
@@ -63,7 +64,7 @@ def without_mark(text: str) -> str | None:
 
 
 def video_path(value: object, name: str) -> object:
-    """The path in what stands for a video: itself, or {"path"}, {"url"}, {"video_url": {"url"}}, or a list of one."""
+    """The path in a video's entry: the entry itself, or {"path"}, {"url"}, {"video_url": {"url"}}, or a list of one."""
     if isinstance(value, list) and len(value) == 1:
         return video_path(value[0], name)
     if isinstance(value, list):

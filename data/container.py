@@ -1,5 +1,5 @@
-"""What a player reads from the container of a video file, and the decoder does not tell: the shape of a pixel, whether the
-picture is mirrored, and whether blocks are lost.
+"""What a player reads from the container of a video file, and the decoder does not tell: the shape of a
+pixel, whether the picture is mirrored, and whether blocks are lost.
 
 Shapes are read from MP4 (and MOV, 3GP) and Matroska (and WebM): other containers have none, or FFmpeg hands it on.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-# Matroska elements: those whose content is read, and those that may lie between them.
+# Matroska elements: those whose content is read, and those that may come between them.
 SEGMENT, TRACKS, CLUSTER = 0x18538067, 0x1654AE6B, 0x1F43B675
 HEADERS = (0x1A45DFA3, 0x114D9B74, 0x1549A966, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367)
 BLOCKS = (0xE7, 0x5854, 0xA7, 0xAB, 0xA3, 0xA0, 0xAF, 0xEC, 0xBF)
@@ -98,7 +98,7 @@ def read_box(file: BinaryIO, begin: int, end: int, *names: bytes) -> bytes:
 
 def read_matrix(box: bytes, place: int) -> tuple[float, float, float, float]:
     """The part of a display matrix that turns and scales: x' = a x + c y, y' = b x + d y."""
-    place += 12 * (box[0] == 1)  # times of 64 bits stand before it
+    place += 12 * (box[0] == 1)  # two times of 64 bits come before it
     a, b, _, c, d = struct.unpack(">5i", box[place : place + 20])
     return a / 65536, b / 65536, c / 65536, d / 65536
 
@@ -178,7 +178,7 @@ def read_matroska(file: BinaryIO, size: int, track: int) -> Display:
 def is_broken(path: Path, kind: str) -> bool:
     """Whether a Matroska or FLV file holds something that is no part of it. The decoder drops what follows.
 
-    A part that is longer than the file may be the last one of a file that was cut off, unless much lies behind its start.
+    A part that is longer than the file may be the last one of a file that was cut off, unless it starts far from the end.
     """
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
@@ -194,7 +194,7 @@ def is_broken(path: Path, kind: str) -> bool:
 
 
 def flv_tags(file: BinaryIO, size: int) -> Iterator[tuple[int, int, int]]:
-    """1, or 0 for what is no tag, and where the tag begins and ends: behind each stands its length once more."""
+    """1, or 0 for what is no tag, and where the tag begins and ends: each is followed by its length."""
     begin = 13
     while begin < size:
         file.seek(begin)

@@ -1,5 +1,5 @@
-"""Files of other people: JSON, JSON lines, CSV and parquet, record by record, what is wrong told by its place; paths that
-cannot leave a folder; video files by name."""
+"""Files of other people: JSON, JSON lines, CSV and parquet, record by record, with the place of what is
+wrong; paths that cannot leave a folder; finding video files by their names."""
 
 import csv
 import json
@@ -7,14 +7,19 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 from urllib.parse import unquote
 
-Refuse = Callable[[str, str, str, object, str], None]
-"""refuse(where, reason, field, found, fix) notes what cannot be used."""
+
+class Refuse(Protocol):
+    """Notes what cannot be used: where it is, which field, what was found there, what to do, and the kind of fault."""
+
+    def __call__(self, where: str, field: str, found: object, fix: str, reason: str = "malformed record") -> None: ...
+
 
 # Containers that FFmpeg reads and that say how long they last; animated pictures too. Compared in lower case.
 VIDEO_ENDINGS = (
@@ -31,6 +36,26 @@ class ClipError(ValueError):
     """A clip or a file that cannot be used, and why, in words for the person who made it."""
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, also when the power fails."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def changes(before: Mapping, now: Mapping) -> list[str]:
+    """What differs between the settings that something was made with and those of now, in words.
+
+    >>> changes({"frames": 16, "fps": 2}, {"frames": 8, "fps": 2})
+    ['frames was 16, is 8']
+    """
+    names = (name for name in now | before if now.get(name) != before.get(name))
+    return [f"{name} was {before.get(name)}, is {now.get(name)}" for name in names]
+
+
 # --- Paths --------------------------------------------------------------------------------------------------------------
 
 
@@ -43,7 +68,7 @@ class PathError(ClipError):
 
 
 def is_below(path: str, folder: str) -> bool:
-    """Whether a path is a folder or lies in it, both normal and absolute."""
+    """Whether a path is a folder or inside it, both normal and absolute."""
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
@@ -169,7 +194,7 @@ def names_by_stem(folder: Path, changed: int) -> dict[str, list[str]]:
 
 
 def with_any_ending(path: Path) -> Path:
-    """The path of a video; where there is no such file, that of the only one beside it with another video's ending."""
+    """The path of a video; if there is no such file, that of the only one beside it with another video's ending."""
     if path.suffix.lower() not in VIDEO_ENDINGS or path.exists() or not path.parent.is_dir():
         return path
     names = names_by_stem(path.parent, path.parent.stat().st_mtime_ns).get(bare_name(path.name), [])
@@ -188,7 +213,7 @@ class Pairs(dict):
 
 
 def read_json(path: Path, kind: type, expected: str) -> list:
-    """The list of a JSON file, or the (key, value) pairs of its object. Raises ClipError where it is something else."""
+    """The list of a JSON file, or the (key, value) pairs of its object. Raises ClipError if it is something else."""
     try:
         loaded = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=Pairs if kind is dict else None)
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 5,000 digits
@@ -205,8 +230,9 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_objects(path: Path, expected: str, refuse: Refuse) -> Iterator[tuple[str, dict]]:
-    """(place, object) of each line of a JSONL file or row of a parquet file, read one at a time, of each element of a JSON
-    list (which may be the one list in an object), or of each of several objects that go over lines."""
+    """(place, object) of each line of a JSONL file or row of a parquet file, read one at a time, of each
+    element of a JSON list (which may be the one list in an object), or of each of several objects that go
+    over lines."""
     if is_parquet(path):
         yield from read_parquet(path)
         return
@@ -223,17 +249,18 @@ def read_objects(path: Path, expected: str, refuse: Refuse) -> Iterator[tuple[st
         try:
             item = json.loads(item) if isinstance(item, str) else item
         except (ValueError, RecursionError) as error:
-            refuse(where, "malformed record", "", item, f"write one JSON object a line ({error})")
+            refuse(where, "", item, f"write one JSON object a line ({error})")
             continue
         if isinstance(item, dict):
             yield where, item
         else:
-            refuse(where, "malformed record", "", item, f"expected {expected}")
+            refuse(where, "", item, f"expected {expected}")
 
 
 def whole_objects(path: Path, first: str) -> list | None:
-    """The objects of a file of JSON objects that go over lines, or the elements of the one list in a single object; None
-    for JSONL. Of broken JSON the text that cannot be read stands for the object. first: the first line with text."""
+    """The objects of a file of JSON objects that go over lines, or the elements of the one list in a single
+    object; None for JSONL. Of broken JSON the text that cannot be read stands for the object. first: the
+    first line with text."""
     try:
         if find_records(json.loads(first)) is None or len(list(zip(read_lines(path), range(2)))) > 1:
             return None  # each line by itself
@@ -292,7 +319,7 @@ def is_parquet(path: Path) -> bool:
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
-    """(place, row) of a parquet file, a few rows at a time. Raises ClipError where it cannot be read."""
+    """(place, row) of a parquet file, a few rows at a time. Raises ClipError if it cannot be read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -323,17 +350,17 @@ def read_table(path: Path, columns: list[str], refuse: Refuse) -> Iterator[tuple
             except StopIteration:
                 return
             except csv.Error as error:
-                refuse(where, "malformed record", "", str(error), 'put texts in quotes, and write " in them as ""')
+                refuse(where, "", str(error), 'put texts in quotes, and write " in them as ""')
                 continue
             if len(row) > len(header):
-                mend = "put texts that hold the delimiter in quotes"
-                refuse(where, "malformed record", "", f"{len(row)} fields, {len(header)} columns", mend)
+                fix = "put texts that hold the delimiter in quotes"
+                refuse(where, "", f"{len(row)} fields, {len(header)} columns", fix)
             elif row:
                 yield where, dict(zip(header, row))
 
 
 def seconds(text: str | None) -> object:
-    """The number in a text; None for an empty one; the text itself where it is no number, to be shown."""
+    """The number in a text; None for an empty one; the text itself if it is no number, to be shown."""
     try:
         return float(text) if text and text.strip() else None
     except ValueError:

@@ -1,5 +1,5 @@
-"""What a file is that is handed over as an annotation file and is none: the first bytes or the first record tell, and the
-answer is one message with the command of data/curation/importers.py that makes clips of it."""
+"""What a file is that is handed over as an annotation file and is none: the first bytes or the first record
+tell, and the answer is one message with the command of data/curation/importers.py that makes clips of it."""
 
 import csv
 import json
@@ -59,8 +59,8 @@ def guess_columns(names: list[str]) -> tuple[str, str] | None:
 
 @dataclass
 class Foreign:
-    """What a file is. importer: what data/curation/importers.py calls it; columns: its fields, if they are to be named;
-    fix: what to do if there is no importer."""
+    """What a file is. importer: what data/curation/importers.py calls it; columns: its fields, if they are to
+    be named; fix: what to do if there is no importer."""
 
     kind: str
     importer: str = ""
@@ -69,7 +69,7 @@ class Foreign:
 
 
 def import_command(path: Path, root: Path, follow_links: bool, importer: str, columns: list[str] | None = None) -> str:
-    """What to do to make clips of a file: the command, and how to go on."""
+    """What to do to make clips of a file: the command, and how to continue."""
     out = path.with_name("clips.jsonl")
     out = path.with_name(f"{path.stem}.clips.jsonl") if out.exists() else out
     words = ["python", "-m", "data.curation.importers", importer, str(path), "--videos", str(root), "--out", str(out)]
@@ -80,7 +80,7 @@ def import_command(path: Path, root: Path, follow_links: bool, importer: str, co
     links = ["--follow-links"] * follow_links
     again = ["--data", str(out), *(["--root", str(root)] if root.resolve() != out.parent.resolve() else []), *links]
     found = f"\n  (its fields: {', '.join(columns)})" if columns and not guess_columns(columns) else ""
-    return f"turn it into clips with\n  {shlex.join(words + links)}{found}\nand go on with {shlex.join(again)}"
+    return f"turn it into clips with\n  {shlex.join(words + links)}{found}\nand continue with {shlex.join(again)}"
 
 
 def foreign_file(path: Path) -> Foreign | None:
@@ -196,7 +196,7 @@ def check_annotations(path: Path, root: Path, follow_links: bool = False) -> Non
     """Raise ClipError if an annotation file is missing or of another form than clips.jsonl: what it is, what to do."""
     if path.is_dir():
         fix = import_command(path, path, follow_links, "folder")
-        raise ClipError(f"{path}: this is a folder; give a JSONL file. If .txt captions lie beside its videos, {fix}")
+        raise ClipError(f"{path}: this is a folder; give a JSONL file. If .txt captions are beside its videos, {fix}")
     if not path.is_file():
         raise ClipError(f"{path}: no such file; give a JSONL file, one clip a line")
     if foreign := foreign_file(path):

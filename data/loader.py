@@ -1,4 +1,4 @@
-"""The loader: an endless, seeded stream of examples that no clip can stop, and that goes on where it was left."""
+"""The loader: an endless, seeded stream of examples that no clip can stop, and that continues where it was left."""
 
 import itertools
 import multiprocessing
@@ -27,15 +27,15 @@ def _start_worker(make: Callable) -> None:
 
 
 def _work(clip: Clip, seed: Sequence[int]) -> bytes:
-    # Plain bytes, not shared memory: nothing that a killed worker still owns is left in the parent. And errors in words:
-    # an exception of a library may not survive the way there.
+    # Plain bytes, not shared memory: nothing that a killed worker still owns is left in the parent. And
+    # errors in words: an exception of a library may not survive the way there.
     with named(clip):
         return pickle.dumps(_make(clip, seed=seed), pickle.HIGHEST_PROTOCOL)
 
 
 def worker_context(module: str) -> multiprocessing.context.BaseContext:
-    """How worker processes start: forked from a server that has loaded `module`, so that a new one is there at once. On
-    macOS each starts by itself, since libraries of the system do not survive a fork."""
+    """How worker processes start: forked from a server that has loaded `module`, so that a new one is there
+    at once. On macOS each starts by itself, since libraries of the system do not survive a fork."""
     if sys.platform == "darwin":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -53,15 +53,16 @@ class Taken:
 
 
 class ClipLoader:
-    """An endless, seeded stream of examples that survives every clip, and goes on where it stopped.
+    """An endless, seeded stream of examples that survives every clip, and continues where it stopped.
 
-    Worker processes read ahead (0: none, in this process), and make of each clip what `make` does (clip, preparation, seed;
-    default: an example). A clip that raises, that kills its worker, or that takes longer than time_limit seconds (the
-    worker is killed) is skipped for good: `skipped` maps its index to the reason. When more than max_bad_share of the
-    clips are lost, the stream raises ClipError with the list.
+    Worker processes read ahead (0: none, in this process), and make of each clip what `make` does (clip,
+    preparation, seed; default: an example). A clip that raises, that kills its worker, or that takes longer
+    than time_limit seconds (the worker is killed) is skipped for good: `skipped` maps its index to the
+    reason. When more than max_bad_share of the clips are lost, the stream raises ClipError with the list.
 
-    Training processes share the clips without repeats: of the one order that all know, process `rank` of `world_size`
-    takes every world_size-th block of `block` clips. `position` is how far that order has been used up.
+    Training processes share the clips without repeats: of the one order that all know, process `rank` of
+    `world_size` takes every world_size-th block of `block` clips. `position` is how far that order has been
+    used up.
     """
 
     def __init__(
@@ -94,11 +95,11 @@ class ClipLoader:
             self.pool = ProcessPool(self.workers, initializer=_start_worker, initargs=(self.make,), context=context)
 
     def state(self) -> dict:
-        """What `restore` needs to go on behind the last example."""
+        """What `restore` needs to continue after the last example."""
         return {"position": self.position, "skipped": dict(self.skipped)}
 
     def restore(self, state: dict) -> None:
-        """Go on where a loader of the same clips, seed and share stopped; JSON in between does no harm."""
+        """Continue where a loader of the same clips, seed and share stopped; JSON in between does no harm."""
         self.position = state["position"]
         self.skipped = {int(index): reason for index, reason in state["skipped"].items()}
 
@@ -127,8 +128,8 @@ class ClipLoader:
             yield from ((epoch, int(i)) for i in indices)
 
     def examples(self, epochs: int | None = None) -> Iterator[tuple[int, vp.Example]]:
-        """(clip index, example), in an order that depends on the seed alone. Raises ClipError when too many are lost, or,
-        without a number of epochs, when none is left."""
+        """(clip index, example), in an order that depends on the seed alone. Raises ClipError when too many
+        are lost, or, without a number of epochs, when none is left."""
         self.start()
         draws = self.order() if epochs is None else itertools.takewhile(lambda d: d[0] < epochs, self.order())
         mine = (

@@ -41,6 +41,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
+from data.old_names import add_old_names
 from data.words import WORD
 from data.world import ACTIONS, COLOURS, PIXELS, SHAPES
 
@@ -167,6 +168,8 @@ def build_tiny(out: Path, family: Family = "qwen2_5_vl", seed: int = 0, base: Pa
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(out)
     processor.save_pretrained(out)
+    for name in ("config.json", "tokenizer_config.json"):
+        add_old_names(out / name)
     return out
 
 

@@ -1,7 +1,7 @@
 """Text that is not ours is text: captions, prompts, questions and keywords never become special tokens.
 
-A tokenizer takes "<|im_end|>" or "<|video_pad|>" for a special token wherever it finds one, and a processor puts a video
-in its place. So that a caption may hold such a *mark* as what it is, characters:
+A tokenizer takes "<|im_end|>" or "<|video_pad|>" for a special token wherever it finds one, and a processor
+puts a video in its place. So that a caption may hold such a *mark* as what it is, characters:
 
     encode(tokenizer, text)                   # ids of a text of somebody else
     chat(processor, disarm(processor, text))  # in a prompt: marks get a seam, which nothing takes for a token
@@ -64,7 +64,7 @@ def space_out(tokenizer, text: str) -> str:
 
 
 def pieces_of(marks: re.Pattern, rendered: str) -> list[str]:
-    """A rendered prompt cut at the marks that the chat template wrote: what stands between them, and they themselves."""
+    """A rendered prompt cut at the marks that the chat template wrote: what is between them, and they themselves."""
     return re.split(f"({marks.pattern})", rendered)
 
 
@@ -94,8 +94,8 @@ def take_out(processor, rendered: str) -> tuple[str, list[str]]:
 def put_back(processor, inputs, taken: Sequence[Sequence[str]], padding_side: str = "right") -> None:
     """Put the ids of the pieces that were taken out of each prompt in place of their stand-ins, in what the processor made.
 
-    inputs: input_ids (B, T), and more tensors of that shape, which are given a value for each new token. Raises ValueError
-    where a stand-in is not found again.
+    inputs: input_ids (B, T), and more tensors of that shape, which are given a value for each new token.
+    Raises ValueError if a stand-in is not found again.
     """
     tokenizer, shape, mask = processor.tokenizer, inputs["input_ids"].shape, inputs["attention_mask"].bool()
     names = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == shape]

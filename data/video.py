@@ -11,6 +11,7 @@ are decoded one after the other, as a player does. What a player cannot show eit
 import contextlib
 import itertools
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from data.container import Display, is_broken, read_display
@@ -203,6 +205,17 @@ def open_folder(path: Path, fps: float) -> Folder:
     return Folder(pictures, fps)
 
 
+def check_picture_size(path: Path) -> None:
+    """Raise Damage for a picture of more than 179 million pixels, by its header: decoding it would fill the memory."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path):
+            pass
+    except Image.DecompressionBombError:
+        raise Damage(f"{path.name} has too many pixels, more than 179 million; scale it down") from None
+    except (OSError, ValueError, SyntaxError):
+        return  # no picture: the decoder says so
+
+
 def read_pictures(folder: Folder, times: Sequence[float], side: int | None) -> Shown:
     """The pictures of a folder at some moments."""
     from torchvision.io import ImageReadMode, decode_image
@@ -210,6 +223,7 @@ def read_pictures(folder: Folder, times: Sequence[float], side: int | None) -> S
     at = [min(int(t * folder.fps), len(folder.pictures) - 1) for t in times]
     pixels = []
     for k in at:
+        check_picture_size(folder.pictures[k])
         try:
             picture = decode_image(str(folder.pictures[k]), ImageReadMode.RGB, apply_exif_orientation=True)
         except RuntimeError:

@@ -1,9 +1,13 @@
-"""Draw the pictures of the docs: the pipeline, from a clip of the embedded world; a prompt's fork and its attention mask.
+"""Draw the pictures of the docs: the pipeline, from a clip of the embedded world; a prompt's fork and its attention mask;
+which part of the code imports which.
 
-python -m docs.pictures          # docs/pipeline.png and docs/fork.png
+python -m docs.pictures          # docs/pipeline.png, docs/fork.png and docs/imports.png
 """
 
+import ast
 import tempfile
+import textwrap
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -111,8 +115,66 @@ def draw_fork(lm: VideoLM, example, path: Path) -> None:
     plt.close(figure)
 
 
+# Parts of the code from top to bottom: files, and where the part is drawn.
+PARTS = {
+    "scripts": ("*.py", 22, 50),
+    "data.measure": ("data/measure/*.py", 22, 40),
+    "data.benchmarks": ("data/benchmarks/*.py", 0, 30),
+    "data.curation": ("data/curation/*.py", 44, 30),
+    "data.run": ("data/run/*.py", 22, 20),
+    "data": ("data/*.py", 22, 10),
+    "vp": ("vp.py", 22, 0),
+    "kernels": ("kernels/*.py", 22, -10),
+}
+
+
+def count_imports(root: Path) -> tuple[dict[str, list[str]], Counter]:
+    """The files of each part, and how many files of a part import something of another one."""
+    files = {part: sorted(root.glob(pattern)) for part, (pattern, *_) in PARTS.items()}
+    files["scripts"].remove(root / "vp.py")
+    files = {part: [p for p in paths if p.stem not in ("__init__", "bench")] for part, paths in files.items()}
+    counts = Counter()
+    for part, paths in files.items():
+        for path in paths:
+            nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import | ast.ImportFrom)]
+            names = {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
+            # `from data.run import models` is of data.run as well.
+            names |= {f"{n.module}.{a.name}" for n in nodes if isinstance(n, ast.ImportFrom) for a in n.names}
+            names |= {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+            others = {max((p for p in PARTS if f"{name}.".startswith(f"{p}.")), key=len, default=part) for name in names}
+            counts.update((part, other) for other in others - {part})
+    return {part: [p.stem for p in paths] for part, paths in files.items()}, counts
+
+
+def draw_imports(path: Path) -> None:
+    """One box a part, with its files, and arrows to what it imports: all point down.
+
+    An arrow that others make up for, such as that from the scripts to vp.py, is left out.
+    """
+    files, counts = count_imports(HERE.parent)
+    figure, axis = plt.subplots(figsize=(8, 8.5))
+    axis.set(xlim=(-1, 67), ylim=(-11, 57))
+    axis.axis("off")
+
+    def reaches(part: str, other: str) -> bool:
+        return any(a == part and (b == other or reaches(b, other)) for a, b in counts)
+
+    for part, other in counts:
+        if not any(a == part and b != other and reaches(b, other) for a, b in counts):
+            (_, x, y), (_, other_x, other_y) = PARTS[part], PARTS[other]
+            arrow(axis, (x + 11, y), (other_x + 11, other_y + 6))
+    for part, (_, x, y) in PARTS.items():
+        shown = textwrap.fill(", ".join(name for name in files[part] if name != part) or "the method", 42)
+        axis.add_patch(Rectangle((x, y), 22, 6, facecolor="white", edgecolor=GREY, linewidth=1.4, zorder=3))
+        axis.text(x + 11, y + 4.9, part, ha="center", va="center", fontsize=10, weight="bold", zorder=4)
+        axis.text(x + 11, y + 2.1, shown, ha="center", va="center", fontsize=6, zorder=4)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
 def main() -> None:
-    """Make a small world and a tiny model, and draw both pictures."""
+    """Make a small world and a tiny model, and draw the pictures."""
+    draw_imports(HERE / "imports.png")
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(WorldSettings(Path(folder, "world"), train=8, test=1, held_out=0, workers=1))
         checkpoint = build_tiny(Path(folder, "tiny"))

@@ -1,6 +1,6 @@
 """Triton kernels for what no library has. One file per kernel: reference, kernel, autograd, public function.
 
-The package index has a package of the same name, which transformers and bitsandbytes import where it is installed. Ours,
+The package index has a package of the same name, which transformers and bitsandbytes import if it is installed. Ours,
 first on sys.path, hides it; so a name that is not ours is looked up in that package, and is missing only if it is absent.
 """
 

@@ -1,12 +1,13 @@
 """Correctness, then speed and memory, of every kernel and its rivals: python -m kernels.bench
 
-Needs torch and triton only. On a GPU it first holds each kernel to its reference in float64, on odd sizes, then times it
-beside its rivals on the sizes of training: median of many runs with the 20th and 80th percentile, the share of the card's
-own ceiling (bytes of a large copy, FLOPs of a large bfloat16 product, both measured in this run) that the least possible
-traffic and work make of it, and the peak memory above its inputs. Libraries that are not installed are skipped, and named.
-It prints a table and writes JSON and, where matplotlib is there, a PNG to --out. --tune tries other tiles for our kernels.
-Without a GPU the correctness part runs, under Triton's interpreter, on tiny sizes, and the public functions, which take the
-references there, are timed beside the references called directly.
+Needs torch and triton only. On a GPU it first holds each kernel to its reference in float64, on odd sizes,
+then times it beside its rivals on the sizes of training: median of many runs with the 20th and 80th
+percentile, the share of the card's own ceiling (bytes of a large copy, FLOPs of a large bfloat16 product,
+both measured in this run) that the least possible traffic and work make of it, and the peak memory above its
+inputs. Libraries that are not installed are skipped, and named. It prints a table and writes JSON and, where
+matplotlib is there, a PNG to --out. --tune tries other tiles for our kernels. Without a GPU the correctness
+part runs, under Triton's interpreter, on tiny sizes, and the public functions, which take the references
+there, are timed beside the references called directly.
 """
 
 import argparse
@@ -99,7 +100,7 @@ def error(got, want) -> float:
 
 
 def check() -> list[dict]:
-    """Each kernel's error against float64 beside that of eager PyTorch in the same dtype; raises where it is larger."""
+    """Each kernel's error against float64 beside that of eager PyTorch in the same dtype; raises if it is larger."""
     rows = []
     # The interpreter has no right bfloat16.
     for dtype in (torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])):
@@ -140,7 +141,7 @@ def check() -> list[dict]:
 
 
 def compare(name: str, dtype: torch.dtype, kernel: list, eager: list, exact: list) -> dict:
-    """One row: both errors, printed; ValueError where the kernel's is above eager's by more than 1e-3."""
+    """One row: both errors, printed; ValueError if the kernel's is above eager's by more than 1e-3."""
     row = {"kernel": name, "dtype": str(dtype)[6:], "error": error(kernel, exact), "eager_error": error(eager, exact)}
     print(f"{name:12} {row['dtype']:9} error {row['error']:.1e}   eager {row['eager_error']:.1e}")
     if not row["error"] <= row["eager_error"] + 1e-3:
@@ -242,7 +243,7 @@ def library(name: str):
 
 
 def contrastive_rivals(inputs: tuple) -> dict[str, Callable]:
-    """Forward and backward, each by name."""
+    """Forward and backward, and their names."""
     *tensors, tokens = inputs
 
     def step(function: Callable, **more) -> Callable:
@@ -345,8 +346,8 @@ def ceilings() -> dict:
 def cases() -> list[tuple]:
     """(kernel, sizes, inputs, rivals, least bytes, least FLOPs) of each benchmark; bfloat16."""
     bf16, out = torch.bfloat16, []
-    # (clips, keywords a clip, tokens a clip): the issue's size, and one training step of Qwen2.5-VL-7B, 8 clips of 24 slots
-    # of 256 tokens, 4 of them key; before and after the projection to 256.
+    # (clips, keywords a clip, tokens a clip): the issue's size, and one training step of Qwen2.5-VL-7B, 8
+    # clips of 24 slots of 256 tokens, 4 of them key; before and after the projection to 256.
     for clips, keywords, tokens, D in ((256, 2, 64, 3584), (8, 1, 1024, 3584), (8, 1, 1024, 256)):
         rows, K = 2 * clips * tokens, clips * keywords
         make = lambda a=(clips, keywords, tokens, D): contrastive_inputs(*a, bf16)  # noqa: E731

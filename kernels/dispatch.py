@@ -1,4 +1,4 @@
-"""Which road a call takes: a Triton kernel where the tensors are on a GPU, the eager reference everywhere else."""
+"""Which path a call takes: a Triton kernel if the tensors are on a GPU, else the eager reference."""
 
 import os
 
@@ -25,16 +25,18 @@ if FORCED is ASKED:
 
 
 def takes_kernel(use_kernel: bool | None, *tensors: Tensor | None) -> bool:
-    """Whether a call takes the kernel: None asks for it where all tensors are on a GPU that the tiles fit on, and it can.
+    """Whether a call takes the kernel: None takes it if all tensors are on a GPU that the tiles fit on, and it can.
 
-    use_kernel False never does, True always does and fails loudly where it cannot. float64 has no kernel. Where
-    VIDEOPERCEIVER_KERNELS is 0 or 1, it stands in for None.
+    use_kernel False never does, True always does and fails loudly if it cannot. float64 has no kernel. If
+    VIDEOPERCEIVER_KERNELS is 0 or 1, it takes the place of None.
     """
+    # An optional tensor, such as the twin's, may be None.
     tensors = [x for x in tensors if x is not None]
     use_kernel = FORCED if use_kernel is None else use_kernel
     able = HAS_TRITON and all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) for x in tensors)
     if use_kernel is None:
         return able and not INTERPRETED and all(fits(x.device) for x in tensors)
+    # Asked for and impossible: an error, since a silent fallback would be measured as the kernel.
     if use_kernel and not (able and (INTERPRETED or all(x.is_cuda for x in tensors))):
         raise ValueError("use_kernel: got True; it needs Triton, a GPU (or TRITON_INTERPRET=1) and 16 or 32 bit floats")
     return use_kernel

@@ -1,21 +1,22 @@
 """Shared, built once a session: tiny checkpoints of both families and a small world, all offline."""
 
 import os
-
-from data import videolm
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 from pathlib import Path
 
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when it is imported; a GPU takes the kernels themselves
+
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vp
+from data import videolm
 from data.clips import Preparation, load_clips, prepare
 from data.tiny import build_tiny
-from data.world import WorldSettings, make_world
+from data.world import WorldSettings, write_clip
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
@@ -34,8 +35,12 @@ def qwen2_5(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """48 training and 24 test clips."""
-    return make_world(WorldSettings(tmp_path_factory.mktemp("world"), train=48, test=24, held_out=0, quiet=0.0, workers=2))
+    """48 training and 24 test clips, drawn in this process: those of `make_world` would import everything first."""
+    folder = tmp_path_factory.mktemp("world")
+    for split, count in (("train", 48), ("test", 24)):
+        lines = [write_clip((WorldSettings(folder, quiet=0.0), split, index)) for index in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(line + "\n" for line in lines))
+    return folder
 
 
 @pytest.fixture

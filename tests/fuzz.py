@@ -3,10 +3,11 @@
     python -m tests.fuzz                       # 2,000 lines and 300 videos, minutes
     python -m tests.fuzz --lines 60 --videos 20 --seed 7
 
-Lines are mutations of good ones (fields, types, numbers, Unicode, special tokens, raw bytes) or any JSON; videos have bytes
-flipped, zeroed or cut, or one container's head on another's body. Each set goes through `train_sft.py`, with an evaluation
-of the same clips in the middle and at the end, in a process of its own. Every line must then be trained on, or be named
-with its file and line, and training and evaluation must agree on which.
+Lines are mutations of good ones (fields, types, numbers, Unicode, special tokens, raw bytes) or any JSON;
+videos have bytes flipped, zeroed or cut, or one container's head on another's body. Each set goes through
+`train_sft.py`, with an evaluation of the same clips in the middle and at the end, in a process of its own.
+Every line must then be trained on, or be named with its file and line, and training and evaluation must agree
+on which.
 """
 
 import json
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,7 +166,19 @@ def mutate_video(files: list[bytes], rng: random.Random) -> bytes:
     return bytes(data)
 
 
-def run_set(folder: Path, annotations: Path, minutes: float) -> Outcome:
+def run_script(words: list[str], folder: Path, log: Path, minutes: float) -> int | None:
+    """Run a script in a process of its own, with its output in a file: the exit code, or None if it hung."""
+    wide = os.environ | {"COLUMNS": "10000"}  # no message is broken over lines
+    with log.open("w") as out:
+        try:
+            command = [sys.executable, *words]
+            done = subprocess.run(command, stdout=out, stderr=out, cwd=folder, env=wide, timeout=60 * minutes)
+        except subprocess.TimeoutExpired:
+            return None
+    return done.returncode
+
+
+def run_set(folder: Path, annotations: Path, minutes: float, run_script: Callable = run_script) -> Outcome:
     """Train on a set of clips and evaluate on it, in a process of its own; see what became of each line."""
     good, problems = load_clips(annotations)
     accepted, refused = {clip.where for clip in good}, {p.split(": ")[0] for p in problems}
@@ -173,19 +187,13 @@ def run_set(folder: Path, annotations: Path, minutes: float) -> Outcome:
               if (place in accepted) == (place in refused)]  # fmt: skip
     options = {
         "--data": annotations, "--eval-data": annotations, "--out": folder / "run", "--max-bad-share": 1, "--workers": 1,
-        "--time-limit": 20, "--sheets": 3, "--steps": max(2, -(-len(good) // 16)),
+        "--time-limit": 120, "--sheets": 3, "--steps": max(2, -(-len(good) // 16)),
         "--eval-every": max(2, -(-len(good) // 32)), "--eval-clips": 4, "--max-text-tokens": 1024,
     }  # fmt: skip
-    command = [sys.executable, str(HERE / "train_sft.py"), *(str(x) for option in options.items() for x in option)]
-    wide = os.environ | {"COLUMNS": "10000"}  # no message is broken over lines
-    log = folder / "log.txt"
-    with log.open("w") as out:
-        try:
-            code = subprocess.run(
-                command, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=wide, timeout=60 * minutes
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return Outcome(len(lines), len(refused), 0, 0, [*faults, f"it hung: {log}"])
+    words, log = [str(HERE / "train_sft.py"), *(str(x) for option in options.items() for x in option)], folder / "log.txt"
+    code = run_script(words, folder, log, minutes)
+    if code is None:
+        return Outcome(len(lines), len(refused), 0, 0, [*faults, f"it hung: {log}"])
     said = log.read_text(errors="replace")
     if code or "Traceback" in said:
         return Outcome(len(lines), len(refused), 0, 0, [*faults, f"it crashed (exit code {code}): {log}\n{said[-2000:]}"])
@@ -194,7 +202,8 @@ def run_set(folder: Path, annotations: Path, minutes: float) -> Outcome:
     results = json.loads((folder / "run" / "results.json").read_text())
     used = {row["clip"] for row in results["rows"]}
     lost = {re.match(rf"{re.escape(str(annotations))}:\d+", reason)[0] for reason in results["skipped"]} - refused
-    # Texts that are too long are named before the first step; an evaluation reads no caption, and may use its clip.
+    # Texts that are too long are named before the first step; an evaluation reads no caption, and may use its
+    # clip.
     too_long = set(re.findall(rf"({re.escape(str(annotations))}:\d+): .*--max-text-tokens", said))
     faults += [
         f"{place} was neither used nor named in the evaluation" for place in sorted(accepted - used - lost - too_long)
@@ -205,7 +214,7 @@ def run_set(folder: Path, annotations: Path, minutes: float) -> Outcome:
     return Outcome(len(lines), len(refused), len(lost), len(used), faults)
 
 
-def fuzz(settings: Settings, folder: Path) -> dict[str, Outcome]:
+def fuzz(settings: Settings, folder: Path, run_script: Callable = run_script) -> dict[str, Outcome]:
     """Make both sets below a folder, and run them."""
     rng = random.Random(settings.seed)
     world = make_world(WorldSettings(folder / "world", train=16, test=2, held_out=0, workers=1))
@@ -227,7 +236,10 @@ def fuzz(settings: Settings, folder: Path) -> dict[str, Outcome]:
         (videos / name).write_bytes(files[0] if i == 0 else mutate_video(files, rng))
         records.append(json.loads(lines[0]) | {"video": name})
     (videos / "clips.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return {part: run_set(folder / part, folder / part / "clips.jsonl", settings.minutes) for part in ("lines", "videos")}
+    return {
+        part: run_set(folder / part, folder / part / "clips.jsonl", settings.minutes, run_script)
+        for part in ("lines", "videos")
+    }
 
 
 def main(settings: Settings) -> int:

@@ -1,5 +1,6 @@
 """Running a benchmark: shared prefills against plain generate(), kills, broken videos, twins, other models, probes."""
 
+import functools
 import itertools
 import json
 import os
@@ -8,7 +9,6 @@ import re
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +39,7 @@ from data.clips import Clip, ClipError, Preparation, load_clips, read_frames
 from data.measure import cost
 from data.tiny import build_tiny, train_tokenizer
 from eval import RunSettings, ScoreSettings, run_benchmark, run_score
+from tests import commands
 from tests.helpers import degraded, plain_inputs, published_positions
 from tests.test_benchmarks import make_mvbench, make_tempcompass, make_video_mme, make_vru_accident, write
 from tests.test_clips import Marked
@@ -285,6 +286,19 @@ def test_questions_of_a_part_are_asked_together(tmp_path, world):
     assert [len(part.questions) for part in group_questions(many)] == [answers.MOST, 3]
 
 
+def test_long_questions_are_left_out(qwen2_5):
+    """Each is named; the others of its part are asked. Without a limit nothing is left out."""
+    processor = AutoProcessor.from_pretrained(qwen2_5)
+    q = Question("0", Path("v.mp4"), "c", "What?", (), "A", record={"kind": "yes_no"})
+    questions = [q, replace(q, id="1", text="What? " * 3000), replace(q, id="2", video=Path("w.mp4"), text="Why? " * 3000)]
+    benchmark = Benchmark("tempcompass", "official", questions, [], 4, 4, 0.5)
+    parts, problems = answers.leave_out_long(group_questions(benchmark), benchmark, processor, 4000)
+    assert [[x.id for x in part.questions] for part in parts] == [["0"]]
+    assert len(problems) == 2 and all(re.match(rf"tempcompass: {i + 1}: its prompt has \d+ tokens, more than 4000; ", p)
+                                      for i, p in enumerate(problems))  # fmt: skip
+    assert answers.leave_out_long(group_questions(benchmark), benchmark, processor, None)[1] == []
+
+
 @pytest.fixture(scope="session")
 def undisturbed(world, sharp2_5, tmp_path_factory) -> tuple[dict, Path]:
     """Settings of a run with twins on world clips dressed as MVBench, and its folder."""
@@ -343,22 +357,18 @@ def test_a_finished_run_asks_nothing(undisturbed, tmp_path, monkeypatch):
     assert results["tables"] == json.loads((whole / "results.json").read_text())["tables"]
 
 
-KILL = """
-import json, os, runpy, signal, sys
-from data.benchmarks import ask as answers
-add, left = answers.Lines.add, int(sys.argv[1])
-def add_or_die(self, record):
-    global left
-    left -= 1
-    if left < 0:
-        self.file.write(json.dumps(record)[:25])
-        self.file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    add(self, record)
-answers.Lines.add = add_or_die
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def kill_at_line(number: int) -> None:
+    """Let this process be killed, as by kill -9, in the middle of a line that it writes."""
+    add, written = answers.Lines.add, itertools.count()
+
+    def add_or_die(self, record):
+        if next(written) == number:
+            self.file.write(json.dumps(record)[:25])
+            self.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        add(self, record)
+
+    answers.Lines.add = add_or_die
 
 
 def test_kill_9(undisturbed, tmp_path):
@@ -367,8 +377,8 @@ def test_kill_9(undisturbed, tmp_path):
     command = [HERE / "eval.py", "run", "--out", tmp_path / "out"]
     for name, value in settings.items():
         command += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
-    env = os.environ | {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
-    killed = subprocess.run([sys.executable, "-c", KILL, "15", *map(str, command)], env=env, capture_output=True, text=True)
+    kill = functools.partial(kill_at_line, 15)
+    killed = commands.run(*command, cwd=tmp_path, before=kill, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     left = (tmp_path / "out" / FILES[0]).read_bytes() + (tmp_path / "out" / FILES[1]).read_bytes()
     assert left.count(b"\n") == 15
@@ -383,10 +393,10 @@ def test_other_settings_do_not_continue(undisturbed, tmp_path, qwen2_5):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     other = write(tmp_path / "spans.jsonl", settings["key_spans"].read_text().replace("1.25", "1.0"))
-    for change, name in (({"num_frames": 8}, "frames: 16 there, 8 now"), ({"model": str(qwen2_5)}, "weights: "),
-                         ({"key_spans": other}, "questions: "), ({"max_new_tokens": 5}, "longest answer: 4 there, 5 now"),
-                         ({"twin": False}, "twin: True there, False now"),
-                         ({"protocol": "ours"}, "protocol: ")):  # fmt: skip
+    for change, name in (({"num_frames": 8}, "frames was 16, is 8"), ({"model": str(qwen2_5)}, "weights was "),
+                         ({"key_spans": other}, "questions was "), ({"max_new_tokens": 5}, "longest answer was 4, is 5"),
+                         ({"twin": False}, "twin was True, is False"),
+                         ({"protocol": "ours"}, "protocol was ")):  # fmt: skip
         with pytest.raises(ValueError, match=f"other settings.*{name}.*give another --out"):
             run(tmp_path, out=out, **settings | change)
     (out / "settings.json").unlink()
@@ -705,7 +715,7 @@ def test_smaller_pictures_are_other_predictions(world, tmp_path, sharp2_5, monke
     run(tmp_path, **asked, out=tmp_path / "out")
     run(tmp_path, **asked, out=tmp_path / "small", max_pixels=1000)
     assert grids == [(48, 48), (24, 24)]
-    with pytest.raises(ValueError, match="pixels of a picture: None there, 1000 now"):
+    with pytest.raises(ValueError, match="pixels of a picture was None, is 1000"):
         run(tmp_path, **asked, out=tmp_path / "out", max_pixels=1000)
 
 
@@ -875,6 +885,7 @@ def test_settings_that_cannot_be(world, tmp_path, sharp2_5):
         *(({"needle": True, "lengths": x}, "--lengths .*each 1 or more") for x in ((0,), (1, -2), (), (2, 2))),
         ({"needle": True, "lengths": (100,)}, "(?s)no question of clips can be asked.*not hidden in 100"),
         (alone, "none of the 24 videos exists, the first is .*elsewhere.*000000.mp4; give --videos"),
+        ({"max_text_tokens": 3}, "(?s)no question of clips can be asked.*its prompt has [0-9]+ tokens, more than 3"),
         (alone | {"limit": 3}, "none of the 3 videos exists"),
         ({"videos": tmp_path / "nowhere"}, "--videos .*nowhere: no such folder"),
         ({"benchmark": "vru-accident", "root": root, "videos": tmp_path}, "--videos: only for clips"),

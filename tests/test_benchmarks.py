@@ -2,11 +2,8 @@
 
 import itertools
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from data.benchmarks.scoring import intervals, permutation_test, read_letter, re
 from data.clips import ClipError
 from data.texts import EmbeddedText
 from data.tiny import build_text_encoder
+from tests.commands import run
 
 HERE = Path(__file__).parent.parent
 WORDS = ["jumps", "walks", "turns", "falls", "waits", "slowly", "twice", "left", "right", "up"]
@@ -610,7 +608,7 @@ def test_mvbench_odd_records(tmp_path):
         ("element 6", "found 5"),
         ("element 7", "candidates"),
         ("element 9", "leaves the root"),
-        ("state_change.json: found not readable as JSON", "mend the file"),
+        ("state_change.json: found not readable as JSON", "fix the file"),
         ("episodic_reasoning.json: element 2", "'start'", "[2, 1]"),
         ("element 3", "[None, None]"),
         ("element 4", "'1'"),
@@ -1317,7 +1315,7 @@ def test_motionbench_submission(tmp_path):
 
 
 def test_score_from_the_command_line(tmp_path):
-    """Table, JSON, Markdown, answer file; problems by name; a comparison; errors that say what to mend."""
+    """Table, JSON, Markdown, answer file; problems by name; a comparison; errors that say what to do."""
     facts = make_motionbench(tmp_path, random.Random(3))
     with (tmp_path / "MotionBench" / "video_info.meta.jsonl").open("a") as broken:
         broken.write('{"video_path": "cut')
@@ -1326,10 +1324,7 @@ def test_score_from_the_command_line(tmp_path):
     for name, records in (("a", said), ("b", [r | {"response": "[x] A"} for r in said])):
         lines_file(tmp_path / "out" / f"{name}.jsonl", *records, {"id": "[bold]gone", "response": "A"})
     arguments = ["--benchmark", "motionbench", "--root", tmp_path, "--predictions", tmp_path / "out" / "a.jsonl"]
-    env = os.environ | {"COLUMNS": "160", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "eval.py", "score", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=env)
-    assert done.returncode == 0, done.stderr
+    done = run("eval.py", "score", *arguments)
     results = json.loads((tmp_path / "out" / "a.official.json").read_text())
     value = results["tables"]["overall"]["overall"]["accuracy"]["value"]
     assert value == (len(public) - (not facts[0]["hidden"])) / len(public)
@@ -1383,3 +1378,12 @@ def test_a_folder_of_predictions_gets_its_results_beside_it(tmp_path):
     assert results["as published"]["accuracy"] == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"Qwen2.5-VL", "Qwen2.5-VL.official.json", "Qwen2.5-VL.official.md"}
+
+
+def test_predictions_with_a_name_of_250_bytes(tmp_path):
+    """Their results have a shorter one: a file system takes 255."""
+    facts = make_motionbench(tmp_path, random.Random(3))
+    path = lines_file(tmp_path / ("ü" * 122 + ".jsonl"), *({"id": f["id"], "response": "A"} for f in facts))
+    evaluation.run_score(evaluation.ScoreSettings("motionbench", tmp_path, path), Console(quiet=True))
+    made = sorted(p.name.partition(".")[2] for p in tmp_path.glob("ü*.official*"))
+    assert made == ["official.json", "official.md", "official.submission.json"]

@@ -6,8 +6,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -20,8 +18,8 @@ from rich.console import Console
 from data.clips import Clip, ClipError, Frames, load_clips
 from data.curation import curate, finders
 from data.curation.page import group_of
+from tests.commands import Command, run
 from tests.test_clips import write_video
-from tests.test_scripts import HERE, run
 
 
 def settings(captions: Path, out: Path, **more) -> curate.Settings:
@@ -491,31 +489,18 @@ def test_a_kill_changes_no_byte(world, tmp_path):
     undisturbed = tmp_path / "whole"
     curated(path, undisturbed, part_lines=4)
     out, chooser = tmp_path / "killed", random.Random(1)
-    command = [
-        sys.executable,
-        "-m",
-        "data.curation.curate",
-        path,
-        out,
-        "--workers",
-        "1",
-        "--part-lines",
-        "4",
-        "--samples",
-        "2",
-    ]
-    env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    command = ["-m", "data.curation.curate", path, out, "--part-lines", 4, "--samples", 2]
     kills = 0
-    for _ in range(3):
-        process = subprocess.Popen(list(map(str, command)), env=env, stdout=subprocess.DEVNULL, start_new_session=True)
+    for workers in (1, 0, 0):
+        started = Command(*command, "--workers", workers, cwd=tmp_path, before=os.setsid)
         enough = len(list(out.glob("parts/*.jsonl"))) + chooser.randrange(1, 4)
-        while process.poll() is None and len(list(out.glob("parts/*.jsonl"))) < min(enough, 12):
+        while started.process.is_alive() and len(list(out.glob("parts/*.jsonl"))) < min(enough, 12):
             time.sleep(0.01)  # until so many parts are there: no fixed wait
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        if started.process.is_alive():
+            os.killpg(started.pid, signal.SIGKILL)
             kills += 1
-        process.wait()
-    run(*command[1:], cwd=tmp_path)
+        started.wait()
+    run(*command, "--workers", 0, cwd=tmp_path)
     assert kills >= 2
     for name in ("clips.jsonl", "rejected.jsonl"):
         assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
@@ -536,6 +521,15 @@ def test_bad_settings_are_one_line(world, tmp_path, arguments, message):
     one = write(world / "single.jsonl", world_lines(world, 1))
     done = run("-m", "data.curation.curate", *[a.format(one=one) for a in arguments], check=False, cwd=tmp_path)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_sentence_without_end(world, tmp_path):
+    """A thousand words in one sentence took seconds, three thousand minutes: it is named, and costs no time."""
+    lines = world_lines(world, 2)
+    lines[0] = {"video": lines[0]["video"], "caption": "The man jumps " * 1000}
+    clips, rejected = curated(write(world / "endless.jsonl", lines), tmp_path / "out")
+    (lost,) = rejected
+    assert len(clips) == 1 and (lost["reason"], lost["detail"]) == ("text too long", "a sentence of 3000 words")
 
 
 def test_the_models_own_evidence(world, tmp_path, qwen2_5):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -14,7 +15,7 @@ from data import videolm
 from data.benchmarks.scoring import event_recall, names, score_description, similarity
 from data.clips import Clip, Preparation, load_clips
 from data.measure import cost
-from data.measure.evaluate import evaluate, markdown_row
+from data.measure.evaluate import DescribeSettings, EvalSettings, evaluate, markdown_row, run_describe, run_evaluation
 from data.run.models import load_model
 from data.texts import EmbeddedText
 from data.world import ACTIONS
@@ -69,6 +70,27 @@ def test_claims_of_what_is_not_shown(text, claimed, whole):
     for got in (score_description(quiet, text, ALL), score_description(CLIP, text, ALL, of_twin=True)):
         assert (got["event claimed"], got["whole caption right"]) == (claimed, whole)
     assert "event named" not in score_description(quiet, text, ALL)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (EvalSettings(batch_size=0), "--batch-size: got 0"),
+        (EvalSettings(max_new_tokens=-1), "--max-new-tokens: got -1"),
+        (EvalSettings(max_frames=0), "--max-frames: got 0"),
+        (EvalSettings(fps=float("nan")), "--fps: got nan"),
+        (EvalSettings(limit=0), "--limit: got 0; give a number above 0, or -1"),
+        (EvalSettings(workers=-1), "--workers: got -1"),
+        (EvalSettings(temperature=-0.5), "--temperature: got -0.5"),
+        (DescribeSettings(Path("a.mp4"), max_new_tokens=0), "--max-new-tokens: got 0"),
+        (DescribeSettings(Path("a.mp4"), max_pixels=0), "--max-pixels: got 0"),
+    ],
+)
+def test_numbers_are_checked_first(settings, message):
+    """Before anything is loaded: neither the model nor the file is there."""
+    command = run_evaluation if isinstance(settings, EvalSettings) else run_describe
+    with pytest.raises(ValueError, match=message):
+        command(settings, Console())
 
 
 def test_static_part_leaves_the_event_out():

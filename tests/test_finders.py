@@ -10,8 +10,8 @@ import torch
 import vp
 from data.curation import finders
 from data.world import FPS, NUM_FRAMES, draw_clip
+from tests.commands import run
 from tests.helpers import plain_forward
-from tests.test_scripts import run
 
 TIMES = [i / 12 for i in range(36)]  # three seconds at twelve frames a second
 

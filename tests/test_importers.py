@@ -44,7 +44,7 @@ def imported(form: str, source: Path, videos: Path, **more) -> tuple[list[dict],
     assert problems == [] and len(loaded) == len(clips) == count
     assert all(clip.video.is_file() and clip.video.is_relative_to(videos.resolve()) for clip in loaded)
     assert [c.caption for c in loaded] == [c["caption"] for c in clips]
-    assert all(set(r) == {"where", "reason", "field", "found", "mend"} and r["mend"] for r in rejected)
+    assert all(set(r) == {"where", "reason", "field", "found", "fix"} and r["fix"] for r in rejected)
     assert not list(out.parent.glob("*.part"))
     first = out.read_bytes()
     run_import(Settings(form, source, videos, out, **more), console)
@@ -586,7 +586,7 @@ def test_a_foreign_file_is_named_with_its_command(tmp_path):
         importers = "python -m data.curation.importers"
         command = f"{importers} {importer} '{folder / name}' --videos '{folder}' --out '{folder}/clips.jsonl'"
         assert command + "".join(f" {m}" for m in more) in message, (name, message)
-        assert message.count("\n") <= 6 and f"go on with --data '{folder}/clips.jsonl'" in message
+        assert message.count("\n") <= 6 and f"continue with --data '{folder}/clips.jsonl'" in message
         if importer not in ("json", "csv", "llava", "swift", "messages", "parquet") or "NAME" in message:
             continue
         words = shlex.split(message[message.index("python -m") :].split("\n")[0])[3:]
@@ -595,7 +595,9 @@ def test_a_foreign_file_is_named_with_its_command(tmp_path):
         assert clips and not problems and clips[0].caption in ("He jumps.", "One.", "Two.", "Five."), name
         (folder / "clips.jsonl").unlink()
     (folder / "clips.jsonl").write_text("earlier")
-    with pytest.raises(ClipError, match=r"chat\.clips\.jsonl' --follow-links\nand go on with .*chat\.clips\.jsonl' --root"):
+    with pytest.raises(
+        ClipError, match=r"chat\.clips\.jsonl' --follow-links\nand continue with .*chat\.clips\.jsonl' --root"
+    ):
         load_clips(folder / "chat.json", tmp_path, follow_links=True)  # nothing is overwritten
 
 
@@ -724,8 +726,8 @@ def test_links_in_importers_and_curation(tmp_path):
     source.write_text("video,caption\n" + rows + "c,He waits.\n")
     run_import(Settings("csv", source, root, tmp_path / "clips.jsonl"), quiet)
     assert [clip["video"] for clip in lines(tmp_path / "clips.jsonl")] == ["c.mp4"]
-    mends = [r["mend"] for r in lines(tmp_path / "clips.rejected.jsonl")]
-    assert len(mends) == 4 and all("link that leaves" in mend and "--follow-links" in mend for mend in mends)
+    fixes = [r["fix"] for r in lines(tmp_path / "clips.rejected.jsonl")]
+    assert len(fixes) == 4 and all("link that leaves" in fix and "--follow-links" in fix for fix in fixes)
     run_import(Settings("csv", source, root, tmp_path / "clips.jsonl", follow_links=True), quiet)
     found = lines(tmp_path / "clips.jsonl")
     assert [clip["video"] for clip in found] == ["a.mp4", "sub/b.mp4", "more/0123abcd", "c.mp4"]  # b is the same clip
@@ -890,7 +892,7 @@ def test_command(tmp_path):
         assert words in " ".join(done.stdout.replace("│", " ").split())
     assert lines(tmp_path / "new/clips.jsonl") == [{"video": "a.mp4", "caption": "Jumps."}]
     (rejected,) = lines(tmp_path / "new/clips.rejected.jsonl")
-    assert rejected["where"] == "[b]t.csv:3" and rejected["found"] == "b" and ".mp4" in rejected["mend"]
+    assert rejected["where"] == "[b]t.csv:3" and rejected["found"] == "b" and ".mp4" in rejected["fix"]
     done = run("dream-1k")
     assert done.returncode == 1 and done.stderr.startswith("error: [b]t.csv: neither JSONL")
     assert done.stderr.count("\n") == 1 and set(IMPORTERS) == set(get_args(Format))

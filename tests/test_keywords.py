@@ -8,6 +8,8 @@ verbs by reading. Verbs under "optional" count neither way.
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -243,11 +245,21 @@ def test_the_question_holds_the_caption():
     assert CAPTION in keywords.keyword_prompt(CAPTION) and "JSON list" in keywords.keyword_prompt(CAPTION)
 
 
+class Tokenizer:
+    """One with a special token."""
+
+    added_tokens_decoder: ClassVar = {0: SimpleNamespace(content="[SEP]", special=True)}
+
+
 class Encoder:
     """Texts as vectors by hand."""
 
+    tokenizer = Tokenizer()
+    asked: ClassVar[list[str]] = []
+
     def encode(self, texts, **_):
         """Those in the table; all others are the event prompts."""
+        self.asked.extend(texts)
         vectors = {"jumps": [1.0, 0.0, 0.0], "leaps": [0.99, 0.14, 0.0], "walks": [0.0, 1.0, 0.0], "falls": [0.0, 0.0, 1.0]}
         return torch.nn.functional.normalize(torch.tensor([vectors.get(t, [0.8, 0.0, 0.6]) for t in texts]), dim=1)
 
@@ -260,6 +272,8 @@ def test_ranking_prefers_events_and_variety():
     assert [k.text for k in keywords.rank([found], None, 3)[0]] == ["walks", "jumps", "leaps"]
     twice = [found[0], keywords.Keyword("Walks", "walk", 9, 9), found[1]]
     assert [k.text for k in keywords.rank([twice], None, 3)[0]] == ["walks", "jumps"]
+    marked = keywords.Keyword("jumps [SEP] off", "jump", 20, 30)  # no special token of the encoder
+    assert marked in keywords.rank([[*found, marked]], Encoder(), 4)[0] and "jumps [ SEP] off" in Encoder.asked
 
 
 def test_missing_grammar_names_the_command():

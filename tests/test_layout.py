@@ -16,7 +16,7 @@ ALLOWED = {
     "data.measure": {"kernels", "vp", "data", "data.run", "data.benchmarks"},
     "scripts": {"kernels", "vp", "data", "data.run", "data.benchmarks", "data.measure"},
 }
-SCRIPTS = ("train_sft.py", "train_rl.py", "eval.py", "kernels/bench.py", "kernels/training.py", "docs/pictures.py")
+SCRIPTS = ("train_sft.py", "train_rl.py", "eval.py", "kernels/bench.py", "docs/pictures.py")
 
 
 def modules() -> dict[str, Path]:

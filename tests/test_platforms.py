@@ -15,19 +15,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
 import train_rl
 import train_sft
 from data import loader, videolm
+from data.clips import Preparation, load_clips, prepare
 from data.curation import curate
 from data.measure import cost
 from data.run import log as runs
 from data.run import memory, merge, models, processes, run, sizes
+from data.tiny import build_tiny
+from tests.conftest import FAMILIES
 
 HERE = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -186,7 +190,7 @@ def test_other_versions_of_transformers_are_refused(version):
 
 
 STEP = """
-import importlib, pkgutil, sys
+import importlib, json, pkgutil, sys
 import torch, transformers
 import vp, kernels.contrastive, kernels.logprob, kernels.reward, data.videolm
 assert "torchcodec" not in sys.modules  # what a GPU machine without FFmpeg needs; sentence-transformers imports it
@@ -194,33 +198,47 @@ ours = [f"data.{module.name}" for module in pkgutil.iter_modules([f"{sys.argv[1]
 for name in ["eval", "train_sft", "train_rl", *ours]:
     importlib.import_module(name)
 from data.run import models
-hf = models.load_trainable(sys.argv[2], "none", 0, False, True, torch.device("cpu"))
-torch.manual_seed(0)
-lm = data.videolm.VideoLM(hf).train()
-out = lm(lm.collate(torch.load(sys.argv[3], weights_only=False)))
-(out.lm_loss + out.contrastive_loss).backward()
-gradient = sum(float(p.grad.abs().sum()) for p in hf.parameters())
-print(transformers.__version__, out.lm_loss.item(), out.contrastive_loss.item(), gradient)
+numbers = []
+for checkpoint, examples in zip(sys.argv[2::2], sys.argv[3::2]):
+    hf = models.load_trainable(checkpoint, "none", 0, False, True, torch.device("cpu"))
+    torch.manual_seed(0)
+    lm = data.videolm.VideoLM(hf).train()
+    out = lm(lm.collate(torch.load(examples, weights_only=False)))
+    (out.lm_loss + out.contrastive_loss).backward()
+    gradient = sum(float(p.grad.abs().sum()) for p in hf.parameters())
+    numbers += [out.lm_loss.item(), out.contrastive_loss.item(), gradient]
+print(json.dumps([transformers.__version__, numbers]))
 """
 
 
+@pytest.fixture(scope="module")
+def steps(world, tmp_path_factory) -> list[Path]:
+    """A tiny checkpoint and four examples of each family, and what one step gives with the transformers of this process."""
+    folder, arguments = tmp_path_factory.mktemp("steps"), []
+    for family in FAMILIES:
+        checkpoint = build_tiny(folder / family, family, seed=1)
+        processor = AutoProcessor.from_pretrained(checkpoint)
+        clips, _ = load_clips(world / "train.jsonl")
+        torch.save([prepare(clip, Preparation(processor, 8)) for clip in clips[:2]], folder / f"{family}.pt")
+        arguments += [checkpoint, folder / f"{family}.pt"]
+    return arguments
+
+
 @pytest.mark.parametrize("version", [".".join(map(str, v)) for v in (data.OLDEST, data.NEWEST)])
-def test_oldest_and_newest_transformers(version, checkpoint, ragged, tmp_path):
+def test_oldest_and_newest_transformers(version, steps, tmp_path, capfd, monkeypatch):
     """Every module can be imported, and a training step has the same losses and gradients. `make setup` puts both there."""
     folder = Path(sys.prefix) / f"transformers-{version}"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there; run `make setup`")
-    torch.save(ragged, tmp_path / "examples.pt")
-    arguments = [sys.executable, "-c", STEP, HERE, checkpoint, tmp_path / "examples.pt"]
-    numbers = {}
-    for path in (f"{folder}:{HERE}", str(HERE)):
-        env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(list(map(str, arguments)), env=env, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        name, *values = done.stdout.split()
-        numbers[name] = list(map(float, values))
-    assert version in numbers and len(numbers) == 2, numbers
-    assert numbers.pop(version) == pytest.approx(next(iter(numbers.values())), rel=1e-4)
+    command = [sys.executable, "-c", STEP, HERE, *steps]
+    env = os.environ | {"PYTHONPATH": f"{folder}:{HERE}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    name, numbers = json.loads(done.stdout)
+    monkeypatch.setattr(sys, "argv", ["-c", HERE, *map(str, steps)])
+    exec(STEP.replace('assert "torchcodec"', 'True or "torchcodec"'), {})
+    here, expected = json.loads(capfd.readouterr().out)
+    assert (name, here) == (version, transformers.__version__) and numbers == pytest.approx(expected, rel=1e-4)
 
 
 def test_versions_are_the_same_everywhere():
@@ -276,11 +294,12 @@ def test_checkpoints_say_what_older_transformers_look_for(checkpoint, tmp_path):
     """4.57 reads three things by other names; without them it stops, or has a random head. They change nothing for 5."""
     hf, processor = models.load_pretrained(str(checkpoint), torch.float32)
     merge.save_model(tmp_path, hf, processor, merged=True)
-    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
-    assert text["tie_word_embeddings"] is True and text["rope_theta"] == 10000.0
-    assert text["rope_scaling"]["mrope_section"] == [4, 6, 6] and text["rope_scaling"]["rope_type"] == "default"
-    tokens = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert "<|video_pad|>" in tokens["additional_special_tokens"] and "extra_special_tokens" not in tokens
+    for folder in (tmp_path, checkpoint):  # what a run saves, and what data/tiny.py does
+        text = json.loads((folder / "config.json").read_text())["text_config"]
+        assert text["tie_word_embeddings"] is True and text["rope_theta"] == 10000.0
+        assert text["rope_scaling"]["mrope_section"] == [4, 6, 6] and text["rope_scaling"]["rope_type"] == "default"
+        tokens = json.loads((folder / "tokenizer_config.json").read_text())
+        assert "<|video_pad|>" in tokens["additional_special_tokens"] and "extra_special_tokens" not in tokens
     again, processor_again = models.load_pretrained(str(tmp_path), torch.float32)
     ids = torch.arange(20)[None] + 30
     with torch.no_grad():

@@ -1,10 +1,8 @@
 """Two processes on a CPU (gloo) against one: the same losses, with whole and with sharded weights, in both scripts."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import socket
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from safetensors.torch import load_file
 
 from data.clips import Preparation, load_clips
 from data.loader import ClipLoader
-from tests.test_scripts import HERE
+from tests.commands import HERE, Command
 
 SMALL = {
     "train_sft": ["--batch-size", 4, "--micro-batch-size", 2, "--sheets", 0],
@@ -23,23 +21,19 @@ SMALL = {
 }  # fmt: skip
 
 
-def launch(script: str, num: int, arguments: list, cwd: Path) -> str:
-    """Run a script in so many processes, as `torchrun` does; what it printed."""
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        num,
-        "--rdzv-endpoint",
-        "localhost:0",
-        "--rdzv-backend",
-        "c10d",
-    ]
-    command = [sys.executable, *(launcher if num > 1 else []), HERE / f"{script}.py", *arguments]
-    env = os.environ | {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), env=env, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def launch(script: str, num: int, arguments: list, cwd: Path) -> None:
+    """Run a script in so many processes, with the environment that `torchrun` gives them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(num):
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num, "LOCAL_WORLD_SIZE": num, "OMP_NUM_THREADS": 1}
+        env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        env = {name: str(value) for name, value in env.items()} if num > 1 else {}
+        started.append(Command(HERE / f"{script}.py", *arguments, cwd=cwd, env=env))
+    for done in [command.wait() for command in started]:
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("script", SMALL)

@@ -3,6 +3,7 @@
 KILLS=10 pytest tests/test_resume.py kills each script ten times; CI does it twice.
 """
 
+import functools
 import json
 import math
 import os
@@ -10,8 +11,8 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -21,25 +22,11 @@ from safetensors.torch import load_file
 import train_sft
 from data import videolm
 from data.run import models
-from tests.test_scripts import HERE, run
+from tests.commands import HERE, Command, run
 
-# Runs a script that is killed, as by kill -9, a given number of seconds after its log has reached a step.
-KILLER = """
-import json, os, signal, sys, threading, time
-sys.path.insert(0, sys.argv.pop(1))
-log, step, seconds = sys.argv.pop(1), int(sys.argv.pop(1)), float(sys.argv.pop(1))
-script = __import__(sys.argv.pop(1))
-def kill():
-    while not os.path.exists(log) or f'"step": {step},' not in open(log).read():
-        time.sleep(0.001)
-    time.sleep(seconds)
-    os.kill(os.getpid(), signal.SIGKILL)
-threading.Thread(target=kill, daemon=True).start()
-script.main(script.parse_settings(script.Settings, script.__doc__))
-"""
 SMALL = {
-    "train_sft": ["--steps", "60", "--batch-size", "2", "--micro-batch-size", "1", "--sheets", "0"],
-    "train_rl": ["--steps", "60", "--batch-size", "2", "--micro-batch-size", "1", "--num-rollouts", "3",
+    "train_sft": ["--steps", "36", "--batch-size", "2", "--micro-batch-size", "1", "--sheets", "0"],
+    "train_rl": ["--steps", "36", "--batch-size", "2", "--micro-batch-size", "1", "--num-rollouts", "3",
                  "--num-twin-rollouts", "2", "--max-new-tokens", "4"],
 }  # fmt: skip
 
@@ -56,6 +43,18 @@ def same(a: Path, b: Path) -> None:
         assert {k: v for k, v in x.items() if "perf" not in k} == {k: v for k, v in y.items() if "perf" not in k}
 
 
+def kill_later(log: Path, step: int, seconds: float) -> None:
+    """Kill this process, as by kill -9, a number of seconds after its log has reached a step."""
+
+    def watch() -> None:
+        while not log.exists() or f'"step": {step},' not in log.read_text():
+            time.sleep(0.001)
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @pytest.mark.parametrize("script", SMALL)
 def test_kill_minus_nine_and_resume(tmp_path, world, qwen2_5, script):
     """Killed at random moments and restarted each time: the undisturbed run's bits."""
@@ -66,35 +65,17 @@ def test_kill_minus_nine_and_resume(tmp_path, world, qwen2_5, script):
     test = world / f"resume-{script}-test.jsonl"
     test.write_text("\n".join((world / "test.jsonl").read_text().splitlines()[:4]))
     small = ["--model", qwen2_5, "--data", data, "--eval-data", test, "--workers", 0, *SMALL[script]]
-    small += [
-        "--log-every",
-        3,
-        "--save-every",
-        4,
-        "--eval-every",
-        8,
-    ]  # so that lines are begun before a save, and ended after
+    small += ["--log-every", 3, "--save-every", 4, "--eval-every", 8]  # lines are begun before a save, and ended after
     done = run(HERE / f"{script}.py", *small, "--out", tmp_path / "undisturbed", cwd=tmp_path)
-    seconds = float(re.search(r"\(60 steps in (\d+) s\)", done.stdout)[1]) / 60
-    rng, env = random.Random(script), os.environ | {"HF_HUB_OFFLINE": "1"}
+    seconds = float(re.search(r"\(36 steps in (\d+) s\)", done.stdout)[1]) / 36
+    rng = random.Random(script)
     kills = int(os.environ.get("KILLS", "2"))
-    for step in sorted(rng.sample(range(3, 57, 3), kills)):
+    for step in sorted(rng.sample(range(3, 34, 3), kills)):
         log, wait = tmp_path / "killed/metrics.jsonl", rng.uniform(0, max(0.05, 2 * seconds))
-        command = [
-            sys.executable,
-            "-c",
-            KILLER,
-            HERE,
-            log,
-            step,
-            wait,
-            script,
-            *small,
-            "--out",
-            tmp_path / "killed",
-            "--resume",
-        ]
-        died = subprocess.run(list(map(str, command)), env=env, cwd=tmp_path, capture_output=True, text=True)
+        kill = functools.partial(kill_later, log, step, wait)
+        died = run(
+            HERE / f"{script}.py", *small, "--out", tmp_path / "killed", "--resume", cwd=tmp_path, before=kill, check=False
+        )
         assert died.returncode == -signal.SIGKILL, died.stderr
     done = run(HERE / f"{script}.py", *small, "--out", tmp_path / "killed", "--resume", cwd=tmp_path)
     print(f"{script}: {kills} kills; {[x for x in done.stdout.splitlines() if 'resumed' in x or 'anew' in x]}")
@@ -108,25 +89,17 @@ def test_resume_says_what_it_does(tmp_path, world, qwen2_5):
     shutil.copy(world / "train.jsonl", data)
     small = ["--model", qwen2_5, "--data", data, "--workers", 0, "--sheets", 0, "--batch-size", 2, "--micro-batch-size", 2]
     small += ["--log-every", 1, "--save-every", 2, "--lora-rank", 2, "--out", "o", "--resume"]
-    small = [sys.executable, HERE / "train_sft.py", *small]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
+    small = [HERE / "train_sft.py", *small]
 
     def start(*more) -> tuple[int, str]:
-        done = subprocess.run(list(map(str, [*small, *more])), env=env, cwd=tmp_path, capture_output=True, text=True)
+        done = run(*small, *more, cwd=tmp_path, check=False)
         return done.returncode, done.stdout + done.stderr
 
-    process = subprocess.Popen(
-        list(map(str, [*small, "--steps", 3000])), env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    )
-    shown = []
-    for line in process.stdout:  # until ten steps are done
-        shown.append(line)
-        if line.startswith("step "):
-            break
-    assert "no checkpoint in o: started anew" in "".join(shown)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode == 0
+    command = Command(*small, "--steps", 3000, cwd=tmp_path)
+    command.wait_for("step ")
+    os.kill(command.pid, signal.SIGTERM)
+    done = command.wait()
+    assert done.returncode == 0 and "no checkpoint in o: started anew" in done.stdout
     newest = (tmp_path / "o/checkpoint").resolve()
     assert (newest / "adapter/adapter_model.safetensors").exists() and not (newest / "model.safetensors").exists()
     code, output = start("--steps", 9)

@@ -30,7 +30,7 @@ def test_metrics_and_curves(tmp_path):
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").open()]
     assert [x["step"] for x in lines] == [1, 2, 3] and lines[2]["loss/lm"] == pytest.approx(1 / 3, abs=1e-6)
     assert {"settings", "commit", "torch", "device"} <= json.loads((tmp_path / "run/settings.json").read_text()).keys()
-    picture = Image.open(log.plot([["loss/lm"], ["absent"]]))
+    picture = Image.open(log.plot({"loss": ["loss/lm"], "nothing": ["absent"]}))
     assert picture.width > 800 and len(picture.convert("L").getcolors(256)) > 3
 
 

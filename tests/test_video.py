@@ -6,6 +6,7 @@ The base video lasts 4 s at 25 frames a second; frame k has the gray level 20 + 
 import json
 import struct
 import subprocess
+import zlib
 from pathlib import Path
 
 import pytest
@@ -297,6 +298,12 @@ def test_folder_of_pictures(tmp_path):
         read_frames(Clip(folder, "x", "a"), 8)
     (folder / "00008.png").write_bytes(b"no picture")
     with pytest.raises(ClipError, match=r"frames: 00008\.png cannot be decoded: no picture, or damaged"):
+        read_frames(clip, 8)
+    head = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)  # the decoder would ask for 2.7 GB
+    head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    head += struct.pack(">I", 8) + b"IDAT"
+    (folder / "00008.png").write_bytes(head)
+    with pytest.raises(ClipError, match=r"frames: 00008\.png has too many pixels, more than 179 million; scale it down"):
         read_frames(clip, 8)
     Image.new("RGB", (32, 48)).save(folder / "00008.png")
     with pytest.raises(ClipError, match=r"00008\.png has another size than 00005\.png"):

@@ -8,7 +8,7 @@ All questions about a part grow as branches out of one prefill (`VideoLM.answer`
 and all, is run once, and so is the vision encoder, for full video and twin together. Models that VideoLM does not know run
 through AutoModelForImageTextToText, a prompt each.
 
-Predictions are appended as they come. Videos are taken in fixed batches, so that a run that was killed and taken up again
+Predictions are appended as they come. Videos are taken in fixed batches, so that a run that was killed and continued
 gives every answer from the same batch as a run that was not. `settings.json` says what the predictions were made with; a
 run with other settings does not continue them.
 """
@@ -55,7 +55,7 @@ from data.files import inside_root, read_lines
 from data.foreign import check_annotations
 from data.loader import ClipLoader
 from data.run.sheets import printable
-from data.user_text import encode_rendered
+from data.user_text import encode, encode_rendered
 
 SHARING = ("qwen2_5_vl", "qwen3_vl")  # the families that VideoLM is tested with and whose prefixes can be shared
 MOST = 32  # questions on one prefill: each adds a row to every step of decoding
@@ -118,7 +118,7 @@ def group_questions(benchmark: Benchmark, spans: Mapping[Path, list] | None = No
 
 
 def read_key_spans(path: Path, root: Path, follow_links: bool = False) -> tuple[dict[Path, list], list[str]]:
-    """Key spans by video, in seconds from the beginning of the file, and the lines that cannot be used, by name.
+    """Key spans by video, in seconds from the beginning of the file, and a message for each line that cannot be used.
 
     path: JSONL as data/curation/curate.py writes it, of which video, key_spans and start are used; videos are paths below
     root.
@@ -140,6 +140,35 @@ def read_key_spans(path: Path, root: Path, follow_links: bool = False) -> tuple[
         except ClipError as error:
             problems.append(str(error))
     return spans, problems
+
+
+def room(hf: nn.Module, max_new_tokens: int) -> int | None:
+    """Tokens that a prompt may have, so that the longest answer still fits into the model's context; None: not known."""
+    context = getattr(hf.config.get_text_config(), "max_position_embeddings", None)
+    return None if context is None else context - max_new_tokens
+
+
+def leave_out_long(
+    parts: Sequence[Part], benchmark: Benchmark, processor, limit: int | None
+) -> tuple[list[Part], list[str]]:
+    """The parts without the questions whose prompt has more than `limit` tokens beside the video, and a message for each
+    of those. A part of which no question is left is left out."""
+    if limit is None:
+        return list(parts), []
+    kept, problems = [], []
+    for part in parts:
+        questions = []
+        for q in part.questions:
+            length = len(encode(processor.tokenizer, "".join(prompt(benchmark, q, 0.0))))
+            if length <= limit:
+                questions.append(q)
+            else:
+                problems.append(
+                    f"{benchmark.name}: {q.id}: its prompt has {length} tokens, more than {limit}; shorten it, or raise "
+                    "--max-text-tokens if the model reads more"
+                )
+        kept += [replace(part, questions=questions)] if questions else []
+    return kept, problems
 
 
 # --- What is shown ------------------------------------------------------------------------------------------------------
@@ -210,7 +239,7 @@ def common_prefix(prompts: Sequence[Tensor]) -> int:
 def make_asked(
     part: Part, preparation: Preparation, seed: object, benchmark: Benchmark, share_prefix: bool, twin: bool
 ) -> Asked:
-    """Read a part and make its prompts: what a worker does. Raises ClipError where the part cannot be used."""
+    """Read a part and make its prompts: what a worker does. Raises ClipError if the part cannot be used."""
     processor, step = preparation.processor, preparation.frames_per_slot
     frames, source, share = read_part(part, benchmark, step)
     frames = preparation.fit(frames)
@@ -235,7 +264,7 @@ def share_prompt(processor, texts: Sequence[str], frames: Frames) -> tuple[vp.Ex
     """An example of what all prompts begin with, and the tokens that follow in each: the processor sees the video once.
 
     The tokens of prompt and tail together are those of the whole prompt: a special token ends the video, and nothing is
-    merged across it. That is checked on the first prompt; if it did not hold, the processor would make each anew.
+    merged across it. That is checked on the first prompt; if it did not hold, the processor would make each of them.
     """
     inputs, end = process(processor, texts[:1], [frames]), processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
     first, types = inputs["input_ids"][0], inputs["mm_token_type_ids"][0]
@@ -270,9 +299,12 @@ def generate(hf: nn.Module, processor, videos: Sequence[Frames], texts: Sequence
     """Greedy answers of any Hugging Face video-language model to texts that show the same videos, a prompt each."""
     # to the left: what is generated follows the prompt
     inputs = process(processor, list(texts), list(videos) * len(texts), padding=True, padding_side="left")
+    length = inputs["input_ids"].shape[1]
+    if (most := room(hf, max_new_tokens)) is not None and length > most:
+        raise ValueError(f"video and question have {length} tokens, and the model reads {most} beside its answer")
     inputs = inputs.to(hf.device, hf.dtype)
     out = hf.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return processor.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
 
 
 def answer_plain(
@@ -290,7 +322,7 @@ def answer_plain(
 def answer_batch(
     lm: videolm.VideoLM, processor, batch: Sequence[Asked], max_new_tokens: int, twin: bool
 ) -> list[tuple[list[str], list[str]]]:
-    """The same for several parts, all questions about each on one prefill; without a twin, the full video stands in."""
+    """The same for several parts, all questions about each on one prefill. The full video replaces a missing twin."""
     tails = [asked.tails for asked in batch]
     rollouts = lm.answer([asked.example for asked in batch], tails, max_new_tokens, twin)
     most, answers = max(map(len, tails)), []
@@ -309,9 +341,10 @@ def answer(
     """Ask all that has no answer in out/predictions.jsonl yet, and append the answers as they come.
 
     settings: see `open_run`. With twin, answers about twins go to out/twin-predictions.jsonl. Videos that cannot be used
-    are skipped; they stand in out/problems.txt, with `problems`. Returns both files, and the number of problems.
+    are skipped; out/problems.txt names them, with `problems`. Returns both files, and the number of problems.
     """
     open_run(out, settings)
+    context = room(hf, benchmark.max_new_tokens)
     lm = videolm.VideoLM(hf).eval() if shares_prefix(hf) else None
     if lm is None:
         console.print(
@@ -340,9 +373,9 @@ def answer(
         left = [(b, part) for b, batch in enumerate(batches) if not all(map(is_done, batch)) for part in batch]
         slim = replace(benchmark, questions=[], problems=[])  # what a worker needs of it
         loader = ClipLoader(
-            [part for _, part in left], Preparation(processor, benchmark.num_frames, max_pixels=benchmark.max_pixels),
-            workers=workers,
-            time_limit=time_limit, max_bad_share=1.0, shuffle=False,
+            [part for _, part in left],
+            Preparation(processor, benchmark.num_frames, max_pixels=benchmark.max_pixels, context=context),
+            workers=workers, time_limit=time_limit, max_bad_share=1.0, shuffle=False,
             make=partial(make_asked, benchmark=slim, share_prefix=lm is not None, twin=twin),
         )  # fmt: skip
         stack.enter_context(loader)

@@ -1,6 +1,7 @@
 """The commands `eval.py score` and `eval.py run`."""
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class ScoreSettings:
 
 @dataclass
 class RunSettings:
-    """Ask a model a benchmark's questions, and score the answers. After a kill the same command goes on."""
+    """Ask a model a benchmark's questions, and score the answers. After a kill the same command continues."""
 
     benchmark: Literal[benchmarks.NAMES]
     """Which benchmark; clips: one's own annotation file."""
@@ -82,6 +83,8 @@ class RunSettings:
     """Height times width of a picture that the model sees, at most (default: the processor's own limit)."""
     max_new_tokens: int | None = None
     """Longest answer (default: the protocol's)."""
+    max_text_tokens: int | None = None
+    """Tokens of a prompt without the video, at most; questions with more are left out (default: what the model reads)."""
     limit: int = -1
     """Ask about the first so many videos, or parts of videos, only (-1: all). --needle: so many clips, at all lengths."""
     batch_size: int = 4
@@ -90,6 +93,18 @@ class RunSettings:
     """Processes that decode ahead (0: none, and no time limit)."""
     time_limit: float = 60.0
     """Seconds after which a decoder counts as hung."""
+
+
+def short_name(name: str, most: int = 200) -> str:
+    """The name of a file, cut to so many bytes if it has more: systems take 255, and endings follow.
+
+    >>> short_name("a.b"), short_name("ü" * 120, 200) == "ü" * 95 + "-e18ee079"
+    ('a.b', True)
+    """
+    whole = name.encode("utf-8", "surrogateescape")
+    if len(whole) <= most:
+        return name
+    return whole[: most - 10].decode("utf-8", "ignore") + f"-{zlib.crc32(whole):08x}"  # a number of its own for each
 
 
 def run_score(settings: ScoreSettings, console: Console) -> dict:
@@ -107,7 +122,7 @@ def run_score(settings: ScoreSettings, console: Console) -> dict:
     benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles, s.follow_links, s.videos)
     responses, problems = predictions.read_predictions(s.predictions, benchmark)
     path = s.predictions.resolve() if s.predictions.is_dir() else s.predictions
-    out = path.with_name(f"{path.name if path.is_dir() else path.stem}.{s.protocol}.json")
+    out = path.with_name(f"{short_name(path.name if path.is_dir() else path.stem)}.{s.protocol}.json")
     if s.benchmark == "motionbench":
         submission = out.with_suffix(".submission.json")
         submission.write_text(json.dumps(benchmarks.submission(benchmark, responses), indent=1) + "\n")
@@ -131,7 +146,7 @@ def run_score(settings: ScoreSettings, console: Console) -> dict:
 
 def check_run(s: RunSettings) -> None:
     """Raise ValueError that names every setting of `eval.py run` that cannot be."""
-    numbers = ("batch_size", "num_frames", "max_new_tokens", "max_pixels", "time_limit")
+    numbers = ("batch_size", "num_frames", "max_new_tokens", "max_text_tokens", "max_pixels", "time_limit")
     wrong = [name for name in numbers if getattr(s, name) is not None and not getattr(s, name) > 0]
     problems = [f"--{name.replace('_', '-')} {getattr(s, name)}: give a number above 0" for name in wrong]
     if s.limit != -1 and s.limit < 1:
@@ -179,12 +194,16 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
         raise ClipError(f"none of the {len(asked_about)} videos exists, the first is {asked_about[0]}{hint}")
     hf, processor = load_plain(s.model)
     more = {"twin": s.twin, "probe": probe} | ({"lengths": s.lengths, "seed": s.seed} if probe else {})
+    more |= {} if s.max_text_tokens is None else {"longest prompt": s.max_text_tokens}
     made_with = predictions.describe_run(benchmark, parts, hf, more)
+    limit = s.max_text_tokens or answers.room(hf, benchmark.max_new_tokens)
+    parts, too_long = answers.leave_out_long(parts, benchmark, processor, limit)
     if s.needle:
         parts, left_out = probes.hide(parts, s.lengths, s.seed, None if s.limit < 0 else s.limit)
     else:
         parts, left_out = probes.pair(parts, s.seed) if s.diff else (parts, [])
         parts = first_parts(parts, s.limit)
+    left_out = [*too_long, *left_out]
     if not parts:
         listed = "\n  ".join(left_out[:10])
         raise ClipError(f"no question of {s.benchmark} can be asked:\n  {listed}")

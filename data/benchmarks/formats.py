@@ -1,20 +1,20 @@
 """The files of public benchmarks, as published: from each record a Question, or a reason why it cannot be used.
 
 Each format names the repository in which it was read. A reader is a generator over the questions; what it cannot use it
-refuses by name, and goes on. Paths in the files cannot leave the root.
+names, and the reading continues. Paths in the files cannot leave the root.
 """
 
 import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.benchmarks.scoring import LETTERS
 from data.clips import ClipError, load_clips
-from data.files import PathError, inside_root, is_seconds, path_below, read_json, read_objects, with_any_ending
+from data.files import PathError, Refuse, inside_root, is_seconds, path_below, read_json, read_objects, with_any_ending
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Question:
     text: str
     """The question as the file has it."""
     options: tuple[str, ...]
-    """Texts of the options without their letters; () where the answer is free text, or yes or no."""
+    """Texts of the options without their letters; () if the answer is free text, or yes or no."""
     answer: str | None
     """The right letter (the first of equal options), or the reference text; None: hidden, in no denominator."""
     start: float | None = None
@@ -38,13 +38,10 @@ class Question:
     frames_per_second: float | None = None
     """Of a folder of frames."""
     key_spans: list | None = None
-    """[[start, end], ...] in seconds from `start`, where they are known: for the twin."""
+    """[[start, end], ...] in seconds from `start`, if they are known: for the twin."""
     record: dict = field(default_factory=dict)
     """What else a prompt or a rule needs; `groups`: further tables that the question counts in, name -> group."""
 
-
-Refuse = Callable[[str, str, object, str], None]
-"""refuse(where, field, found, mend) notes a record that cannot be used."""
 
 CRASH = (
     "Provide a detailed description of this crash video.",
@@ -120,7 +117,7 @@ def records(path: Path, kind: type, expected: str, refuse: Refuse) -> list:
             return read_json(path, kind, expected)
         refuse(str(path), "", "no such file", "put it there, or its questions are not asked")
     except ClipError as error:
-        refuse(path.name, "", str(error).removeprefix(f"{path}: "), "mend the file, or its questions are not asked")
+        refuse(path.name, "", str(error).removeprefix(f"{path}: "), "fix the file, or its questions are not asked")
     return []
 
 
@@ -201,9 +198,9 @@ def vru_accident_captions(root: Path, refuse: Refuse, subtitles: bool) -> Iterat
 
 
 def parted(text: str, label: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """A question whose options stand in it, a line each: its stem, the labels and the texts of the options.
+    """A question with its options inside, one on each line: its stem, the labels and the texts of the options.
 
-    label: a pattern of what an option begins with, in a group. Lines that do not begin so go on with the option above.
+    label: a pattern of what an option begins with, in a group. Other lines continue the option above.
 
     >>> parted("What?\\nA. x\\nB. y\\nand z", r"([A-Z])[.):] *")
     ('What?', ('A', 'B'), ('x', 'y and z'))
@@ -220,7 +217,7 @@ def motionbench(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Questio
     path = base / "video_info.meta.jsonl"
     if not path.is_file():
         raise ClipError(f"{path}: no such file; download it to there")
-    for where, entry in read_objects(path, "MotionBench: an object a line with video_path and qa", as_importer(refuse)):
+    for where, entry in read_objects(path, "MotionBench: an object a line with video_path and qa", refuse):
         pairs = entry.get("qa")
         if not isinstance(entry.get("video_path"), str) or not isinstance(pairs, list):
             refuse(where, "qa", entry, 'give "video_path", and "qa", a list of questions')
@@ -323,7 +320,7 @@ def video_mme(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]
                 try:
                     record["subtitles"] = read_subtitles(spoken)
                 except (OSError, ValueError) as error:
-                    refuse(where, "", f"{spoken.name}: {error}", "mend the file; asked without subtitles")
+                    refuse(where, "", f"{spoken.name}: {error}", "fix the file; asked without subtitles")
             if answer != "":
                 yield Question(row["question_id"], video, row["duration"], row["question"],
                                tuple(re.sub(r"^[A-Z][.)]\s*", "", o) for o in options), answer, record=record)  # fmt: skip
@@ -371,7 +368,7 @@ def dream_1k(root: Path, refuse: Refuse, subtitles: bool) -> Iterator[Question]:
     path = root / "DREAM-1k.jsonl"
     if not path.is_file():
         raise ClipError(f"{path}: no such file; download it to there")
-    for where, entry in read_objects(path, "DREAM-1K: an object a line with messages or text", as_importer(refuse)):
+    for where, entry in read_objects(path, "DREAM-1K: an object a line with messages or text", refuse):
         try:
             if "messages" in entry:
                 turns = {m["role"]: next(p for p in m["content"] if p["type"] == "text") for m in entry["messages"]}
@@ -414,11 +411,6 @@ def own_clips(
                        frames_per_second=clip.frames_per_second, record={"clip": clip})  # fmt: skip
 
 
-def as_importer(refuse: Refuse) -> Callable[[str, str, str, object, str], None]:
-    """refuse, as data/curation/importers.py calls it: with a reason, which is not needed here."""
-    return lambda where, reason, name, found, mend: refuse(where, name, found, mend)
-
-
 def letter_of(answer: object, count: int, where: str, name: str, refuse: Refuse) -> str | None:
     """The right letter among `count` options (0: any); None: hidden; "": neither, and refused."""
     if answer is None or (isinstance(answer, str) and answer.strip().upper() in ("", "NA")):
@@ -426,7 +418,7 @@ def letter_of(answer: object, count: int, where: str, name: str, refuse: Refuse)
     letters = LETTERS[: count or None]
     if isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip().upper() in letters:
         return answer.strip().upper()
-    refuse(where, name, answer, f"give one of the letters {', '.join(letters)}, or NA where it is hidden")
+    refuse(where, name, answer, f"give one of the letters {', '.join(letters)}, or NA if it is hidden")
     return ""
 
 

@@ -1,12 +1,11 @@
 """Predictions: a run's folder that a kill cannot spoil, and files of predictions, ours and the authors'.
 
-A folder says what its predictions were made with, holds their lines, and what went wrong. `settings.json` says what they
-depend on; a run with other settings does not continue them.
+A folder says what its predictions were made with, holds their lines, and what went wrong. `settings.json`
+says what they depend on; a run with other settings does not continue them.
 """
 
 import hashlib
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from torch import nn
 from data.benchmarks.formats import TEMPCOMPASS, video_name
 from data.benchmarks.questions import Benchmark, prompt
 from data.clips import ClipError
-from data.files import Pairs, read_json, read_lines
+from data.files import Pairs, changes, read_json, read_lines, write_whole
 from data.run.log import describe_environment
 from data.run.sheets import printable
 
@@ -57,9 +56,9 @@ def describe_run(benchmark: Benchmark, parts: Sequence["Part"], hf: nn.Module, m
 
 
 def open_run(out: Path, settings: dict) -> None:
-    """Write settings.json to a folder, or check that it has the same. Raises ValueError where predictions are another's."""
+    """Write settings.json to a folder, or check that it has the same. Raises ValueError if predictions are another's."""
     out.mkdir(parents=True, exist_ok=True)
-    path, partial_path = out / "settings.json", out / ".settings.json"
+    path = out / "settings.json"
     settings = json.loads(json.dumps(settings))
     try:
         found = json.loads(path.read_text())["settings"] if path.exists() else None
@@ -67,21 +66,19 @@ def open_run(out: Path, settings: dict) -> None:
         raise ValueError(f"{path}: cannot be read; give another --out, or delete the folder") from None
     if found is None and (out / "predictions.jsonl").exists():
         raise ValueError(f"{out}: holds predictions but no settings.json; give another --out, or delete the folder")
-    if found is not None and found != settings:
-        names = [n for n in settings | found if settings.get(n) != found.get(n)]
-        listed = "; ".join(f"{n}: {found.get(n)} there, {settings.get(n)} now" for n in names)
+    if found is not None and (changed := changes(found, settings)):
+        listed = "; ".join(changed)
         raise ValueError(
             f"{out}: holds predictions made with other settings ({listed}). Continue with those, or give another --out"
         )
     if found is None:
-        partial_path.write_text(json.dumps({"settings": settings} | describe_environment(), indent=2) + "\n")
-        os.replace(partial_path, path)
+        write_whole(path, json.dumps({"settings": settings} | describe_environment(), indent=2) + "\n")
 
 
 class Lines:
     """A predictions file: its lines by id, and more of them appended, each whole before the next.
 
-    What a kill has torn is taken out, and stands in `problems`.
+    A line that a kill has cut off is taken out, and named in `problems`.
     """
 
     def __init__(self, path: Path):
@@ -97,9 +94,7 @@ class Lines:
             except (ValueError, KeyError, TypeError, RecursionError):
                 self.problems.append(f"{path}:{number}: torn or doubled; taken out, its question is asked again")
         if self.problems:
-            partial_path = path.with_name(f".{path.name}")
-            partial_path.write_text("".join(json.dumps(record) + "\n" for record in self.records.values()))
-            os.replace(partial_path, path)
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in self.records.values()))
         self.file = path.open("a")
 
     def add(self, record: dict) -> None:
@@ -135,7 +130,7 @@ TEMPCOMPASS_FIELDS = ("prediction", "response", "video-llm-prediction")  # of pr
 
 
 class Predictions:
-    """Responses by question id as they are read, what could not be used, by name, and what the authors' files answer."""
+    """Responses by question id as they are read, what cannot be used, in words, and what the authors' files answer."""
 
     def __init__(self, benchmark: Benchmark):
         self.benchmark = benchmark
@@ -221,8 +216,8 @@ class Predictions:
                 self.take(place, same[0], entry[field])
 
     def take_element(self, where: str, entry: object) -> None:
-        """A video with its "questions": [{"question_id", "response", "answer"}], as Video-MME's authors want it; or one
-        such question; or {"id", "response"}, of any benchmark."""
+        """A video with its "questions": [{"question_id", "response", "answer"}], as Video-MME's authors want
+        it; or one such question; or {"id", "response"}, of any benchmark."""
         questions = entry.get("questions", [entry]) if isinstance(entry, dict) else None
         if not isinstance(questions, list):
             self.problems.append(f'{where}: found {str(entry)[:80]}; give "questions", or "id" and "response"')
@@ -268,14 +263,15 @@ class Predictions:
 
 
 def read_predictions(path: Path, benchmark: Benchmark) -> tuple[dict[str, str], list[str]]:
-    """Responses by question id, and what could not be used, by name.
+    """Responses by question id, and a line for each that cannot be used.
 
-    path: .jsonl with {"id", "response"} a line; .json with {id: response}; a run's folder; or the authors' own files, one
-    of them or their folder: VRU-Accident's S_VQA_response.json, {video: {category: {"pred", "GT"}}} or {video: {"pred"}};
-    TempCompass's KIND.json, {video: {aspect: [{"question", "answer", "prediction"}]}}; Video-MME's list of videos with
-    "questions"; MotionBench's {uid: answer}. A response of null is one that says nothing. Of several responses to a
-    question the first counts. Under the official protocol VRU-Accident's `pred` of more than a letter is no answer, as for
-    the authors' script. Raises ClipError if there is no readable file, or nothing of it can be used.
+    path: .jsonl with {"id", "response"} a line; .json with {id: response}; a run's folder; or the authors'
+    own files, one of them or their folder: VRU-Accident's S_VQA_response.json, {video: {category: {"pred",
+    "GT"}}} or {video: {"pred"}}; TempCompass's KIND.json, {video: {aspect: [{"question", "answer",
+    "prediction"}]}}; Video-MME's list of videos with "questions"; MotionBench's {uid: answer}. A response of
+    null is one that says nothing. Of several responses to a question the first counts. Under the official
+    protocol VRU-Accident's `pred` of more than a letter is no answer, as for the authors' script. Raises
+    ClipError if there is no readable file, or nothing of it can be used.
     """
     path, read = Path(path), Predictions(benchmark)
     files = [path]

@@ -41,8 +41,8 @@ def hide(
 ) -> tuple[list[Part], list[str]]:
     """Each clip, or the first `limit`, hidden in footage of other clips, the whole as many clips long as `lengths` say.
 
-    The footage of a length holds that of the shorter ones, and no clip with one of the keywords. Returns the parts, their
-    questions called "ID in LENGTH", and the clips that have too few others, by name.
+    The footage of a length holds that of the shorter ones, and no clip with one of the keywords. Returns the
+    parts, their questions called "ID in LENGTH", and a line for each clip that has too few others.
     """
     parts, hidden, problems = own_clips(parts, "needle"), [], []
     keywords = [{k.casefold() for k in p.questions[0].record["clip"].keywords} for p in parts]
@@ -65,7 +65,7 @@ def hide(
 def pair(parts: Sequence[Part], seed: int = 0) -> tuple[list[Part], list[str]]:
     """Each clip beside its twin, in an order that is drawn, with the question which shows the event and when.
 
-    Clips without key spans are left out, by name.
+    Clips without key spans are left out and named.
     """
     pairs, problems = [], []
     for part in own_clips(parts, "diff"):
@@ -144,7 +144,7 @@ def draw_curve(curves: Mapping[str, list[dict]], path: Path) -> None:
 
 
 def parse_difference(text: str) -> tuple[int, float, float] | None:
-    """Which video has the event and its [start, end] in seconds, or None where the text does not say just that.
+    """Which video has the event and its [start, end] in seconds, or None if the text does not say just that.
 
     >>> parse_difference("Video 2, 0.5 to 1.5."), parse_difference("video 1: 2-3 s"), parse_difference("video 1 or 2")
     ((2, 0.5, 1.5), (1, 2.0, 3.0), None)
@@ -169,8 +169,8 @@ def interval_iou(start: float, end: float, spans: Sequence[Sequence[float]]) -> 
 def score_differences(parts: Sequence[Part], lines: Mapping[str, dict]) -> list[dict]:
     """Scores of each pair of full video and twin; an answer that cannot be read, or is missing, is wrong.
 
-    video right: it names the full video (chance: 0.5). IoU: of its seconds and the key spans. both: the right video, and an
-    IoU of 0.5 or more.
+    video right: it names the full video (chance: 0.5). IoU: of its seconds and the key spans. both: the right
+    video, and an IoU of 0.5 or more.
     """
     rows = []
     for part in parts:
@@ -223,9 +223,7 @@ def report_differences(parts: Sequence[Part], lines: Lines, twin_lines: Lines | 
     scores = tabulate(rows)["overall"]["overall"]
     table = [[name, percent(cell)] for name, cell in scores.items()]
     show_table(f"full video against twin: {len(rows)} clips", ["score", "percent"], table, out, console)
-    console.print(
-        "chance of video right: 50 among readable answers; IoU: 0 where the answer cannot be read", highlight=False
-    )
+    console.print("chance of video right: 50 among readable answers; IoU: 0 if the answer cannot be read", highlight=False)
     return {"scores": scores, "rows": rows}
 
 

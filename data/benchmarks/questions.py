@@ -1,6 +1,6 @@
 """Public benchmarks: ask as their authors asked, score by their rules and by ours, compare two models.
 
-    benchmark = load_benchmark("vru-accident", root)           # questions, and what could not be read, by name
+    benchmark = load_benchmark("vru-accident", root)           # questions, and a line for each that could not be read
     text, begin = prompt(benchmark, benchmark.questions[0])    # the user's turn, and how the assistant's begins
     predictions, problems = read_predictions(path, benchmark)  # data/benchmarks/predictions.py
     results = score(benchmark, predictions)
@@ -80,7 +80,7 @@ ABOUT = {
 }  # fmt: skip
 OURS = (16, 16, 0.5)  # frames, tokens of an answer (a description keeps its authors' number), place
 
-# What published figures divide by, where it is not simply all questions.
+# What published figures divide by, if it is not simply all questions.
 DENOMINATORS = {
     "vru-accident": "questions in the prediction files",
     "tempcompass": "questions in the prediction files; there, GPT judges what no rule can read",
@@ -91,7 +91,7 @@ DENOMINATORS = {
 
 @dataclass(frozen=True)
 class Published:
-    """A figure to stand beside. second_hand: not from the one who measured it."""
+    """A published figure to compare with. second_hand: not from the one who measured it."""
 
     model: str
     figure: str
@@ -144,7 +144,7 @@ def load_benchmark(
 
     videos: the folder that the paths of one's own clips are relative to (default: that of their file).
     What cannot be used is in `problems`; of questions with the same id only the first is kept, and the others are problems.
-    follow_links: videos may be links that leave the root. Raises ClipError where the files hold no question at all,
+    follow_links: videos may be links that leave the root. Raises ClipError if the files hold no question at all,
     ValueError for an unknown name or protocol.
     """
     if name not in NAMES:
@@ -154,17 +154,17 @@ def load_benchmark(
     if subtitles and name != "video-mme":
         raise ValueError(f"--subtitles: {name} has none; only video-mme has")
     if videos is not None and name != "clips":
-        raise ValueError(f"--videos: only for clips; the videos of {name} lie below its --root")
+        raise ValueError(f"--videos: only for clips; the videos of {name} are below its --root")
     if videos is not None and not Path(videos).is_dir():
         raise ClipError(f"--videos {videos}: no such folder; give the one that the clips' paths are relative to")
     root, problems, questions = Path(root), [], {}
     if not root.exists():
         raise ClipError(f"--root {root}: no such folder; download {name} to there")
 
-    def refuse(where: str, name: str, found: object, mend: str) -> None:
+    def refuse(where: str, field: str, found: object, fix: str, reason: str = "") -> None:
         shown = found if isinstance(found, str) else repr(found)
         shown = shown[:80] + "..." * (len(shown) > 80)
-        problems.append(f"{where}: " + f"field '{name}': " * bool(name) + f"found {shown}; " * bool(shown) + mend)
+        problems.append(f"{where}: " + f"field '{field}': " * bool(field) + f"found {shown}; " * bool(shown) + fix)
 
     own = (
         {"follow_links": follow_links, "videos": videos} if name == "clips" else {}
@@ -202,7 +202,7 @@ def prompt(benchmark: Benchmark, question: Question, duration: float | None = No
     """The user's text, and how the assistant's turn begins ("" or "Best option:(").
 
     vru-accident: for Qwen, its authors put the text before the video. mvbench, tvbench: their authors give WATCH as system
-    text and before the question; here it stands before the question. motionbench: its authors publish no prompt; this is
+    text and before the question; here it comes before the question. motionbench: its authors publish no prompt; this is
     lmms-eval's. video-mme: subtitles are those at the sampled moments where `duration`, the video's seconds, is given, as
     its authors ask, else all of them.
     """
@@ -372,7 +372,7 @@ def tabulate(rows: list[dict]) -> dict:
 
 
 def score(benchmark: Benchmark, predictions: Mapping[str, str], encoder=None) -> dict:
-    """Scores overall, by category and by further groups, with intervals, counts and what to stand beside.
+    """Scores overall, by category and by further groups, with intervals, counts and published figures.
 
     predictions: id -> response; ids that are no question are ignored (`read_predictions` names them). encoder: a
     `data.texts.TextEncoder`, which dream-1k needs. A question without a prediction is wrong, a description without one is

@@ -93,7 +93,7 @@ def show_scores(results: dict, title: str, console: Console) -> str:
 
 
 def read_results(path: Path) -> dict:
-    """A result of `eval.py score`. Raises ValueError where a file is none."""
+    """A result of `eval.py score`. Raises ValueError if a file is none."""
     try:
         results = json.loads(path.read_text("utf-8"))
         if not isinstance(results["benchmark"], str) or not isinstance(results["rows"], list) or not results["rows"]:

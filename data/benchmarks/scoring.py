@@ -1,11 +1,10 @@
 """Scores: the letter in a response, by each benchmark's rule and by ours; scores of descriptions; intervals and tests.
 
-A rule for multiple choice returns the letters that it takes a response for: one, none (""), or, where it is careless,
+A rule for multiple choice returns the letters that it takes a response for: one, none (""), or, if it is careless,
 several. A response is right when the right letter is among them. The official rules, faults included, give published
 figures again; each says where it was read. `read_letter` is ours.
 """
 
-import itertools
 import re
 import string
 import unicodedata
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
+from scipy import stats
 
 from data.clips import Clip
 from data.words import SENTENCE_END, fold, names, split_words
@@ -77,7 +77,7 @@ def plain(response: str) -> str:
     A thought that has only its end began in the prompt; one that has no end was cut off, and no answer follows it.
     """
     behind = re.split(OPENING, re.split(CLOSING, response)[-1])[0]
-    if not behind.strip():  # what stands before or between thoughts
+    if not behind.strip():  # what comes before or between thoughts
         around = re.sub(rf"{OPENING}(?:(?!{OPENING}).)*?{CLOSING}", " ", response, flags=re.S)
         behind = re.split(OPENING, re.split(CLOSING, around)[-1])[0]
     return re.sub(r"[*_`#]+", "", unicodedata.normalize("NFKC", behind)).strip()
@@ -89,12 +89,12 @@ def folded(text: str) -> str:
 
 
 def read_letter(response: str, options: Sequence[str] = (), labels: Sequence[str] = ()) -> str:
-    """The letter that a response gives, or "" where it gives none: ours, the same strict rule for all benchmarks.
+    """The letter that a response gives, or "" if it gives none: ours, the same strict rule for all benchmarks.
 
     options: their texts (none known: A to F may be given); labels: what the question calls them, where not by letters, like
     "Option 1". The first of these that holds: the response is a letter; it is the text or label of an option (of equal
     options, the first); it holds one of the labels; it announces its answer ("The answer is (B)", the last time it does);
-    it begins with a letter and a mark; a capital letter stands in it by itself. "A" before a noun is no letter, and what
+    it begins with a letter and a mark; it has a capital letter by itself. "A" before a noun is no letter, and what
     is said in "A and B", "not A", "A is wrong" does not count.
 
     >>> [read_letter(r, "wxyz") for r in ("(b) foo", "A person runs, so B", "Both A and B; final answer: D", "A or B")]
@@ -149,7 +149,7 @@ def read_yes_no(response: str) -> str:
 
 
 def official_vru_accident(response: str) -> str:
-    """First of A to D that stands by itself in the last line, else after "Answer:".
+    """First of A to D by itself in the last line, else after "Answer:".
 
     Kimyounggun99/VRU-Accident, utils/utils.py: what it does for Qwen models.
     """
@@ -159,7 +159,7 @@ def official_vru_accident(response: str) -> str:
 
 
 def official_motionbench(response: str) -> str:
-    """First character of the first word, after a bracket where there is one; not always a letter.
+    """First character of the first word, after a bracket if there is one; not always a letter.
 
     THUDM/MotionBench, motionbench/utils/answer_util.py.
     """
@@ -172,7 +172,7 @@ def official_motionbench(response: str) -> str:
 def official_mvbench(response: str, count: int) -> str:
     """Of `count` letters those for which the first word of "(" + response is part of "(a)", or "(a)" part of it.
 
-    OpenGVLab/Ask-Anything, video_chat2/mvbench.ipynb, and daniel-cores/tvbench, vqa_dataset.py. The response goes on from
+    OpenGVLab/Ask-Anything, video_chat2/mvbench.ipynb, and daniel-cores/tvbench, vqa_dataset.py. The response continues
     "Best option:(". An empty one is part of every letter, and so always right.
     """
     word = ("(" + response.strip().split("\n")[0]).lower().split(" ")[0]
@@ -193,7 +193,7 @@ def official_video_mme(response: str) -> str:
 
 
 def official_tempcompass(response: str, kind: str, options: Sequence[str] = (), labels: Sequence[str] = ()) -> str:
-    """The letter, or "yes" or "no", by the hand-made rules; "" where its authors would ask GPT.
+    """The letter, or "yes" or "no", by the hand-made rules; "" if its authors would ask GPT.
 
     llyx97/TempCompass as of commit c2ec41e: eval_multi-choice.py, eval_yes_no.py, eval_caption_matching.py, with
     --disable_llm. A response that is the whole right answer is right, too: see `questions.read_answer`.
@@ -203,7 +203,7 @@ def official_tempcompass(response: str, kind: str, options: Sequence[str] = (), 
         return next((word for word in ("yes", "no") if text.lower().startswith(word)), "")
     if kind == "multi-choice":
         return text[0] if text in tuple("ABCD") or re.match(r"[A-D][.)]", text) else ""
-    # Of each option: as it stands, its sentence up to a second colon, its label, and the label's letter or number.
+    # Of each option: as it is, its sentence up to a second colon, its label, and the label's letter or number.
     forms = [(f"{label}: {o}", o.split(": ")[0], label, label.split()[-1]) for label, o in zip(labels, options)]
     said = {text, text.split(") ")[1] if ") " in text else text}
     undotted = {text, text.replace(".", "")}
@@ -221,7 +221,7 @@ def similarity(reference: str, text: str) -> float:
 
 
 def last_sentence(text: str) -> tuple[str, str]:
-    """What stands before the last sentence, and the last sentence.
+    """What comes before the last sentence, and the last sentence.
 
     >>> last_sentence("A red circle rests. The red circle jumps up.")
     ('A red circle rests.', 'The red circle jumps up.')
@@ -336,12 +336,12 @@ def permutation_test(differences: Sequence[float], draws: int = 10_000, seed: in
     independent, and knows only right and wrong; this knows neither limit.
     """
     d = np.asarray([x for x in differences if abs(x) > 1e-12], float)
-    seen = abs(d.sum()) - 1e-9  # sums of the same numbers in another order differ in the last digits
-    if len(d) <= 15:
-        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(d)))).reshape(2 ** len(d), len(d))
-        return float((np.abs(signs @ d) >= seen).mean())
-    rng, as_large = np.random.default_rng(seed), 0
-    for _ in range(draws // 500):
-        signs = rng.integers(0, 2, (500, len(d)), np.int8) * 2.0 - 1
-        as_large += int((np.abs(signs @ d) >= seen).sum())
-    return (1 + as_large) / (1 + draws // 500 * 500)
+    if len(d) < 2:  # both ways of exchanging one video differ as much
+        return 1.0
+    num = 2**15 if len(d) <= 15 else draws
+    # An exchange turns the sign of a video's difference: what scipy does with a single sample.
+    tested = stats.permutation_test(
+        (d,), np.sum, permutation_type="samples", vectorized=True, n_resamples=num, batch=500,
+        rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return float(tested.pvalue)

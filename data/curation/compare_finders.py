@@ -21,7 +21,7 @@ from data.key_slots import find_key_slots
 
 @dataclass
 class BenchSettings:
-    """Compare finders with the key spans of an annotation file: overlap, and whether the peak lies inside."""
+    """Compare finders with the key spans of an annotation file: overlap, and whether the peak is inside."""
 
     data: tyro.conf.Positional[Path]
     """Annotation file (JSONL) with keywords and key_spans."""

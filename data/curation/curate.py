@@ -9,7 +9,7 @@
 
 captions.jsonl has the lines that `data/clips.py` reads; `importers.py` makes them from sets that people have. What has
 keywords keeps them. Work is done in parts of a few dozen lines, each written whole or not at all: after a kill the same
-command goes on with the first missing part, and ends with the same files, byte for byte. Every line of the input stands in
+command continues with the first missing part, and ends with the same files, byte for byte. Every line of the input is in
 clips.jsonl or in rejected.jsonl, with its reason.
 """
 
@@ -39,25 +39,33 @@ import vp
 from data.clips import Clip, ClipError, Frames, Preparation, make_example, named, parse_line, read_frames, reason_of
 from data.curation import finders
 from data.curation.fingerprints import Seen, file_hash, fingerprint, plain_hash
-from data.curation.keywords import extract, keyword_prompt, looks_english, parse_keywords, rank
+from data.curation.keywords import (
+    extract,
+    keyword_prompt,
+    looks_english,
+    parse_keywords,
+    rank,
+    words_of_longest_sentence,
+)
 from data.curation.page import group_of, records_of, report
-from data.files import VIDEO_ENDINGS, list_files
+from data.files import VIDEO_ENDINGS, changes, list_files, write_whole
 from data.foreign import check_annotations
 from data.loader import worker_context
 from data.run.sheets import printable
 from data.words import fold
 
 LONGEST_CAPTION = 20_000  # characters; spaCy takes a megabyte of memory for every thousand
+LONGEST_SENTENCE = 300  # words; three thousand in one sentence take minutes
 REASONS = {
     "malformed": "the line cannot be read",
     "language": "the caption is not in English",
-    "text too long": f"the caption has more than {LONGEST_CAPTION:,} characters",
+    "text too long": f"more than {LONGEST_CAPTION:,} characters, or {LONGEST_SENTENCE} words in a sentence of the caption",
     "no event in caption": "no verb of the caption names an event",
     "unreadable": "the video cannot be decoded",
     "too short": "shorter than --min-seconds",
     "too long": "longer than --max-seconds",
     "frozen": "nothing moves",
-    "no event found": "no place of the video stands out enough (--min-confidence)",
+    "no event found": "nothing in the video is sudden enough (--min-confidence)",
     "event fills the clip": "more than --max-key-share of it is key: a twin has nothing to show instead",
     "twin looks like the full video": "what stands out hardly differs from its neighbours",
     "duplicate caption": "the same words as an earlier clip",
@@ -215,7 +223,7 @@ class Models:
                 self.lm.heads.load_state_dict(load_file(heads))
 
     def own_evidence(self, clip: Clip, frames: Frames) -> list[finders.Evidence]:
-        """The video-language model's evidence of each keyword: by stage 1's heads where there are any."""
+        """The video-language model's evidence of each keyword: by stage 1's heads if there are any."""
         everywhere = Clip(**vars(clip) | {"key_spans": [[[0.0, 1e-3]]] * len(clip.keywords)})  # not read here
         example = make_example(everywhere, frames, self.preparation)
         return (finders.head_evidence if self.trained_heads else finders.fall_evidence)(self.lm, example)
@@ -231,16 +239,6 @@ class Models:
 
 
 # --- All clips: parts, each whole or not there --------------------------------------------------------------------
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
 
 
 _settings: Settings | None = None  # of a worker process
@@ -297,6 +295,8 @@ def read_part(lines: Sequence[tuple[int, str]], s: Settings, root: Path, pool, m
     for i in bare:
         if len(clips[i].caption) > LONGEST_CAPTION:
             records[i] |= {"rejected": "text too long", "detail": f"{len(clips[i].caption)} characters"}
+        elif (length := words_of_longest_sentence(clips[i].caption)) > LONGEST_SENTENCE:
+            records[i] |= {"rejected": "text too long", "detail": f"a sentence of {length} words"}
         elif not looks_english(clips[i].caption):
             records[i] |= {"rejected": "language", "detail": clips[i].caption[:200]}
     bare = [i for i in bare if "rejected" not in records[i]]
@@ -385,11 +385,10 @@ def check_same_run(s: Settings) -> None:
     about = json.loads(json.dumps(about | {"input": file_hash(s.captions)}, default=str))
     path = s.out / "settings.json"
     if path.exists():
-        before = json.loads(path.read_text())
-        other = [k for k in about if about[k] != before.get(k)]
-        if other:
-            shown = "; ".join(f"{k} was {before.get(k)}, is {about[k]}" for k in other)
-            raise ValueError(f"{s.out}: holds another curation ({shown}). Choose another folder, or delete this one.")
+        if changed := changes(json.loads(path.read_text()), about):
+            raise ValueError(
+                f"{s.out}: holds another curation ({'; '.join(changed)}). Choose another folder, or delete this one."
+            )
     else:
         s.out.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(about, indent=1) + "\n")

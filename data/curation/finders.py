@@ -191,7 +191,7 @@ def fall_evidence(lm: videolm.VideoLM, example: vp.Example, longest: int = 3, ba
     windows = [(a, n) for n in range(1, min(longest, num_slots - 1) + 1) for a in range(num_slots - n + 1)]
     video = lm.encode_examples([example])
     per_slot = len(video.pooler_output[0]) // num_slots
-    rows = []  # places of each keyword's tokens in the sequence; the whole answer where it does not stand in it
+    rows = []  # places of each keyword's tokens in the sequence; the whole answer if it is not in it
     for keyword in example.keywords:
         ids = keyword.ids.tolist()
         at = next((i for i in range(len(answer)) if answer[i : i + len(ids)] == ids), None)

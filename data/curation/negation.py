@@ -1,8 +1,9 @@
 """Which verbs of a sentence name something that did not happen: denied, almost done, wanted, asked for, only supposed.
 
-A verb is denied by its own words ("does not jump", "nobody jumps", "if he jumps"), or by the word that governs it
-("refuses to jump", "without jumping", "on the verge of jumping"). Verbs joined by "and" or "or" share what stands before
-both. An attempt can be seen, so "tries to jump" is no denial. Tokens are those of spaCy's English models.
+A verb is denied by its own words ("does not jump", "nobody jumps", "if he jumps"), or by the word that
+governs it ("refuses to jump", "without jumping", "on the verge of jumping"). Verbs joined by "and" or "or"
+share what stands before both. An attempt can be seen, so "tries to jump" is no denial. Tokens are those of
+spaCy's English models.
 """
 
 from collections.abc import Iterable

@@ -121,7 +121,7 @@ def step_jobs(settings: CostSettings) -> dict:
 
 
 def cost_jobs(settings: CostSettings) -> dict:
-    """The four things that are measured, by name: each runs once when called and returns what the other must equal."""
+    """The four measured functions and their names: each runs once when called and returns what its rival must equal."""
     lm, processor = load_model(settings.model)
     hf, example, G = lm.hf, long_example(lm, processor, settings.visual_tokens), settings.rollouts
     device = lm.base.lm_head.weight.device

@@ -24,6 +24,7 @@ from data.loader import ClipLoader
 from data.run.memory import leave_out_long
 from data.run.models import gathered, load_model
 from data.run.run import Run
+from data.run.settings import check_above_zero
 from data.run.sheets import printable, warn
 from data.videolm import VideoLM
 
@@ -251,6 +252,14 @@ def sampling_of(model: str, max_frames: int | None, fps: float | None) -> tuple[
 
 def run_evaluation(settings: EvalSettings, console: Console) -> dict:
     """The command `python eval.py`."""
+    numbers = ("batch_size", "max_new_tokens", "max_frames", "fps", "max_pixels", "max_text_tokens", "time_limit")
+    check_above_zero(settings, *numbers)
+    if settings.limit < 1 and settings.limit != -1:
+        raise ValueError(f"--limit: got {settings.limit}; give a number above 0, or -1 for all")
+    if settings.workers < 0:
+        raise ValueError(f"--workers: got {settings.workers}; give 0 or more")
+    if not settings.temperature >= 0:
+        raise ValueError(f"--temperature: got {settings.temperature}; give 0 (greedy) or more")
     clips, problems = load_clips(settings.data, settings.root, settings.follow_links)
     lm, processor = load_model(settings.model)
     if settings.limit >= 0:
@@ -277,6 +286,7 @@ def run_evaluation(settings: EvalSettings, console: Console) -> dict:
 
 def run_describe(settings: DescribeSettings, console: Console) -> str:
     """The command `python eval.py describe`."""
+    check_above_zero(settings, "max_new_tokens", "max_frames", "fps", "max_pixels")
     lm, processor = load_model(settings.model)
     s, clip = settings, Clip(settings.video, "", "describe", settings.prompt)
     context = lm.config.text_config.max_position_embeddings - s.max_new_tokens

@@ -2,12 +2,12 @@
 
     runs/sft/checkpoint -> checkpoint-001000      the newest whole one
         config.json, model.safetensors, ...       an ordinary Hugging Face directory, adapters merged
-        adapter/                                  the LoRA adapter in peft's format, where there is one
+        adapter/                                  the LoRA adapter in peft's format, if there is one
         heads.safetensors                         the contrastive heads of stage 1
         state/                                    what `--resume` needs: optimizer.safetensors, state.json
         files.json                                size and checksum of every file above
 
-While a run with adapters goes on, its checkpoints hold the adapter alone; the last one is merged.
+During a run with adapters its checkpoints hold the adapter alone; the last one is merged.
 """
 
 import base64
@@ -28,6 +28,7 @@ from accelerate.utils import gather_object
 from rich.markup import escape
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data.loader import ClipLoader
@@ -55,8 +56,9 @@ def checksums(folder: Path) -> dict[str, list[int]]:
 def whole_or_nothing(folder: Path, step: int, keep: int = 2) -> Iterator[Path]:
     """A folder to write a checkpoint into; it becomes `folder`/checkpoint-STEP when it is whole, and not before.
 
-    Then `folder`/checkpoint points at it, and all but it and the `keep` - 1 before it are dropped. Where writing fails,
-    such as on a full disk, what was written is taken away, older ones stay, and ValueError says what happened.
+    Then `folder`/checkpoint points at it, and all but it and the `keep` - 1 before it are dropped. Where
+    writing fails, such as on a full disk, what was written is taken away, older ones stay, and ValueError
+    says what happened.
     """
     final, partial = folder / f"checkpoint-{step:06d}", folder / f".partial-{step:06d}"
     for left_over in folder.glob(".partial-*"):
@@ -75,7 +77,7 @@ def whole_or_nothing(folder: Path, step: int, keep: int = 2) -> Iterator[Path]:
         last = newest_checkpoint(folder)[0]
         raise ValueError(
             f"{final} could not be saved ({error}); {free:.0f} MiB are free on that disk. "
-            + (f"The checkpoint before, {last}, is whole: free some space and go on with --resume" if last else "")
+            + (f"The checkpoint before, {last}, is whole: free some space and continue with --resume" if last else "")
         ) from error
     if final.exists():  # saved a second time, merged: out of the way, and dropped when the new one is in its place
         os.replace(final, folder / f".partial-old-{step:06d}")
@@ -141,13 +143,11 @@ def set_random_states(state: dict) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors by parameter name, whole, on the CPU. Every process of a sharded run must call it."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            value = value.full_tensor() if isinstance(value, DTensor) else value
-            tensors[f"{name}/{key}"] = value.detach().cpu().clone()
-    return tensors
+    """The optimizer's tensors by parameter name, whole, on the CPU. Every process of a sharded run must call
+    it; the first gets them."""
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_optimizer_state_dict(model, optimizer, options=whole)["state"]
+    return {f"{name}/{key}": value for name, values in state.items() for key, value in values.items()}
 
 
 def set_optimizer(model: nn.Module, optimizer, schedule, tensors: dict[str, Tensor], schedule_state: dict) -> None:
@@ -172,9 +172,11 @@ def save_state(partial: Path, tensors: dict[str, Tensor], state: dict) -> None:
 
 
 def load_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
-    """Read state/ again. Raises ValueError where the checkpoint has none."""
+    """Read state/ again. Raises ValueError if the checkpoint has none."""
     if not (checkpoint / "state/state.json").exists():
-        raise ValueError(f"{checkpoint} has no state/ to resume from; start anew from its weights: --model {checkpoint}")
+        raise ValueError(
+            f"{checkpoint} has no state/ to resume from; start a new run from its weights: --model {checkpoint}"
+        )
     state = json.loads((checkpoint / "state/state.json").read_text())
     return load_file(checkpoint / "state/optimizer.safetensors"), state
 
@@ -184,8 +186,8 @@ def load_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
 
 @dataclass
 class Resumed:
-    """Where a run goes on. path: the checkpoint, None where the run starts; step: that it was saved after; tensors: the
-    optimizer's; state: everything else that was saved; notes: what to tell about the search."""
+    """Where a run continues. path: the checkpoint, None if the run starts; step: that it was saved after;
+    tensors: the optimizer's; state: everything else that was saved; notes: what to tell about the search."""
 
     path: Path | None = None
     step: int = 0
@@ -195,9 +197,9 @@ class Resumed:
 
 
 def resume(settings, free: Sequence[str], num_processes: int) -> Resumed:
-    """Find where a run goes on, if it is asked to. free: settings that may differ from those it was begun with.
+    """Find where a run continues, if it is asked to. free: settings that may differ from those it was begun with.
 
-    Raises ValueError, naming what differs, where the checkpoint is of another run: settings, annotation file, processes.
+    Raises ValueError, naming what differs, if the checkpoint is of another run: settings, annotation file, processes.
     """
     if not settings.resume:
         return Resumed()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 import shutil
 import subprocess
@@ -15,6 +14,8 @@ import torch
 import transformers
 from accelerate import Accelerator
 from rich.table import Table
+
+from data.files import write_whole
 
 transformers.utils.logging.disable_progress_bar()  # progress is shown by rich, and once
 
@@ -49,8 +50,8 @@ def progress_table(title: str, metrics: Mapping[str, float], seconds_left: float
 class RunLog:
     """Writes settings.json at the start, and a line of metrics.jsonl at each call, which trackers get, too.
 
-    Only the main process writes. step: where the run goes on; what an earlier attempt wrote of later steps is dropped, and
-    an evaluation at that step, which is made again. NaN and Inf become null.
+    Only the main process writes. step: after which the run continues; what an earlier attempt wrote of later steps is
+    dropped, and an evaluation at that step, which is made again. NaN and Inf become null.
     """
 
     def __init__(self, folder: Path, settings: object, accelerator: Accelerator | None = None, step: int = 0):
@@ -68,9 +69,8 @@ class RunLog:
         )
         lines = self.path.read_text().splitlines(keepends=True) if step and self.path.exists() else []
         lines = [(x, json.loads(x)) for x in lines if x.endswith("}\n")]  # a kill can tear the last one
-        new = self.path.with_name(".metrics.jsonl")
-        new.write_text("".join(x for x, r in lines if r["step"] < step + (not any("eval/" in name for name in r))))
-        os.replace(new, self.path)
+        kept = [x for x, r in lines if r["step"] < step + (not any("eval/" in name for name in r))]
+        write_whole(self.path, "".join(kept))
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Append one line."""
@@ -82,19 +82,23 @@ class RunLog:
         with self.path.open("a") as lines:
             lines.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in numbers.items()}) + "\n")
 
-    def plot(self, panels: Sequence[Sequence[str]], file: str = "curves.png") -> Path:
-        """Draw the named metrics against the step, one panel for each group of names."""
+    def plot(self, panels: Mapping[str, Sequence[str]], file: str = "curves.png") -> Path:
+        """Draw metrics against the step: title -> names of a panel, three panels in a row. What is always 0 is left out."""
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
 
         records = [json.loads(line) for line in self.path.open()]
-        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
-        for axis, names in zip(axes[0], panels):
+        columns, rows = min(3, len(panels)), -(-len(panels) // 3)
+        figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.1 * rows), squeeze=False)
+        for axis in axes.flat[len(panels) :]:
+            axis.axis("off")
+        for axis, (title, names) in zip(axes.flat, panels.items()):
+            axis.set_title(title, fontsize=11)
             for name in names:
                 points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-                if points:
+                if any(value for _, value in points):
                     axis.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
             axis.set_xlabel("step")
             axis.grid(alpha=0.3)

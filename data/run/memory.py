@@ -265,7 +265,7 @@ def advice(hf: nn.Module, load: Load, settings: Mapping, gpu: bool, limit: float
 def check_memory(
     hf: nn.Module, load: Load, settings: Mapping, device: torch.device, limit_gb: float | None, num_processes: int = 1
 ) -> Table:
-    """A table of the estimate. Raises ValueError where it is more than there is, with the three settings that save most.
+    """A table of the estimate. Raises ValueError if it is more than there is, with the three settings that save most.
 
     If the system does not say what there is, that is NaN, which nothing is more than, and the run starts.
     """

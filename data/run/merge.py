@@ -1,6 +1,5 @@
 """Saving a model: merged with its adapters, file by file, or the adapter alone."""
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from accelerate.hooks import attach_align_device_hook
 from rich.console import Console
 from torch import Tensor, nn
 
+from data.old_names import add_old_names
 from data.run.models import load_pretrained
 
 LARGEST_FILE = "2GB"  # of a checkpoint's weights; as much memory is taken while one is written
@@ -23,7 +23,7 @@ class MergedWeights(Mapping):
 
     Each is made, on the CPU, when it is asked for: all at once would be a second model, a 4-bit one's four times its size.
     4-bit weights are dequantised first, so that the merged model answers as the trained one did. state: the model's own,
-    where it is sharded over processes.
+    if it is sharded over processes.
     """
 
     def __init__(self, hf: nn.Module, state: dict[str, Tensor] | None = None):
@@ -52,29 +52,13 @@ class MergedWeights(Mapping):
         return sum(1 for _ in self)
 
 
-def add_old_names(path: Path) -> None:
-    """Say in a config.json or tokenizer_config.json what transformers 4.57 looks for, too, by the names that it had.
-
-    Without them it finds no rotary positions, and ties no head: that of a tied model would be random, without an error.
-    """
-    config = json.loads(path.read_text("utf-8"))
-    text = config.get("text_config", {})
-    if "rope_parameters" in text:
-        rope = dict(text["rope_parameters"])
-        text |= {"tie_word_embeddings": config.get("tie_word_embeddings", False), "rope_theta": rope.pop("rope_theta")}
-        text["rope_scaling"] = rope
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
 def save_model(
     folder: Path, hf: nn.Module, processor, merged: bool, adapter: bool = True, state: dict[str, Tensor] | None = None
 ) -> None:
     """Write a model as a Hugging Face directory. Where it has a LoRA adapter: merged, the adapter folded in, and adapter,
     the adapter in a folder of that name, as peft loads it.
 
-    state: the model's weights by name, where they are sharded over processes.
+    state: the model's weights by name, if they are sharded over processes.
     """
     adapted = hasattr(hf, "get_base_model")
     if merged or not adapted:

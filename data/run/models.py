@@ -27,7 +27,7 @@ from data.run.precision import choose_attention, nf4_config
 
 Quantize = Literal["none", "nf4"]
 
-# LoRA goes on every linear layer of the language model and, where the vision encoder is trained, on those of its blocks.
+# LoRA goes on every linear layer of the language model and, if the vision encoder is trained, on those of its blocks.
 LANGUAGE_LINEARS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 VISION_LINEARS = r".*visual\.blocks.*\.(qkv|proj|gate_proj|up_proj|down_proj|linear_fc1|linear_fc2)"
 
@@ -71,7 +71,7 @@ def load_pretrained(
     """The Hugging Face model that `--model` means, safetensors only, and its processor.
 
     dtype: of the weights (with nf4: of those that are not quantised). device: where to (default: the CPU). A checkpoint
-    that holds an adapter only is loaded as its base with the adapter on top. Raises ValueError where it cannot be loaded.
+    that holds an adapter only is loaded as its base with the adapter on top. Raises ValueError if it cannot be loaded.
     """
     if str(model).startswith("random:"):
         from data.run.sizes import random_model
@@ -211,7 +211,7 @@ def gathered(lm: nn.Module) -> Iterator[None]:
 
 
 def whole_state(lm: nn.Module) -> dict[str, Tensor]:
-    """A VideoLM's weights by name, put together again where they are sharded; then every process must call it, and the
+    """A VideoLM's weights by name, put together again if they are sharded; then every process must call it, and the
     first one gets them, on the CPU."""
     first, state = not dist.is_initialized() or dist.get_rank() == 0, {}
     for name, weight in lm.state_dict().items():

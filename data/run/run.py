@@ -291,7 +291,7 @@ class Run:
         for reason in loader.skipped.values():
             warn(self.console, "skipped", reason)
 
-    def end(self, panels: Sequence[Sequence[str]], *files: str) -> None:
+    def end(self, panels: Mapping[str, Sequence[str]], *files: str) -> None:
         """Draw the curves and name the files of the run."""
         if self.is_main:
             seconds = time.perf_counter() - self.began

@@ -9,6 +9,8 @@ from typing import Literal, TypeVar
 
 import tyro
 
+from data.files import changes
+
 PRESETS = ("tiny", "gpu-24gb", "gpu-80gb")
 Settings = TypeVar("Settings", bound="TrainSettings")
 
@@ -21,6 +23,14 @@ def by_preset(tiny: object, gpu_24gb: object, gpu_80gb: object):
 def flag(name: str) -> str:
     """The command-line flag of a field, for messages."""
     return f"--{name.replace('_', '-')}"
+
+
+def check_above_zero(settings: object, *names: str) -> None:
+    """Raise ValueError for the first of the named fields that is given and not above 0 (NaN is not)."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{flag(name)}: got {value}; give a number above 0")
 
 
 @dataclass
@@ -86,9 +96,7 @@ class TrainSettings:
 
     def check_above_zero(self, *names: str) -> None:
         """Raise ValueError for the first of the named settings that is given and not above 0."""
-        for name in names:
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{flag(name)}: got {getattr(self, name)}; give a number above 0")
+        check_above_zero(self, *names)
 
     def check(self) -> None:
         """Raise ValueError for what no run can be made of."""
@@ -118,4 +126,4 @@ def parse_settings(kind: type[Settings], description: str, arguments: Sequence[s
 def changed_settings(settings: TrainSettings, before: Mapping, free: Sequence[str]) -> list[str]:
     """What differs between a run's settings and those it is resumed with, except those that are free to change."""
     now = {k: str(v) for k, v in asdict(settings).items() if k not in free}
-    return [f"{flag(k)} was {before.get(k)}, is {v}" for k, v in now.items() if str(before.get(k)) != v]
+    return changes({flag(k): str(before.get(k)) for k in now}, {flag(k): v for k, v in now.items()})

@@ -56,7 +56,7 @@ def draw_sheets(clips: Sequence[Clip], preparation: Preparation, folder: Path, c
 def contact_sheet(clip: Clip, frames: Frames, example: vp.Example, path: Path, columns: int = 16) -> Path:
     """Draw the sampled frames of a clip and of its twin as a PNG; long clips are thinned to `columns` slots at most.
 
-    Key slots are framed in green in the full row; in the twin's row, framed in red, stands what replaces them.
+    Key slots are framed in green in the full row; in the twin's row what replaces them is framed in red.
     """
     import matplotlib
 
@@ -125,7 +125,7 @@ class RolloutGroup:
 
 
 def shade(value: float, low: float, high: float) -> tuple[int, int, int]:
-    """Red for the lowest reward of a group, green for the highest, yellow in the middle or where all are equal."""
+    """Red for the lowest reward of a group, green for the highest, yellow in the middle or if all are equal."""
     t = 0.5 if high - low < 1e-6 else (value - low) / (high - low)
     return round(255 * min(1, 2 - 2 * t) * 0.85), round(255 * min(1, 2 * t) * 0.7), 40
 
@@ -159,7 +159,7 @@ td b{display:inline-block;min-width:3em}mark{background:#fff2a8}"""
 
 
 def rollout_page(path: Path, pages: Sequence[tuple[int, Sequence[RolloutGroup]]]) -> Path:
-    """The same as one HTML file without network, newest step first; keywords are marked where they stand."""
+    """The same as one HTML file without network, newest step first; keywords are marked."""
 
     def words(text: str, keywords: Sequence[str]) -> str:
         longest_first = sorted((k.strip() for k in keywords), key=len, reverse=True)
@@ -206,7 +206,7 @@ class RolloutPage:
             self.groups.append(group)
 
     def show(self, step: int) -> None:
-        """Print one prompt, and write the page anew."""
+        """Print one prompt, and write the page again."""
         self.console.print(rollout_table(self.groups[:1], step))
         self.looks.append((step, self.groups))
         rollout_page(self.path, self.looks)

@@ -2,8 +2,9 @@
 
     --model random:qwen2.5-vl-7b
 
-The numbers are those of the published config.json files. The tokenizer and chat template are those of the tiny checkpoint
-(its few words take the first ids of the full vocabulary), so what such a model says means nothing.
+The numbers are those of the published config.json files. The tokenizer and chat template are those of the
+tiny checkpoint (its few words take the first ids of the full vocabulary), so what such a model says means
+nothing.
 """
 
 import torch
@@ -32,7 +33,8 @@ QWEN3_LARGE_VISION = dict(depth=27, hidden_size=1152, intermediate_size=4304, de
 QWEN3_TEXT = dict(head_dim=128, num_key_value_heads=8, vocab_size=151936, max_position_embeddings=262144, rms_norm_eps=1e-6,
                   rope_parameters={"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20],
                                    "mrope_interleaved": True})  # fmt: skip
-# name -> (sizes of the language model, sizes of the vision encoder, whether the output head is the input embedding)
+# name -> (sizes of the language model, sizes of the vision encoder, whether the output head is the input
+# embedding)
 SIZES = {
     "qwen2.5-vl-3b": (
         dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,

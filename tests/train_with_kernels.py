@@ -1,6 +1,6 @@
 """Does training learn the same with the kernels? Both train scripts, with the references and then with the kernels.
 
-    python -m kernels.training --steps 50
+    python -m tests.train_with_kernels --steps 50
 
 On the CPU the kernels run under Triton's interpreter: slow, and exact. Float32, one seed, a small embedded world.
 """
