@@ -6,7 +6,8 @@ BIN := .venv/bin
 .PHONY: demo test setup
 demo: setup
 	$(BIN)/python train_sft.py
-	$(BIN)/python train_rl.py
+	$(BIN)/python train_rl.py --no-eval-before
+	$(BIN)/python eval.py progress
 
 test: setup
 	$(BIN)/ruff check .

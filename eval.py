@@ -2,8 +2,8 @@
 
     python eval.py --model runs/sft --data runs/world/test.jsonl      # table, results.json, a Markdown row
     python eval.py describe VIDEO.mp4 --model runs/sft                # one file, one description
+    python eval.py progress runs/sft runs/rl                          # what two runs have learned, beside each other
     python eval.py report                                             # the README's tables: trains what they need
-    python eval.py report --stage 2
     python eval.py report --stage lora
     python eval.py cost                                               # what sharing prefixes saves in stage 2
     python eval.py merge runs/sft --out merged                        # fold a checkpoint's adapter into its model
@@ -16,9 +16,11 @@
 
 A model that does not look at the event scores the same on the full video and on its twin: the difference is
 the perception gap. Keyword recall is the share of a clip's keywords that are, word for word, in the greedy
-description; caption similarity is ROUGE-L F1 (package rouge-score) against the caption. Clips with a `truth`
-field (the embedded world) add: action right (that action is named, and no other of the data set's), actor
-right (in the sentence that ends the description), and similarity of the static part (all but that sentence).
+description; caption similarity is ROUGE-L F1 (package rouge-score) against the caption. Clips with a `truth` field
+(the embedded world) add: event named (that event, and no other of the data set's), also for usual and rare events
+alone; event claimed (any, where none is shown: of twins, and of clips in which nothing happens); actor right (in the
+last sentence); whole caption right (word for word); and similarity of the static part (the sentences that name no
+event).
 """
 
 import sys
@@ -31,13 +33,21 @@ from rich.console import Console
 from data.benchmarks.commands import RunSettings, ScoreSettings, run_benchmark, run_score
 from data.clips import ClipError
 from data.measure.cost import CostSettings, run_cost
-from data.measure.evaluate import DescribeSettings, EvalSettings, run_describe, run_evaluation
+from data.measure.evaluate import (
+    DescribeSettings,
+    EvalSettings,
+    ProgressSettings,
+    run_describe,
+    run_evaluation,
+    run_progress,
+)
 from data.measure.report import ReportSettings, run_report
 from data.run.merge import MergeSettings, run_merge
 
 COMMANDS = {
     "evaluate": (EvalSettings, run_evaluation),
     "describe": (DescribeSettings, run_describe),
+    "progress": (ProgressSettings, run_progress),
     "run": (RunSettings, run_benchmark),
     "score": (ScoreSettings, run_score),
     "merge": (MergeSettings, run_merge),

@@ -31,7 +31,7 @@ from transformers import get_linear_schedule_with_warmup
 import vp
 from data.clips import Clip, Preparation
 from data.loader import ClipLoader
-from data.measure.evaluate import EVAL_TOKENS, evaluate_run, show_change
+from data.measure.evaluate import EVAL_TOKENS, evaluate_run, show_progress
 from data.packing import Packed
 from data.run import checkpoints, memory, models
 from data.run.log import Stopwatch
@@ -111,8 +111,6 @@ class Settings(TrainSettings):
     """Steps between two looks at descriptions side by side (-1: only at the end)."""
     eval_every: int = -1
     """Steps between evaluations (-1: only before and after)."""
-    eval_before: bool = True
-    """Evaluate the stage-1 checkpoint first."""
     save_every: int = by_preset(-1, 50, 50)
     """Steps between checkpoints (-1: only at the end)."""
 
@@ -489,7 +487,7 @@ def main(settings: Settings) -> dict | None:
     # --- afterwards
     results = evaluate_run(run, lm, preparation, eval_clips) if eval_clips and run.step == s.steps else None
     if results and "before" in run.saved_extra:
-        show_change(run.saved_extra["before"], results, run.console)
+        show_progress({"before": run.saved_extra["before"], "after": results}, run.console)
     run.show_skipped(loader)
     run.end(PANELS, "rollouts.html", "checkpoint")
     return results

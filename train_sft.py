@@ -28,7 +28,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from data.clips import Preparation
 from data.loader import ClipLoader
-from data.measure.evaluate import EVAL_TOKENS, evaluate_run
+from data.measure.evaluate import EVAL_TOKENS, evaluate_run, show_progress
 from data.run import checkpoints, memory, models
 from data.run.processes import finish_gradients, skip_if_not_finite
 from data.run.run import Run, counted
@@ -40,8 +40,8 @@ from data.world import embedded_world
 
 # What may change when a run is resumed: nothing that a result depends on.
 FREE = (
-    "out", "memory_gb", "resume", "workers", "time_limit", "log_every", "save_every", "eval_every", "eval_clips", "sheets",
-    "tracker",
+    "out", "memory_gb", "resume", "workers", "time_limit", "log_every", "save_every", "eval_every", "eval_clips",
+    "eval_before", "sheets", "tracker",
 )  # fmt: skip
 
 
@@ -183,6 +183,8 @@ def main(settings: Settings) -> dict | None:
     # Look at these first: do the marked frames show the event?
     if run.is_main:
         draw_sheets(clips[: s.sheets], steady, s.out, run.console)
+    if eval_clips and s.eval_before and not run.resumed.path:
+        run.saved_extra["before"] = evaluate_run(run, lm, steady, eval_clips) | {"rows": []}
     # An evaluation in the middle of which the run was killed is made again.
     if run.resumed.path and eval_clips and run.due(s.eval_every) and run.step < s.steps:
         evaluate_run(run, lm, steady, eval_clips, s.eval_clips)
@@ -234,6 +236,8 @@ def main(settings: Settings) -> dict | None:
 
     # --- afterwards: the last evaluation, on all clips
     results = evaluate_run(run, lm, steady, eval_clips) if eval_clips and run.step == s.steps else None
+    if results and "before" in run.saved_extra:
+        show_progress({"before": run.saved_extra["before"], "after": results}, run.console)
     run.show_skipped(loader)
     name = "event named" if results and "event named" in results["full"] else "caption similarity"
     evaluated = {f"evaluation: {name}": [f"eval/full {name}", f"eval/twin {name}"]}

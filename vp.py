@@ -189,8 +189,9 @@ class ContrastiveHeads(nn.Module):
         # No bias: it would be the same in full and twin.
         self.visual = nn.Linear(width, d, bias=False)
         self.text = nn.Linear(width, d, bias=False)
-        # Both start equal: states are pulled from the first step toward the keywords' own embeddings, where the layers
-        # above, and the output head, can read them.
+        # Both start equal, and keep angles as far as d allows. So states are pulled from the first step toward the
+        # keywords' own embeddings, where the layers above, and the output head, can read them.
+        nn.init.orthogonal_(self.visual.weight)
         self.text.load_state_dict(self.visual.state_dict())
         # The logarithm is learned, so that tau stays above 0.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))

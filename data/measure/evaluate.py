@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -147,15 +147,15 @@ def show_results(results: dict, title: str, console: Console) -> None:
         warn(console, "skipped", reason)
 
 
-def show_change(before: dict, after: dict, console: Console) -> None:
-    """Print two evaluations of the same clips beside each other."""
-    table = Table(title="before and after")
-    for column in ("score", "full before", "full after", "change", "twin before", "twin after"):
-        table.add_column(column, justify="left" if column == "score" else "right")
-    for name, value in before["full"].items():
-        twins = [f"{r['twin'][name]:.3f}" if name in r["twin"] else "-" for r in (before, after)]
-        change = after["full"][name] - value
-        table.add_row(name, f"{value:.3f}", f"{after['full'][name]:.3f}", f"{change:+.3f}", *twins)
+def show_progress(stages: Mapping[str, dict], console: Console) -> None:
+    """Print evaluations of the same clips beside each other: every score of the full video, and of the twin."""
+    table = Table(title="what was learned")
+    for column in ("score", "of", *stages):
+        table.add_column(escape(column), justify="left" if column in ("score", "of") else "right")
+    for part, of in (("full", "video"), ("twin", "twin")):
+        for name in dict.fromkeys(name for results in stages.values() for name in results[part]):
+            cells = [f"{r[part][name]:.3f}" if name in r[part] else "-" for r in stages.values()]
+            table.add_row(name, of, *cells)
     console.print(table)
 
 
@@ -176,7 +176,7 @@ def evaluate_run(run: Run, lm: VideoLM, preparation: Preparation, clips: Sequenc
     named = {f"eval/{part} {name}": value for part in ("full", "twin") for name, value in results[part].items()}
     run.log.write({"step": run.step} | named)
     if run.is_main and run.step:
-        (s.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (s.out / "results.json").write_text(json.dumps(results | run.saved_extra, indent=1) + "\n")
     show_results(results, f"step {run.step}", run.console)
     run.mark = time.perf_counter()  # no part of a step
     return results
@@ -218,6 +218,14 @@ class EvalSettings:
     """Processes that decode ahead (0: none)."""
     time_limit: float = 60.0
     """Seconds after which a decoder counts as hung."""
+
+
+@dataclass
+class ProgressSettings:
+    """Show what runs have learned: their last evaluations, and that before the first of them, beside each other."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/sft"), Path("runs/rl"))
+    """Folders of runs, in the order in which they built on each other."""
 
 
 @dataclass
@@ -301,3 +309,19 @@ def run_describe(settings: DescribeSettings, console: Console) -> str:
     console.print(f"frames at {' '.join(f'{t:.2f}' for t in frames.timestamps)} s", highlight=False)
     console.print(printable(text), highlight=False, markup=False)
     return text
+
+
+def run_progress(settings: ProgressSettings, console: Console) -> None:
+    """The command `python eval.py progress`."""
+    stages = {}
+    for run in settings.runs:
+        if not (run / "results.json").exists():
+            raise ValueError(f"{run}: there is no results.json; give the folder of a run that has come to its end")
+        results = json.loads((run / "results.json").read_text())
+        if not stages and "before" in results:
+            stages["before"] = results["before"]
+        stages[str(run)] = results
+    show_progress(stages, console)
+    for pattern in ("curves.png", "sheet-*.png", "rollouts.html"):  # where to look
+        for path in (path for run in settings.runs for path in sorted(run.glob(pattern))):
+            console.print(str(path), highlight=False, markup=False)

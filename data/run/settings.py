@@ -83,6 +83,8 @@ class TrainSettings:
     """Share of clips that may be lost before the run stops."""
     max_bad_steps: int = 10
     """Updates in a row with NaN or Inf in loss or gradient (each is skipped and counted) after which the run stops."""
+    eval_before: bool = True
+    """Evaluate the model as it is before the first step, too."""
     eval_clips: int = 64
     """Clips of an evaluation before the last (-1: all)."""
     resume: bool = False
