@@ -64,11 +64,11 @@ class Settings(TrainSettings):
     """Hugging Face directory or hub name (default: the tiny Qwen2.5-VL of data/tiny.py, made on the spot)."""
     out: Path = Path("runs/sft")
     """Folder of the run."""
-    steps: int = by_preset(1000, 2000, 2000)
+    steps: int = by_preset(2000, 2000, 2000)
     """Optimizer steps."""
-    batch_size: int = by_preset(16, 16, 32)
+    batch_size: int = by_preset(8, 16, 32)
     """Clips a step, over all micro-batches and processes."""
-    micro_batch_size: int = by_preset(16, 1, 4)
+    micro_batch_size: int = by_preset(8, 1, 4)
     """Clips a forward pass."""
     learning_rate: float = by_preset(7e-4, 1e-4, 1e-4)
     """Peak learning rate (AdamW, linear warm-up, cosine to zero)."""
@@ -86,7 +86,7 @@ class Settings(TrainSettings):
     """Jitter the sampled moments, differently in every epoch."""
     log_every: int = 10
     """Steps between two lines of metrics."""
-    eval_every: int = by_preset(250, -1, -1)
+    eval_every: int = by_preset(500, -1, -1)
     """Steps between evaluations (-1: only at the end)."""
     save_every: int = by_preset(-1, 100, 100)
     """Steps between checkpoints (-1: only at the end)."""
