@@ -87,7 +87,8 @@ def span_slots(
         step = 1.0
     ends = torch.cat([begins[1:], begins[-1:] + max(step, 1e-6) * frames_per_slot])
     if last is not None:
-        ends = torch.cat([ends[:-1].minimum(torch.tensor(last[:-1], dtype=torch.float64)), torch.tensor(last[-1:])])
+        stop = torch.tensor(last, dtype=torch.float64)
+        ends = torch.cat([ends[:-1].minimum(stop[:-1]), stop[-1:]])
     slots = torch.zeros(len(begins), dtype=torch.bool)
     for start, end in spans:
         slots |= (begins < max(end, start + 1e-6)) & (ends > start)

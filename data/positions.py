@@ -28,7 +28,8 @@ def rope_index(
     batch.
 
     A video may have several grids, one for each run of slots of one size. slot_seconds: the second at which each slot of
-    the batch's videos stands, where slots do not come evenly; interval * t is then that of the slot, less the video's first.
+    the batch's videos stands, where slots do not come evenly: the temporal position is then p + tokens_per_second * (its
+    second - the first slot's).
     """
     merge = config.vision_config.spatial_merge_size
     per_second = getattr(config.vision_config, "tokens_per_second", 1)

@@ -53,7 +53,8 @@ class Batch:
     """Padded clips with every index worked out beforehand, so that the training loop never waits for the device.
 
     input_ids, attention_mask, token_types (B, T); position_ids (3, B, T) or None; pixels, grid (all runs, 3) and
-    seconds_per_slot of each run, as in `Example`; num_runs: of each clip. label_rows (L,): rows of the flattened (B*T) sequence that predict label_ids.
+    seconds_per_slot of each run, as in `Example`; num_runs: of each clip. label_rows (L,): rows of the flattened (B*T)
+    sequence that predict label_ids.
     twin_index (V,): the visual token that the twin shows in the place of each. prefix_length: tokens up to the last
     visual one. key_rows (N,): key-slot tokens as rows of the flattened (B*prefix_length) prefix. keyword_ids (K, W)
     padded with keyword_mask (K, W). key_tokens: who asks for whom.
@@ -110,8 +111,8 @@ def index_keywords(
 ) -> tuple[Tensor, Tensor, KeyTokens]:
     """Key-slot tokens and keywords of a batch, those of clips without a twin left out.
 
-    visual_places: for each clip and slot the places of its tokens in the sequence. Returns key_rows (N,), keyword_ids (K, W)
-    padded with -1, and who asks for whom; see `Batch`.
+    visual_places: for each clip and slot the places of its tokens in the sequence. Returns key_rows (N,), keyword_ids
+    (K, W) padded with -1, and who asks for whom; see `Batch`.
     """
     shown = [[k for k in e.keywords if e.source is not None and k.slots.any()] for e in examples]  # by clip
     keywords = [keyword for of_clip in shown for keyword in of_clip]
@@ -539,9 +540,11 @@ class VideoLM(nn.Module):
             index = torch.cat([part.repeat(num) for part in index.split(sizes)]).to(batch.twin_index.device)
             inputs = self.inputs(batch, self.gather_video(video, index))
             inputs |= {k: v.repeat_interleave(num, 0) for k, v in inputs.items() if isinstance(v, Tensor)}
-            for name, rows in (("video_grid_thw", batch.grid), ("second_per_grid_ts", batch.seconds_per_slot)):
-                if name in inputs:  # all runs of a clip, and again
-                    inputs[name] = torch.cat([part.repeat(num, *[1] * (rows.ndim - 1)) for part in rows.split(batch.num_runs)])
+            runs = torch.arange(len(batch.grid)).split(batch.num_runs)
+            rows = torch.cat([of_clip.repeat(num) for of_clip in runs]).to(batch.grid.device)
+            inputs["video_grid_thw"] = batch.grid[rows]  # all runs of a clip, and again
+            if "second_per_grid_ts" in inputs:
+                inputs["second_per_grid_ts"] = batch.seconds_per_slot[rows]
             numbers = None if uniform is None else uniform[:, at : at + num].flatten(0, 1)
             chooser = Chooser(numbers, self.banned, temperature)
             new = self.hf.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=[chooser])

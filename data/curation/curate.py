@@ -36,6 +36,7 @@ from rich.table import Table
 from torch import Tensor
 
 import vp
+from data import motion
 from data.clips import Clip, ClipError, Frames, Preparation, make_example, named, parse_line, read_frames, reason_of
 from data.curation import finders
 from data.curation.fingerprints import Seen, file_hash, fingerprint, plain_hash
@@ -134,7 +135,7 @@ def twin_change(pixels: Tensor, key: Tensor, frames_per_slot: int) -> float:
     if source is None:
         return 0.0
     slots = pixels.unflatten(0, (-1, frames_per_slot))
-    change = finders.block_change(slots[key].flatten(0, 1), slots[source][key].flatten(0, 1)).amax(1)
+    change = motion.block_change(slots[key].flatten(0, 1), slots[source][key].flatten(0, 1)).amax(1)
     return float(change.max())
 
 
@@ -152,17 +153,17 @@ def look_at(clip: Clip, s: Settings, models: "Models | None") -> dict:
     frames_per_slot = 2
     side = SIDE if models is None else None  # models want to see more
     frames = read_frames(clip, s.max_frames, s.fps, frames_per_slot=frames_per_slot, side=side)
-    pixels = finders.shrink(frames.pixels, SIDE)
+    pixels = motion.shrink(frames.pixels, SIDE)
     record = {"duration": round(frames.duration, 3)} | fingerprint(clip, pixels)
     if frames.duration < s.min_seconds:
         return record | {"rejected": "too short", "detail": f"{frames.duration:.2f} s"}
     if frames.duration > s.max_seconds:
         return record | {"rejected": "too long", "detail": f"{frames.duration:.2f} s"}
-    if float(finders.block_change(pixels, pixels[:1]).max()) < 4:
+    if float(motion.block_change(pixels, pixels[:1]).max()) < 4:
         return record | {"rejected": "frozen", "detail": "no frame differs from the first"}
     evidence = []  # for each finder, of each keyword
     if "motion" in s.finders:
-        evidence.append([finders.motion_evidence(pixels, frames.timestamps)] * len(clip.keywords))
+        evidence.append([motion.motion_evidence(pixels, frames.timestamps)] * len(clip.keywords))
     if "clip" in s.finders:
         evidence.append(finders.image_text_evidence(models.image_text, frames.pixels, clip.keywords))
     if "self" in s.finders:
@@ -214,7 +215,7 @@ class Models:
             if self.trained_heads:
                 self.lm.heads.load_state_dict(load_file(heads))
 
-    def own_evidence(self, clip: Clip, frames: Frames) -> list[finders.Evidence]:
+    def own_evidence(self, clip: Clip, frames: Frames) -> list[motion.Evidence]:
         """The video-language model's evidence of each keyword: by stage 1's heads where there are any."""
         everywhere = Clip(**vars(clip) | {"key_spans": [[[0.0, 1e-3]]] * len(clip.keywords)})  # not read here
         example = make_example(everywhere, frames, self.preparation)
