@@ -2,6 +2,8 @@
 
     python eval.py --model runs/sft --data runs/world/test.jsonl      # table, results.json, a Markdown row
     python eval.py describe VIDEO.mp4 --model runs/sft                # one file, one description
+    python eval.py describe VIDEO.mp4 --frames skim                   # a long one: the moments it looked at, and a picture
+    python eval.py long --what recall --data clips.jsonl              # events in long footage: uniform frames, or a skim?
     python eval.py report                                             # the README's tables: trains what they need
     python eval.py report --stage 2
     python eval.py report --stage lora
@@ -30,6 +32,7 @@ from data.benchmarks.commands import RunSettings, ScoreSettings, run_benchmark, 
 from data.clips import ClipError
 from data.measure.cost import CostSettings, run_cost
 from data.measure.evaluate import DescribeSettings, EvalSettings, run_describe, run_evaluation
+from data.measure.long import LongSettings, run_long
 from data.measure.report import ReportSettings, run_report
 from data.run.merge import MergeSettings, run_merge
 
@@ -41,6 +44,7 @@ COMMANDS = {
     "merge": (MergeSettings, run_merge),
     "report": (ReportSettings, run_report),
     "cost": (CostSettings, run_cost),
+    "long": (LongSettings, run_long),
 }
 
 

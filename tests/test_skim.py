@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,9 @@ import train_sft
 import vp
 from data import videolm
 from data.clips import Clip, ClipError, load_clips, make_example, prepare, process_look
+from data.curation import curate
 from data.measure import evaluate as evaluation
+from data.measure import long
 from data.skim import FrameSettings, Look, Skim, choose_windows, lay_windows, motion_curve, share_out, skim
 from data.video import Frames, read_clip
 
@@ -229,7 +232,7 @@ def test_runs_of_one_size_are_what_the_processor_makes(preparation, world):
     assert shown["grid"].tolist() == [[2, 4, 4], [5, 4, 4], [1, 4, 4]]
     a, b = (make_example(clip, look, preparation) for look in (whole, cut))
     assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.source, b.source)
-    torch.testing.assert_close(b.slot_seconds, torch.arange(8) * a.seconds_per_slot)
+    torch.testing.assert_close(b.slot_seconds, torch.arange(8) * 0.25)
 
 
 def test_a_short_clip_is_sampled_uniformly(preparation, world):
@@ -442,6 +445,17 @@ def test_cache_gives_the_same_examples(preparation, long_video, world, tmp_path,
     assert len(list(tmp_path.glob("*/*.safetensors"))) == 2  # another setting is another file
 
 
+def test_curation_finds_moments_in_long_files(long_video):
+    """A file that is too long is left out, or skimmed: its key span is found closely, in seconds of the file."""
+    clip = Clip(long_video, "a circle. It swells up", "x", keywords=["swells up"])
+    s = curate.Settings(Path("a"), Path("b"), max_seconds=30.0, fps=8.0, max_frames=32, min_change=1.0)
+    assert curate.inspect(clip, s)["rejected"] == "too long"
+    record = curate.inspect(clip, replace(s, skim=True))
+    assert "rejected" not in record and record["duration"] == pytest.approx(40.0) and record["kept"] == [0]
+    ((start, end),) = record["key_spans"][0]
+    assert 26.5 <= start <= 27.0 and 27.5 <= end <= 28.0
+
+
 def test_scripts_train_on_windows(long_video, qwen2_5, tmp_path, monkeypatch):
     """Two steps of each stage on a long clip, with a cache: windows at the key span, a twin, and an evaluation."""
     line = {"video": "long.mp4", "caption": "a circle. It swells up", "keywords": ["swells up"], "key_spans": [[27, 27.5]]}
@@ -477,3 +491,18 @@ def test_describe_shows_the_moments(long_video, qwen2_5, tmp_path):
     assert "moment 1: 26." in shown and (tmp_path / "look.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="--look-for"):
         evaluation.run_describe(replace(settings, finder="self"), console)
+
+
+def test_long_footage_has_one_event(world):
+    """What comes before and behind the event is played again and again; the event stands where it is said to stand."""
+    frames = torch.arange(16)[:, None, None, None].expand(-1, 3, 2, 2)
+    for seed in range(10):
+        made, moved = long.lengthen(frames, (5, 8), 4, np.random.default_rng(seed))
+        shown = made[:, 0, 0, 0].tolist()
+        assert len(shown) == 64 and shown[5 + moved : 8 + moved] == [5, 6, 7]
+        assert not {5, 6, 7} & {*shown[: 5 + moved], *shown[8 + moved :]}
+        assert shown[4 + moved] == 4 and shown[8 + moved] == 8
+        assert max(abs(a - b) for a, b in itertools.pairwise(shown)) == 1
+    clips = load_clips(world / "test.jsonl")[0][:4]
+    hidden, event = long.hide(clips[0], clips[1:], 3, False, random.Random(0))
+    assert len(hidden.footage) == 2 and event[0] == pytest.approx(2.0 * hidden.before + clips[0].truth["span"][0])
