@@ -2,6 +2,8 @@
 
     python eval.py --model runs/sft --data runs/world/test.jsonl      # table, results.json, a Markdown row
     python eval.py describe VIDEO.mp4 --model runs/sft                # one file, one description
+    python eval.py describe VIDEO.mp4 --frames skim                   # a long one: the moments it looked at, and a picture
+    python eval.py long --what recall --data clips.jsonl              # events in long footage: uniform frames, or a skim?
     python eval.py progress runs/sft runs/rl                          # what two runs have learned, beside each other
     python eval.py report                                             # the README's tables: trains what they need
     python eval.py report --stage lora
@@ -41,6 +43,7 @@ from data.measure.evaluate import (
     run_evaluation,
     run_progress,
 )
+from data.measure.long import LongSettings, run_long
 from data.measure.report import ReportSettings, run_report
 from data.run.merge import MergeSettings, run_merge
 
@@ -53,6 +56,7 @@ COMMANDS = {
     "merge": (MergeSettings, run_merge),
     "report": (ReportSettings, run_report),
     "cost": (CostSettings, run_cost),
+    "long": (LongSettings, run_long),
 }
 
 

@@ -401,7 +401,10 @@ def main(settings: Settings) -> dict | None:
     clips, eval_clips = run.load_clips()
     architecture = memory.skeleton(s.model)
     context = architecture.config.text_config.max_position_embeddings
-    preparation = Preparation(models.load_processor(s.model), s.max_frames, s.fps, max_pixels=s.max_pixels, context=context)
+    preparation = Preparation(
+        models.load_processor(s.model), s.max_frames, s.fps, max_pixels=s.max_pixels, context=context,
+        visual_tokens=s.visual_tokens, skim=s.how_to_look(), cache=s.cache,
+    )  # fmt: skip
     clips, eval_clips = run.leave_out_long(clips, eval_clips, preparation, s.max_new_tokens, EVAL_TOKENS)
     load = memory.Load(
         s.micro_batch_size, *memory.longest(clips, preparation), rollouts=G, twin_rollouts=s.num_twin_rollouts,
@@ -411,7 +414,8 @@ def main(settings: Settings) -> dict | None:
     lm, reference = load_policy(s, run, budget)
     encoder = load_encoder(s, run, clips)
     loader = ClipLoader(
-        clips, preparation, s.seed, s.workers, s.time_limit, s.max_bad_share, **run.share(num_prompts)
+        clips, replace(preparation, skim=s.how_to_look(at_key_spans=True)), s.seed, s.workers, s.time_limit,
+        s.max_bad_share, **run.share(num_prompts),
     )  # fmt: skip
     optimizer = models.make_optimizer(lm, s.learning_rate, s.weight_decay)
     num_updates = s.steps * s.epochs

@@ -12,6 +12,7 @@ layers, and pull the keywords toward the full video's key-slot states and away f
     python train_sft.py --preset gpu-24gb --model Qwen/Qwen2.5-VL-3B-Instruct --data clips.jsonl
     python train_sft.py --preset gpu-24gb --model random:qwen2.5-vl-7b --data clips.jsonl          # speed and memory only
     torchrun --nproc_per_node 8 train_sft.py --preset gpu-80gb --model Qwen/Qwen2.5-VL-7B-Instruct --data clips.jsonl
+    python train_sft.py --frames skim --visual-tokens 2048 --data long.jsonl      # rare events in long videos
     python train_sft.py --resume                                                  # continue after a kill, bit for bit
 
 The paper's equations and settings are not public. Our deviations are numbered in docs/method.md.
@@ -161,17 +162,21 @@ def main(settings: Settings) -> dict | None:
     architecture = memory.skeleton(s.model)
     context = architecture.config.text_config.max_position_embeddings
     # How a clip becomes tokens. Evaluation samples the same moments every time; training may jitter.
-    steady = Preparation(models.load_processor(s.model), s.max_frames, s.fps, max_pixels=s.max_pixels, context=context)
+    steady = Preparation(
+        models.load_processor(s.model), s.max_frames, s.fps, max_pixels=s.max_pixels, context=context,
+        visual_tokens=s.visual_tokens, skim=s.how_to_look(), cache=s.cache,
+    )  # fmt: skip
     clips, eval_clips = run.leave_out_long(clips, eval_clips, steady, new_tokens=0, eval_tokens=EVAL_TOKENS)
     # The twin leaves after l layers: what the memory estimate must know of it.
     twin_layers = (s.contrastive_layer or architecture.config.text_config.num_hidden_layers // 2) * contrastive
     load = memory.Load(s.micro_batch_size, *memory.longest(clips, steady), twin_layers)
     budget = memory.Budget(architecture, load, vars(s), run.device, s.memory_gb, run.num_processes)
     lm = load_video_lm(s, run, budget)
+    drawn = replace(
+        steady, jitter=s.jitter, twin_captions=s.twin_captions, skim=s.how_to_look(at_key_spans=True)
+    )  # fmt: skip
     loader = ClipLoader(
-        clips, replace(steady, jitter=s.jitter, twin_captions=s.twin_captions), s.seed, s.workers, s.time_limit,
-        s.max_bad_share,
-        **run.share(s.micro_batch_size),
+        clips, drawn, s.seed, s.workers, s.time_limit, s.max_bad_share, **run.share(s.micro_batch_size)
     )  # fmt: skip
     # AdamW, linear warm-up, then a cosine to zero.
     optimizer = models.make_optimizer(lm, s.learning_rate, s.weight_decay)

@@ -33,30 +33,50 @@ from kernels.reward import REWARDS, fused_rewards
 # --- The twin (method, section 1) ---------------------------------------------------------------------------------------
 
 
-def twin_sources(key_slots: Tensor) -> Tensor | None:
+def twin_sources(key_slots: Tensor, windows: Tensor | None = None) -> Tensor | None:
     """Which slot the twin shows in each place: src(t) = t outside the key slots, else the nearest slot outside them.
 
     key_slots: (S,) bool. Returns (S,) long, ties going to the earlier neighbour, or None if there is no twin: no key
     slot, or nothing but key slots.
+    windows (S,) long, of a long video that was skimmed: the window that each slot belongs to, 0 for the context between
+    them. Slots of windows and of the context differ in size, so a key slot is shown as the nearest one of its own window,
+    or of the context. A window of nothing but key slots is shown as the nearest other window, slot for slot.
 
     >>> twin_sources(torch.tensor([0, 0, 1, 1, 1, 0], dtype=torch.bool)).tolist()
     [0, 1, 1, 1, 5, 5]
+    >>> windows = torch.tensor([0, 1, 1, 0, 2, 2])
+    >>> twin_sources(torch.tensor([1, 1, 1, 0, 0, 0], dtype=torch.bool), windows).tolist()
+    [3, 4, 5, 3, 4, 5]
     """
     # Without a key slot the twin would be the full video; with nothing else there is nothing to show instead.
     if not key_slots.any() or key_slots.all():
         return None
-    kept = torch.nonzero(~key_slots).squeeze(1)  # ascending, so argmin prefers the earlier of two equally near
-    # A kept slot is nearest to itself, so that it shows itself.
-    distance = (torch.arange(len(key_slots))[:, None] - kept[None, :]).abs()
-    return kept[distance.argmin(1)]
+    place = torch.arange(len(key_slots))
+    windows, source = torch.zeros_like(place) if windows is None else windows, place.clone()
+    for window in windows[key_slots].unique().tolist():
+        own = windows == window
+        lost, kept = place[own & key_slots], place[own & ~key_slots]  # ascending
+        if len(kept):  # argmin prefers the earlier of two that are equally near
+            source[lost] = kept[(lost[:, None] - kept[None, :]).abs().argmin(1)]
+            continue
+        others = place[(windows > 0) & ~own & ~key_slots] if window else lost[:0]
+        if not len(others):
+            return None
+        nearest = windows[others[(others - lost.float().mean()).abs().argmin()]]
+        shown = others[windows[others] == nearest]
+        source[lost] = shown[torch.arange(len(lost)) * len(shown) // len(lost)]
+    return source
 
 
-def span_slots(spans: Sequence[Sequence[float]], timestamps: Sequence[float], frames_per_slot: int = 2) -> Tensor:
+def span_slots(
+    spans: Sequence[Sequence[float]], timestamps: Sequence[float], frames_per_slot: int = 2,
+    last: Sequence[float] | None = None,
+) -> Tensor:  # fmt: skip
     """The slots that a keyword's key spans overlap: (S,) bool.
 
     spans: [start, end] in seconds; timestamps: (F,) seconds at which each sampled frame begins to show, F a multiple of
-    frames_per_slot. A slot lasts from its first frame to the next slot's first frame. A span too short to hold any
-    frame still marks the slot it falls into.
+    frames_per_slot. A slot lasts from its first frame to the next slot's first frame, but not beyond `last` (S,). A span
+    too short to hold any frame still marks the slot it falls into.
 
     >>> span_slots([[0.5, 0.9]], [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]).tolist()
     [False, True, False]
@@ -69,6 +89,9 @@ def span_slots(spans: Sequence[Sequence[float]], timestamps: Sequence[float], fr
     else:
         step = 1.0
     ends = torch.cat([begins[1:], begins[-1:] + max(step, 1e-6) * frames_per_slot])
+    if last is not None:
+        stop = torch.tensor(last, dtype=torch.float64)
+        ends = torch.cat([ends[:-1].minimum(stop[:-1]), stop[-1:]])
     slots = torch.zeros(len(begins), dtype=torch.bool)
     # Two intervals overlap if each begins before the other ends; a span of no length still counts.
     for start, end in spans:
@@ -93,8 +116,10 @@ class Example:
     """One clip, ready for a model: everything that can be known before the model runs, on the CPU.
 
     input_ids, token_types (T,): prompt, then the caption's tokens; token_types 2 marks visual tokens. prompt_length: how
-    many belong to the prompt. pixels (patches, C*2*p*p), grid (3,): as the processor made them. seconds_per_slot: for
-    M-RoPE. source (S,) long: `twin_sources`, or None. keywords: those of the caption.
+    many belong to the prompt. pixels (patches, C*2*p*p): as the processor made them. grid (3,): slots, and height and width
+    of each in patches; or (R, 3), one row for each run of slots of one size, in time order. seconds_per_slot: for M-RoPE;
+    slot_seconds (S,): the same of slots that do not come evenly, counted from the first. source (S,) long: `twin_sources`,
+    or None. keywords: those of the caption.
     """
 
     name: str
@@ -106,6 +131,23 @@ class Example:
     seconds_per_slot: float
     source: Tensor | None
     keywords: list[Keyword]
+    slot_seconds: Tensor | None = None
+
+    @property
+    def runs(self) -> Tensor:
+        """The grid as rows (R, 3), one if all slots are of one size."""
+        return self.grid.view(-1, 3)
+
+    @property
+    def num_slots(self) -> int:
+        """S."""
+        return int(self.runs[:, 0].sum())
+
+    def by_slot(self, visual: Tensor) -> list[Tensor]:
+        """Something of each visual token, or of each patch, in their order (V, ...), cut into slots."""
+        slots, height, width = self.runs.unbind(1)
+        areas = (height * width).repeat_interleave(slots)
+        return list(visual.split((areas * len(visual) // areas.sum()).tolist()))
 
 
 @dataclass

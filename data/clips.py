@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +30,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vp
+from data.cache import cached
 from data.files import ClipError, PathError, inside_root, is_number
 from data.foreign import check_annotations, other_fields
 from data.key_slots import find_key_slots
+from data.skim import Look, Sizes, Skim, look
 from data.user_text import SEAM, disarm, encode, put_back, take_out
-from data.video import PROMPT, Clip, Frames, read_frames
+from data.video import PROMPT, Clip, Frames
+from data.video import read_frames as read_frames  # who reads clips finds it here
 from data.words import still_part
 
 FIELDS = ("video", "caption", "prompt", "start", "end", "keywords", "key_spans", "truth", "frames_per_second")
@@ -45,6 +48,7 @@ PLACEHOLDER = (
 )
 # As such they stand at the head or the end of a prompt, or have a line of their own.
 PLACED = re.compile(rf"\A\s*{PLACEHOLDER}|{PLACEHOLDER}\s*\Z|^\s*{PLACEHOLDER}\s*$", re.IGNORECASE | re.MULTILINE)
+SEAM_OF_RUNS = ["<|vision_end|>", "<|vision_start|>"]  # between two videos in a prompt
 HALF_CHARACTERS = re.compile(r"[\ud800-\udfff]")  # surrogates, which are text in pairs only
 
 
@@ -272,7 +276,9 @@ def load_clips(annotations: Path, root: Path | None = None, follow_links: bool =
 @dataclass
 class Preparation:
     """How clips become examples: the processor of the model, and the sampling. context: tokens that the model reads at
-    most, text and video together. twin_captions: share of the clips that `show_twin` makes quiet ones of."""
+    most, text and video together. twin_captions: share of the clips that `show_twin` makes quiet ones of. visual_tokens: of
+    a clip, at most; skim: how a long video is looked at (None: frames are sampled uniformly), see data/skim.py. cache: a
+    folder for what was decoded, see data/cache.py."""
 
     processor: object
     max_frames: int = 16
@@ -281,6 +287,10 @@ class Preparation:
     max_pixels: int | None = None
     context: int | None = None
     twin_captions: float = 0.0
+    visual_tokens: int | None = None
+    skim: Skim | None = None
+    cache: Path | None = None
+    known_sizes: dict[tuple[int, int], Sizes] = field(default_factory=dict, repr=False, compare=False)
 
     def check_length(self, clip: Clip, tokens: int) -> None:
         """Raise ClipError where a clip has more tokens than the model reads."""
@@ -306,14 +316,66 @@ class Preparation:
         size = [max(token, int(n * scale) // token * token) for n in (height, width)]
         return replace(frames, pixels=F.interpolate(frames.pixels, size=size, mode="bicubic", antialias=True))
 
+    def sizes(self, height: int, width: int) -> Sizes:
+        """How the model sees pictures of a size, by what its processor makes of some; context at half that size."""
+        if (height, width) not in self.known_sizes:
+            video, step = self.processor.video_processor, self.frames_per_slot
+            blank = Frames(torch.zeros(2 * step, 3, height, width, dtype=torch.uint8), [0.0] * 2 * step, 1.0, 1.0)
+            made = video(videos=[self.fit(blank).pixels], do_sample_frames=False, return_tensors="pt")
+            full = [int(n) * video.patch_size for n in made["video_grid_thw"][0, 1:]]
+            token = video.patch_size * video.merge_size
+            small = [max(token, n // 2 // token * token) for n in full]
+            tokens = [math.prod(size) // token**2 for size in (full, small)]
+            self.known_sizes[height, width] = Sizes(tuple(full), tuple(small), *tokens)
+        return self.known_sizes[height, width]
 
-def key_slots(clip: Clip, frames: Frames, frames_per_slot: int = 2) -> list[Tensor]:
+    def look(self, clip: Clip, seed: Sequence[int] = ()) -> Look:
+        """The frames that are shown of a clip, see `data.skim.look`. seed: (run, epoch, clip), of all that is drawn.
+
+        With a cache, a clip keeps its first draw: the epoch does not count.
+        """
+        drawn = self.jitter or (self.skim is not None and self.skim.at_key_spans)
+        if self.cache is None:
+            rng = np.random.default_rng(seed) if drawn else None
+            return look(clip, self.skim, self.sizes, self.frames_per_slot, self.max_frames, self.fps,
+                        self.visual_tokens, rng, self.jitter)  # fmt: skip
+
+        def make() -> Look:
+            made = replace(self, cache=None).look(clip, seed[::2])
+            if clip.key_spans is None and clip.keywords:  # found in the pictures as they are, before they are made small
+                made.slots = found_slots(made, self.frames_per_slot)
+            made.runs = made.runs if made.sized else [self.fit(made.runs[0])]
+            return made
+
+        video = self.processor.video_processor
+        sees = [getattr(video, name, None) for name in ("size", "patch_size", "merge_size", "temporal_patch_size")]
+        settings = [self.max_frames, self.fps, self.jitter, self.max_pixels, self.visual_tokens, self.skim]
+        settings += [str(sees), clip.key_spans is None and bool(clip.keywords), [*seed[::2]] if drawn else None]
+        settings += [clip.key_spans if self.skim is not None and self.skim.at_key_spans else None]
+        return cached(self.cache, clip, settings, make)
+
+
+def found_slots(look: Look, frames_per_slot: int = 2) -> Tensor:
+    """The slots (S,) that look unlike those around them: of all, or, where a long video was skimmed, of the highest
+    window."""
+    if look.slots is not None:
+        return look.slots
+    if len(look.runs) == 1:
+        return find_key_slots(look.runs[0].pixels, frames_per_slot)
+    slots = torch.zeros(len(look.windows), dtype=torch.bool)
+    slots[look.windows == sorted(look.spans).index(look.spans[0]) + 1] = find_key_slots(
+        look.highest().pixels, frames_per_slot
+    )
+    return slots
+
+
+def key_slots(clip: Clip, look: Look, frames_per_slot: int = 2) -> list[Tensor]:
     """The key slots (S,) bool of each keyword: from its key spans, or from the finder where there are none."""
     if clip.key_spans is not None:
-        return [vp.span_slots(spans, frames.timestamps, frames_per_slot) for spans in clip.key_spans]
+        return [vp.span_slots(spans, look.timestamps, frames_per_slot, look.last) for spans in clip.key_spans]
     if not clip.keywords:
         return []
-    return [find_key_slots(frames.pixels, frames_per_slot)] * len(clip.keywords)
+    return [found_slots(look, frames_per_slot)] * len(clip.keywords)
 
 
 def chat(processor, prompt: str, num_videos: int = 1) -> str:
@@ -355,23 +417,50 @@ def answer_ids(tokenizer, caption: str) -> list[int]:
     return encode(tokenizer, caption) + tokenizer("<|im_end|>\n", add_special_tokens=False).input_ids
 
 
-def make_example(clip: Clip, frames: Frames, preparation: Preparation) -> vp.Example:
+def process_look(processor, text: str, look: Look, preparation: Preparation) -> tuple[dict, dict]:
+    """What the processor makes of a text with a place for each run of a look, and what an `Example` holds of its video.
+
+    The processor takes each run for a video. That one ends where the next begins is taken out again, so that they are one.
+    A model that writes a timestamp before each slot then reads what it would read of slots of one size.
+    """
+    if look.sized:
+        inputs = process(processor, [text], look.runs, do_resize=False)
+    else:
+        inputs = process(processor, [text], [preparation.fit(frames) for frames in look.runs])
+    if len(look.runs) > 1:
+        ids, (end, start) = inputs["input_ids"][0], processor.tokenizer.convert_tokens_to_ids(SEAM_OF_RUNS)
+        seam = (ids == end) & (ids.roll(-1) == start)
+        kept = ~(seam | seam.roll(1))
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            inputs[name] = inputs[name][:, kept]
+    seconds, grid = inputs.get("second_per_grid_ts"), inputs["video_grid_thw"]
+    shown = {
+        "pixels": inputs["pixel_values_videos"],
+        "grid": grid[0] if len(grid) == 1 else grid,
+        "seconds_per_slot": float(seconds.min()) if seconds is not None else 1.0,
+    }
+    if len(grid) > 1:
+        begins = torch.tensor(look.timestamps[:: preparation.frames_per_slot], dtype=torch.float64)
+        shown["slot_seconds"] = (begins - begins[0]).float()
+    return inputs, shown
+
+
+def make_example(clip: Clip, frames: Frames | Look, preparation: Preparation) -> vp.Example:
     """Tokens, patches, key slots and the twin's sources of one clip. The twin has no pixels: it is a gather."""
     processor, tokenizer = preparation.processor, preparation.processor.tokenizer
-    inputs = process(processor, [chat(processor, clip.prompt)], [preparation.fit(frames)])
+    look = frames if isinstance(frames, Look) else Look([frames])
+    inputs, shown = process_look(processor, chat(processor, clip.prompt, len(look.runs)), look, preparation)
     prompt_ids, token_types = inputs["input_ids"][0], inputs["mm_token_type_ids"][0]
     answer = torch.tensor(answer_ids(tokenizer, clip.caption))
     preparation.check_length(clip, len(prompt_ids) + len(answer))
-    slots = key_slots(clip, frames, preparation.frames_per_slot)
+    slots = key_slots(clip, look, preparation.frames_per_slot)
     return vp.Example(
         name=clip.where,
         input_ids=torch.cat([prompt_ids, answer]),
         token_types=torch.cat([token_types, torch.zeros_like(answer)]),
         prompt_length=len(prompt_ids),
-        pixels=inputs["pixel_values_videos"],
-        grid=inputs["video_grid_thw"][0],
-        seconds_per_slot=float(inputs["second_per_grid_ts"][0]) if "second_per_grid_ts" in inputs else 1.0,
-        source=vp.twin_sources(torch.stack(slots).any(0)) if slots else None,
+        **shown,
+        source=vp.twin_sources(torch.stack(slots).any(0), look.windows) if slots else None,
         # with the leading space that the phrase has inside a caption: the tokens that the model will have to write
         keywords=[vp.Keyword(k, torch.tensor(encode(tokenizer, " " + k)), s) for k, s in zip(clip.keywords, slots)],
     )
@@ -388,11 +477,13 @@ def show_twin(example: vp.Example, clip: Clip, tokenizer) -> vp.Example:
         return example
     prompt = slice(0, example.prompt_length)
     answer = torch.tensor(answer_ids(tokenizer, still))
+    runs = example.grid.view(-1, 3).tolist()  # slots of one size: (number, height, width in patches)
+    patches = example.pixels.split([height * width for number, height, width in runs for _ in range(number)])
     return replace(
         example,
         input_ids=torch.cat([example.input_ids[prompt], answer]),
         token_types=torch.cat([example.token_types[prompt], torch.zeros_like(answer)]),
-        pixels=example.pixels.unflatten(0, (len(example.source), -1))[example.source].flatten(0, 1),
+        pixels=torch.cat([patches[slot] for slot in example.source.tolist()]),
         source=None,
         keywords=[],
     )
@@ -400,11 +491,8 @@ def show_twin(example: vp.Example, clip: Clip, tokenizer) -> vp.Example:
 
 def prepare(clip: Clip, preparation: Preparation, seed: Sequence[int] = ()) -> vp.Example:
     """Read and make one example; `seed` names the draw, so that jitter is the same on every run."""
-    rng = np.random.default_rng(seed) if preparation.jitter else None
-    step = preparation.frames_per_slot
     with named(clip):
-        frames = read_frames(clip, preparation.max_frames, preparation.fps, rng, step)
-        example = make_example(clip, frames, preparation)
+        example = make_example(clip, preparation.look(clip, seed), preparation)
         if preparation.twin_captions and np.random.default_rng([*seed, 1]).random() < preparation.twin_captions:
             example = show_twin(example, clip, preparation.processor.tokenizer)
         return example

@@ -8,13 +8,15 @@ returns one picture for many moments. So each picture's time is compared with it
 are decoded one after the other, as a player does. What a player cannot show either is named as damaged.
 """
 
+import bisect
 import contextlib
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor
 from data.container import Display, is_broken, read_display
 from data.files import ClipError
 
+T = TypeVar("T")
 PROMPT = "Describe the video."
 # A picture may miss its moment by this much: Matroska and FLV round to milliseconds.
 TOLERANCE = 0.0015
@@ -46,6 +49,8 @@ class Clip:
     key_spans: list[list[list[float]]] | None = None
     truth: dict | None = None
     frames_per_second: float | None = None  # if `video` is a folder of frames, 00001.jpg and on
+    footage: list["Clip"] = field(default_factory=list)  # other clips shown around it
+    before: int = 0  # how many of them before it
 
 
 @dataclass
@@ -94,6 +99,13 @@ def read_frames(
     Raises ClipError with the reason if there are not min_frames (default: two slots) frames, if a key span lies behind
     the end, or if the frames cannot be had.
     """
+    return read_clip(
+        clip, lambda video: sample(clip, video, max_frames, fps, rng, frames_per_slot, side, place, min_frames)
+    )  # fmt: skip
+
+
+def read_clip(clip: Clip, read: Callable[["Video | Folder | Footage"], T]) -> T:
+    """What `read` makes of a clip's video, which is opened for it. Raises ClipError with the reason if it cannot."""
     path = clip.video
     if not path.exists():
         raise ClipError(f"{clip.where}: {path}: no such file")
@@ -103,10 +115,10 @@ def read_frames(
     if path.is_file() and path.stat().st_size == 0:
         raise ClipError(f"{clip.where}: {path}: the file is empty")
     try:
-        video = open_folder(path, clip.frames_per_second) if path.is_dir() else open_video(path)
+        video = open_footage(clip) if clip.footage else open_clip(clip)
         for _ in range(3):
             try:
-                return sample(clip, video, max_frames, fps, rng, frames_per_slot, side, place, min_frames)
+                return read(video)
             except Cut as cut:  # pictures at the file's ends cannot be decoded: sample between them
                 video.begin, video.stop = cut.begin, cut.stop
         raise Damage("damaged at its ends")
@@ -116,7 +128,7 @@ def read_frames(
 
 def sample(
     clip: Clip,
-    video: "Video | Folder",
+    video: "Video | Folder | Footage",
     max_frames: int,
     fps: float | None,
     rng: np.random.Generator | None,
@@ -126,6 +138,31 @@ def sample(
     min_frames: int | None,
 ) -> Frames:
     """Choose moments of an open video, and read its frames at them; see read_frames."""
+    unseen, duration = part_of(clip, video)
+    available, least = max(1, round((duration - unseen) * video.fps)), min_frames or 2 * frames_per_slot
+    if available < least:
+        raise ClipError(f"{clip.where}: {clip.video}: too short: {available} frame(s); need {least}")
+    count = min(max_frames, available)
+    if fps is not None:
+        count = min(count, max(2 * frames_per_slot, round((duration - unseen) * fps)))
+    times = [unseen + t for t in sample_times(duration - unseen, count, rng, place)]
+    if place == 0 and rng is None:  # where a frame begins: a little later, or rounding would show the frame before
+        times = [t + 0.02 / video.fps for t in times]
+    return read_moments(clip, video, times, duration, frames_per_slot, (duration - unseen) / count, side)
+
+
+def open_clip(clip: Clip) -> "Video | Folder | Footage":
+    """A clip's video, opened. Raises Damage."""
+    return open_folder(clip.video, clip.frames_per_second) if clip.video.is_dir() else open_video(clip.video)
+
+
+def part_of(clip: Clip, video: "Video | Folder | Footage") -> tuple[float, float]:
+    """Of a clip's part of an open video: the seconds before its first picture, and its duration.
+
+    Raises ClipError if there is no such part, or if a key span lies behind its end.
+    """
+    if isinstance(video, Footage):
+        return 0.0, video.stop
     path = clip.video
     duration = min(video.stop, clip.end if clip.end is not None else math.inf) - clip.start
     if duration <= 0:
@@ -136,21 +173,76 @@ def sample(
     unseen = max(0.0, video.begin - clip.start)  # before the first picture
     if unseen >= duration:
         raise Damage(f"the first picture comes at {video.begin:.2f} s, behind the part's end")
-    available, least = max(1, round((duration - unseen) * video.fps)), min_frames or 2 * frames_per_slot
-    if available < least:
-        raise ClipError(f"{clip.where}: {path}: too short: {available} frame(s); need {least}")
-    count = min(max_frames, available)
-    if fps is not None:
-        count = min(count, max(2 * frames_per_slot, round((duration - unseen) * fps)))
-    times = [clip.start + unseen + t for t in sample_times(duration - unseen, count, rng, place)]
-    if place == 0 and rng is None:  # where a frame begins: a little later, or rounding would show the frame before
-        times = [t + 0.02 / video.fps for t in times]
+    return unseen, duration
+
+
+def read_moments(
+    clip: Clip, video: "Video | Folder | Footage", times: Sequence[float], duration: float, frames_per_slot: int,
+    seconds_per_frame: float, side: int | None = None,
+) -> Frames:  # fmt: skip
+    """The frames of an open video that are shown at some seconds from the beginning of a clip's part, in whole slots."""
+    if isinstance(video, Footage):
+        return video.read(times, frames_per_slot, seconds_per_frame, side)
+    times = [clip.start + t for t in times]
     shown = read_pictures(video, times, side) if isinstance(video, Folder) else decode(video, times, side)
     pixels, timestamps = shown.pixels, (shown.begins - clip.start).clamp(min=0).tolist()
     if pad := -len(pixels) % frames_per_slot:
         pixels = torch.cat([pixels, pixels[-1:].expand(pad, -1, -1, -1)])
         timestamps += timestamps[-1:] * pad
-    return Frames(pixels, timestamps, video.fps, duration, (duration - unseen) / count)
+    return Frames(pixels, timestamps, video.fps, duration, seconds_per_frame)
+
+
+# --- Clips one after another ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Footage:
+    """Clips one after another as one video, with pictures of the size of clip number `own`. begins: of each, in seconds."""
+
+    clips: list[Clip]
+    videos: list["Video | Folder | Footage"]
+    begins: list[float]
+    stop: float
+    own: int
+    begin: float = 0.0
+    sizes: dict[int | None, tuple[int, int]] = field(default_factory=dict)  # by `side`
+
+    @property
+    def fps(self) -> float:
+        """Pictures a second, of the own clip."""
+        return self.videos[self.own].fps
+
+    def read(self, times: Sequence[float], frames_per_slot: int, seconds_per_frame: float, side: int | None) -> Frames:
+        """See `read_moments`."""
+        if side not in self.sizes:
+            own, video = self.clips[self.own], self.videos[self.own]
+            unseen, duration = part_of(own, video)
+            self.sizes[side] = tuple(read_moments(own, video, [unseen], duration, 1, 1.0, side).pixels.shape[-2:])
+        number = [max(0, bisect.bisect_right(self.begins, t) - 1) for t in times]
+        pixels, timestamps = [], []
+        for n, some in itertools.groupby(zip(number, times), key=lambda pair: pair[0]):
+            clip, video, begin = self.clips[n], self.videos[n], self.begins[n]
+            unseen, duration = part_of(clip, video)
+            moments = [min(max(t - begin, unseen), duration) for _, t in some]
+            shown = read_moments(clip, video, moments, duration, 1, seconds_per_frame, side)
+            if tuple(shown.pixels.shape[-2:]) != self.sizes[side]:
+                small = F.interpolate(shown.pixels.float(), size=self.sizes[side], mode="bilinear", antialias=True)
+                shown.pixels = small.round().byte()
+            pixels.append(shown.pixels)
+            timestamps += [begin + t for t in shown.timestamps]
+        if pad := -len(timestamps) % frames_per_slot:
+            pixels.append(pixels[-1][-1:].expand(pad, -1, -1, -1))
+            timestamps += timestamps[-1:] * pad
+        return Frames(torch.cat(pixels), timestamps, self.fps, self.stop, seconds_per_frame)
+
+
+def open_footage(clip: Clip) -> Footage:
+    """A clip among the others of its footage. Raises Damage."""
+    clips = [*clip.footage[: clip.before], replace(clip, footage=[], before=0), *clip.footage[clip.before :]]
+    videos = [open_clip(c) for c in clips]
+    lengths = [part_of(c, v)[1] for c, v in zip(clips, videos)]
+    begins = [0.0, *itertools.accumulate(lengths)]
+    return Footage(clips, videos, begins[:-1], begins[-1], clip.before)
 
 
 class Damage(Exception):

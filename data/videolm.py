@@ -1,6 +1,7 @@
 """VideoLM: the one adapter over a Hugging Face video-language model."""
 
 import copy
+import itertools
 import time
 import warnings
 from collections.abc import Sequence
@@ -51,8 +52,9 @@ class SFTOutput:
 class Batch:
     """Padded clips with every index worked out beforehand, so that the training loop never waits for the device.
 
-    input_ids, attention_mask, token_types (B, T); position_ids (3, B, T) or None; pixels, grid (B, 3),
-    seconds_per_slot (B,) as in `Example`. label_rows (L,): rows of the flattened (B*T) sequence that predict label_ids.
+    input_ids, attention_mask, token_types (B, T); position_ids (3, B, T) or None; pixels, grid (all runs, 3) and
+    seconds_per_slot of each run, as in `Example`; num_runs: of each clip. label_rows (L,): rows of the flattened (B*T)
+    sequence that predict label_ids.
     twin_index (V,): the visual token that the twin shows in the place of each. prefix_length: tokens up to the last
     visual one. key_rows (N,): key-slot tokens as rows of the flattened (B*prefix_length) prefix. keyword_ids (K, W)
     padded with keyword_mask (K, W). key_tokens: who asks for whom.
@@ -65,6 +67,7 @@ class Batch:
     pixels: Tensor
     grid: Tensor
     seconds_per_slot: Tensor
+    num_runs: list[int]
     label_rows: Tensor
     label_ids: Tensor
     twin_index: Tensor
@@ -79,38 +82,63 @@ class Batch:
         return move(self, device)
 
 
+def twin_tokens(example: Example, visual: Tensor) -> Tensor:
+    """Which of an example's visual tokens (V,), given by their numbers, its twin shows in the place of each."""
+    if example.source is None:
+        return visual
+    slots = example.by_slot(visual)
+    return torch.cat([slots[s] for s in example.source.tolist()])
+
+
+def by_clip(video, num_runs: Sequence[int]):
+    """Encoded videos with one entry a clip: the encoder gives one for each run of slots of one size."""
+    if all(n == 1 for n in num_runs):
+        return video
+
+    def join(parts: Sequence[Tensor]) -> list[Tensor]:
+        rest = iter(parts)
+        return [torch.cat(list(itertools.islice(rest, n))) for n in num_runs]
+
+    joined = copy.copy(video)
+    joined.pooler_output = join(video.pooler_output)
+    if getattr(video, "deepstack_features", None) is not None:
+        joined.deepstack_features = [join(layer) for layer in video.deepstack_features]
+    return joined
+
+
 def index_keywords(
-    examples: Sequence[Example], visual_places: Sequence[Tensor], prefix_length: int
+    examples: Sequence[Example], visual_places: Sequence[Sequence[Tensor]], prefix_length: int
 ) -> tuple[Tensor, Tensor, KeyTokens]:
     """Key-slot tokens and keywords of a batch, those of clips without a twin left out.
 
-    visual_places: for each clip (S, tokens of a slot) places in its sequence. Returns key_rows (N,), keyword_ids (K, W)
-    padded with -1, and who asks for whom; see `Batch`.
+    visual_places: for each clip and slot the places of its tokens in the sequence. Returns key_rows (N,), keyword_ids
+    (K, W) padded with -1, and who asks for whom; see `Batch`.
     """
     shown = [[k for k in e.keywords if e.source is not None and k.slots.any()] for e in examples]  # by clip
     keywords = [keyword for of_clip in shown for keyword in of_clip]
     key_rows, clip, slot = [], [], []
     for b, (places, of_clip) in enumerate(zip(visual_places, shown)):
-        key = torch.empty(0, dtype=torch.long)
-        if of_clip:
-            key = torch.stack([keyword.slots for keyword in of_clip]).any(0).nonzero().squeeze(1)
-        key_rows.append((b * prefix_length + places[key]).flatten())
-        clip.append(torch.full_like(key_rows[-1], b))
-        slot.append(key.repeat_interleave(places.shape[1]))
+        is_key = torch.stack([keyword.slots for keyword in of_clip]).any(0).tolist() if of_clip else []
+        for s, key in enumerate(is_key):
+            if key:
+                key_rows.append(b * prefix_length + places[s])
+                clip.append(torch.full_like(places[s], b))
+                slot.append(torch.full_like(places[s], s))
     keyword_slots = torch.zeros(len(keywords), max(len(p) for p in visual_places), dtype=torch.bool)
     for j, keyword in enumerate(keywords):
         keyword_slots[j, : len(keyword.slots)] = keyword.slots
     number = {text: i for i, text in enumerate(dict.fromkeys(keyword.text for keyword in keywords))}
     ids = [keyword.ids for keyword in keywords]
+    none = torch.empty(0, dtype=torch.long)
     asks = dict(
-        clip=torch.cat(clip),
-        slot=torch.cat(slot),
+        clip=torch.cat([none, *clip]),
+        slot=torch.cat([none, *slot]),
         keyword_clip=torch.tensor([b for b, of_clip in enumerate(shown) for _ in of_clip], dtype=torch.long),
         keyword_id=torch.tensor([number[keyword.text] for keyword in keywords], dtype=torch.long),
         keyword_slots=keyword_slots,
     )
     return (
-        torch.cat(key_rows),
+        torch.cat([none, *key_rows]),
         nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1) if ids else torch.full((0, 1), -1),
         KeyTokens(**asks, shown=ids_shown(**asks)),
     )
@@ -210,27 +238,23 @@ class VideoLM(nn.Module):
             label_rows.append(b * width + predicts)
             label_ids.append(e.input_ids[predicts + 1])
             visual = torch.nonzero(e.token_types[:n] == 2).squeeze(1)
-            num_slots = int(e.grid[0])
-            per_slot = len(visual) // num_slots
-            source = torch.arange(num_slots) if e.source is None else e.source
-            twin_index.append(offset + (source[:, None] * per_slot + torch.arange(per_slot)).flatten())
+            visual_places.append(e.by_slot(visual))
+            twin_index.append(offset + twin_tokens(e, torch.arange(len(visual))))
             offset += len(visual)
-            visual_places.append(visual.view(num_slots, per_slot))
-        prefix_length = max(int(places.max()) + 1 for places in visual_places)
+        prefix_length = max(int(places[-1][-1]) + 1 for places in visual_places)
         key_rows, keyword_ids, key_tokens = index_keywords(examples, visual_places, prefix_length)
-        grid = torch.stack([e.grid for e in examples])
-        seconds = torch.tensor([e.seconds_per_slot for e in examples])
         position_ids = None
         if not for_generation:  # generate() works them out for itself
-            position_ids = self.positions(input_ids, token_types, grid, seconds, attention_mask)
+            position_ids = self.positions(examples, input_ids, token_types, attention_mask)
         return Batch(
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_types=token_types,
             position_ids=position_ids,
             pixels=torch.cat([e.pixels for e in examples]),
-            grid=grid,
-            seconds_per_slot=seconds,
+            grid=torch.cat([e.runs for e in examples]),
+            seconds_per_slot=torch.tensor([e.seconds_per_slot for e in examples for _ in e.runs]),
+            num_runs=[len(e.runs) for e in examples],
             label_rows=torch.cat(label_rows),
             label_ids=torch.cat(label_ids),
             twin_index=torch.cat(twin_index),
@@ -242,11 +266,14 @@ class VideoLM(nn.Module):
         )
 
     def positions(
-        self, input_ids: Tensor, token_types: Tensor, grid: Tensor, seconds_per_slot: Tensor,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """M-RoPE positions (3, B, T), see `rope_index`. Warns once if slots are too short for positions of their own."""
-        vision, shortest = self.config.vision_config, float(seconds_per_slot.min())
+        self, examples: Sequence[Example], input_ids: Tensor, token_types: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """M-RoPE positions (3, B, T) of examples, or of their prompts, as rows of a batch; see `rope_index`.
+
+        Warns once if slots are too short for positions of their own.
+        """
+        vision = self.config.vision_config
+        shortest = min(e.seconds_per_slot for e in examples)
         per_second = getattr(vision, "tokens_per_second", None)
         if per_second and not self.warned and shortest * per_second < 1 - 1e-3:
             self.warned, most = True, per_second * vision.temporal_patch_size
@@ -255,18 +282,23 @@ class VideoLM(nn.Module):
                 f"Sample at most {most:g} frames a second: --fps {most:g}, or fewer frames (--max-frames, --num-frames)",
                 stacklevel=2,
             )
-        grids = {"video_grid_thw": grid, "second_per_grid_ts": seconds_per_slot}
-        return rope_index(self.config, input_ids, token_types, **grids, attention_mask=attention_mask)[0]
+        stands = [torch.arange(e.num_slots) * e.seconds_per_slot if e.slot_seconds is None else e.slot_seconds
+                  for e in examples]  # fmt: skip
+        return rope_index(
+            self.config, input_ids, token_types, video_grid_thw=torch.cat([e.runs for e in examples]),
+            attention_mask=attention_mask, slot_seconds=torch.cat(stands).float(),
+        )[0]  # fmt: skip
 
     def encode_video(self, batch: Batch):
         """Run the vision encoder once over the batch's full videos. Returns the encoder's own output record."""
-        return self.base.model.get_video_features(batch.pixels, batch.grid)
+        return by_clip(self.base.model.get_video_features(batch.pixels, batch.grid), batch.num_runs)
 
     def encode_examples(self, examples: Sequence[Example]):
         """The same for examples that are not in a batch."""
         device = self.base.lm_head.weight.device
-        pixels, grid = torch.cat([e.pixels for e in examples]), torch.stack([e.grid for e in examples])
-        return self.base.model.get_video_features(pixels.to(device), grid.to(device))
+        pixels, grid = torch.cat([e.pixels for e in examples]), torch.cat([e.runs for e in examples])
+        video = self.base.model.get_video_features(pixels.to(device), grid.to(device))
+        return by_clip(video, [len(e.runs) for e in examples])
 
     def take_clips(self, video, clips: Sequence[int]):
         """The encoded videos of some clips of a batch."""
@@ -377,10 +409,9 @@ class VideoLM(nn.Module):
         if e.source is None or not twin:
             full = tree.grow(-1, ids, types, positions, shown)
             return tree, full, full
-        per_slot = len(visual) // int(e.grid[0])
-        first = int((e.source != torch.arange(len(e.source))).nonzero()[0]) * per_slot  # the first replaced visual token
+        replaced = twin_tokens(e, shown)
+        first = int((replaced != shown).nonzero()[0])  # the first visual token that is replaced
         fork = int(visual[first])
-        replaced = shown.view(-1, per_slot)[e.source].flatten()
         shared = tree.grow(-1, ids[:fork], types[:fork], positions[:, :fork], shown[:first])
         full, twin = (
             tree.grow(shared, ids[fork:], types[fork:], positions[:, fork:], video[first:]) for video in (shown, replaced)
@@ -445,15 +476,15 @@ class VideoLM(nn.Module):
         """A prompt in one branch, of the full video or of the twin; see `grow_prompt`."""
         n, num_visual = e.prompt_length, int((e.token_types == 2).sum())
         shown = offset + torch.arange(num_visual)
-        if twin and e.source is not None:
-            shown = shown.view(int(e.grid[0]), -1)[e.source].flatten()
+        if twin:
+            shown = twin_tokens(e, shown)
         tree = Tree()
         return tree, tree.grow(-1, e.input_ids[:n], e.token_types[:n], self.prompt_positions(e), shown)
 
     def prompt_positions(self, e: Example) -> Tensor:
         """M-RoPE positions of an example's prompt: (3, prompt_length)."""
-        n, seconds = e.prompt_length, torch.tensor([e.seconds_per_slot])
-        return self.positions(e.input_ids[None, :n], e.token_types[None, :n], e.grid[None], seconds)[:, 0]
+        n = e.prompt_length
+        return self.positions([e], e.input_ids[None, :n], e.token_types[None, :n])[:, 0]
 
     def run_packed(self, packed: Packed, video, cache: Cache | None = None) -> Tensor:
         """States (M, D) of the wanted rows, from one pass in which nothing shared is run twice; fills `cache`."""
@@ -547,6 +578,11 @@ class VideoLM(nn.Module):
             index = torch.cat([part.repeat(num) for part in index.split(sizes)]).to(batch.twin_index.device)
             inputs = self.inputs(batch, self.gather_video(video, index))
             inputs |= {k: v.repeat_interleave(num, 0) for k, v in inputs.items() if isinstance(v, Tensor)}
+            runs = torch.arange(len(batch.grid)).split(batch.num_runs)
+            rows = torch.cat([of_clip.repeat(num) for of_clip in runs]).to(batch.grid.device)
+            inputs["video_grid_thw"] = batch.grid[rows]  # all runs of a clip, and again
+            if "second_per_grid_ts" in inputs:
+                inputs["second_per_grid_ts"] = batch.seconds_per_slot[rows]
             numbers = None if uniform is None else uniform[:, at : at + num].flatten(0, 1)
             chooser = Chooser(numbers, self.banned, temperature)
             new = self.hf.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=[chooser])

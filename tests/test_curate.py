@@ -15,8 +15,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from data import motion
 from data.clips import Clip, ClipError, Frames, load_clips
-from data.curation import curate, finders
+from data.curation import curate
 from data.curation.page import group_of
 from tests.commands import Command, run
 from tests.test_clips import write_video
@@ -268,7 +269,7 @@ def test_how_much_the_twin_differs(look, bright, change):
 class Known:
     """Models whose own evidence is given."""
 
-    def __init__(self, *evidence: finders.Evidence):
+    def __init__(self, *evidence: motion.Evidence):
         self.evidence = list(evidence)
 
     def own_evidence(self, clip, frames):
@@ -280,7 +281,7 @@ def test_own_evidence_is_taken_further_down(look):
     """A slot at 0.4 of the peak is key for `self`, alone and with motion; a keyword that is not sure is left out."""
     curve = torch.zeros(16)
     curve[5:8] = torch.tensor([0.4, 1.0, 0.2])
-    sure, unsure = finders.Evidence(curve, 0.9), finders.Evidence(curve, 0.1)
+    sure, unsure = motion.Evidence(curve, 0.9), motion.Evidence(curve, 0.1)
     found = look(scene(), ("jumps", "lands"), models=Known(unsure, sure), finders=("self",))
     assert found["kept"] == [1] and found["confidence"] == [0.1, 0.9]
     assert found["key_spans"] == [[[1.25, 1.75]]] * 2
@@ -290,7 +291,7 @@ def test_own_evidence_is_taken_further_down(look):
 
 def test_a_flat_curve_is_no_event(look):
     """However sure a finder says it is."""
-    found = look(scene(), models=Known(finders.Evidence(torch.zeros(16), 0.9)), finders=("self",), min_confidence=0.0)
+    found = look(scene(), models=Known(motion.Evidence(torch.zeros(16), 0.9)), finders=("self",), min_confidence=0.0)
     assert found["rejected"] == "no event found"
 
 

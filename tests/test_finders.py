@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import vp
+from data import motion
 from data.curation import finders
 from data.world import FPS, NUM_FRAMES, draw_clip
 from tests.commands import run
@@ -32,7 +33,7 @@ def test_what_comes_and_goes_is_found():
     """A small thing that is there for half a second: the span, on slot edges, with confidence and no note."""
     frames = still()
     frames[14:20, :, 10:22, 30:42] = 250
-    found = finders.motion_evidence(frames, TIMES)
+    found = motion.motion_evidence(frames, TIMES)
     spans = finders.spans_of(found.curve, TIMES, 3.0)
     assert finders.span_iou(spans, [14 / 12, 20 / 12]) > 0.9
     assert found.confidence > 0.6 and not found.notes
@@ -46,17 +47,17 @@ def test_what_stays_or_creeps_is_no_event(kind):
         frames[18:, :, 10:22, 30:42] = 250
     if kind == "slow":
         frames += torch.linspace(0, 40, 36)[:, None, None, None]
-    assert finders.motion_evidence(frames.clamp(0, 255).byte(), TIMES).confidence < 0.3
+    assert motion.motion_evidence(frames.clamp(0, 255).byte(), TIMES).confidence < 0.3
 
 
 def test_a_cut_is_no_event_and_evidence_does_not_cross_it():
     """Two scenes: the cut is named, nothing peaks at it; an event beside it is still the peak."""
     frames = torch.cat([still(18, seed=0), still(18, seed=5)])
-    assert finders.find_cuts(finders.shrink(frames)) == [18]
-    found = finders.motion_evidence(frames, TIMES)
+    assert motion.find_cuts(motion.shrink(frames)) == [18]
+    found = motion.motion_evidence(frames, TIMES)
     assert found.confidence < 0.3 and "1 cut(s)" in found.notes
     frames[24:28, :, 10:22, 30:42] = 250
-    found = finders.motion_evidence(frames, TIMES)
+    found = motion.motion_evidence(frames, TIMES)
     assert 24 <= int(found.curve.argmax()) < 28 and 0.1 < found.confidence <= 0.3
     assert finders.span_iou(finders.spans_of(found.curve, TIMES, 3.0), [2.0, 28 / 12]) > 0.8
 
@@ -66,8 +67,8 @@ def test_evidence_stays_within_its_shot(first, last):
     """What is there from a shot's first frame and goes, or comes and is there to its last, does not come and go."""
     frames = torch.cat([still(18, seed=0), still(18, seed=5)])
     frames[first:last, :, 10:22, 30:42] = 250
-    assert finders.find_cuts(finders.shrink(frames)) == [18]
-    assert finders.motion_evidence(frames, TIMES).curve.max() < 8
+    assert motion.find_cuts(motion.shrink(frames)) == [18]
+    assert motion.motion_evidence(frames, TIMES).curve.max() < 8
 
 
 def test_a_restless_picture_has_no_cuts_and_no_event():
@@ -76,13 +77,13 @@ def test_a_restless_picture_has_no_cuts_and_no_event():
     g = torch.Generator().manual_seed(0)
     places = zip(torch.randint(48, (36,), generator=g).tolist(), torch.randint(192, (36,), generator=g).tolist())
     torn = torch.stack([wide[:, y : y + 48, x : x + 64] for y, x in places])
-    change = finders.block_change(torn[1:], torn[:-1]).median(1).values
-    assert (change > 25).float().mean() > 0.5 and finders.find_cuts(torn) == []
+    change = motion.block_change(torn[1:], torn[:-1]).median(1).values
+    assert (change > 25).float().mean() > 0.5 and motion.find_cuts(torn) == []
     frames = still()
     for i in range(36):
         y, x = torch.randint(36, (1,), generator=g), torch.randint(52, (1,), generator=g)
         frames[i, :, y : y + 12, x : x + 12] = 250
-    assert finders.motion_evidence(frames, [i / 8 for i in range(36)]).confidence < 0.75  # alone, one is sure: 0.9 and more
+    assert motion.motion_evidence(frames, [i / 8 for i in range(36)]).confidence < 0.75  # alone, one is sure: 0.9 and more
 
 
 @pytest.mark.parametrize("change, low, high", [(9, 0.15, 0.55), (50, 0.7, 1.0)])
@@ -90,14 +91,14 @@ def test_confidence_follows_the_size_of_the_change(change, low, high):
     """A change by 9 of 255 is half as sure as one by 20 or more, which is sure."""
     frames = still().float()
     frames[14:20, :, 6:26, 26:46] += change
-    assert low < finders.motion_evidence(frames.clamp(0, 255).byte(), TIMES).confidence <= high
+    assert low < motion.motion_evidence(frames.clamp(0, 255).byte(), TIMES).confidence <= high
 
 
 def test_close_frames_are_smoothed():
     """At twelve frames a second one frame's flicker is spread over its neighbours; at eight it stays where it is."""
     frames = still()
     frames[18, :, 10:22, 30:42] = 250
-    close, far = (finders.motion_evidence(frames, [i / fps for i in range(36)]).curve for fps in (12, 8))
+    close, far = (motion.motion_evidence(frames, [i / fps for i in range(36)]).curve for fps in (12, 8))
     assert far[17] < 0.1 * far[18] and close[17] > 0.5 * close[18]
     assert 0.2 * far[18] < close[18] < 0.5 * far[18] and int(close.argmax()) == 18
     assert close.sum() == pytest.approx(far.sum().item(), rel=0.05)
@@ -106,19 +107,19 @@ def test_close_frames_are_smoothed():
 def test_a_flash_is_not_a_cut():
     """Two bright frames of the whole picture are two changes at once; a slow pan has none."""
     pan = torch.stack([texture(0, width=160)[:, :, i : i + 64] for i in range(36)]).byte()
-    assert finders.find_cuts(finders.shrink(pan)) == []
+    assert motion.find_cuts(motion.shrink(pan)) == []
 
 
 def test_a_moving_camera_lowers_the_confidence():
     """A pan over a picture with detail: everything changes all the time, and the note says so."""
     pan = torch.stack([texture(0, width=64 + 3 * 36)[:, :, 3 * i : 3 * i + 64] for i in range(36)]).byte()
-    found = finders.motion_evidence(pan, TIMES)
+    found = motion.motion_evidence(pan, TIMES)
     assert found.confidence < 0.3 and any("camera moves" in note for note in found.notes)
     sky = pan.clone()
     sky[:, :, :12] = 200  # a quarter without detail, which does not seem to move
-    assert any("camera moves" in note for note in finders.motion_evidence(sky, TIMES).notes)
+    assert any("camera moves" in note for note in motion.motion_evidence(sky, TIMES).notes)
     pan[14:20, :, 10:22, 30:42] = 255  # even where something happens
-    assert finders.motion_evidence(pan, TIMES).confidence <= 0.2
+    assert motion.motion_evidence(pan, TIMES).confidence <= 0.2
 
 
 def test_on_the_world():
@@ -126,7 +127,7 @@ def test_on_the_world():
     times, scores = [i / FPS for i in range(NUM_FRAMES)], []
     for index in range(80):
         frames, line = draw_clip("train", index, quiet=0.0)
-        found = finders.motion_evidence(torch.from_numpy(frames).permute(0, 3, 1, 2), times)
+        found = motion.motion_evidence(torch.from_numpy(frames).permute(0, 3, 1, 2), times)
         got = vp.span_slots(finders.spans_of(found.curve, times, NUM_FRAMES / FPS), times)
         true = vp.span_slots([line["truth"]["span"]], times)
         scores.append(float((got & true).sum() / (got | true).sum()))
@@ -223,8 +224,8 @@ def test_image_text_evidence_with_a_clip_model(tmp_path):
 
 def test_combining_needs_both():
     """Where one finder sees nothing, the geometric mean sees little; slots are stretched to frames."""
-    a = finders.Evidence(torch.tensor([0.0, 0, 4, 4, 0, 0, 4, 4]), 0.9, ["a"])
-    b = finders.Evidence(torch.tensor([0.0, 2, 0, 0]), 0.4)
+    a = motion.Evidence(torch.tensor([0.0, 0, 4, 4, 0, 0, 4, 4]), 0.9, ["a"])
+    b = motion.Evidence(torch.tensor([0.0, 2, 0, 0]), 0.4)
     both = finders.combine([a, b])
     assert both.curve.tolist() == pytest.approx([0.001, 0.001, 1.001, 1.001, 0.001, 0.001, 0.0316, 0.0316], abs=1e-3)
     assert both.confidence == pytest.approx(0.6) and both.notes == ["a"]

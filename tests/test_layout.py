@@ -13,7 +13,7 @@ ALLOWED = {
     "data.run": {"kernels", "vp", "data"},
     "data.curation": {"kernels", "vp", "data", "data.run"},
     "data.benchmarks": {"kernels", "vp", "data", "data.run"},
-    "data.measure": {"kernels", "vp", "data", "data.run", "data.benchmarks"},
+    "data.measure": {"kernels", "vp", "data", "data.run", "data.benchmarks", "data.curation"},
     "scripts": {"kernels", "vp", "data", "data.run", "data.benchmarks", "data.measure"},
 }
 SCRIPTS = ("train_sft.py", "train_rl.py", "eval.py", "kernels/bench.py", "docs/pictures.py")

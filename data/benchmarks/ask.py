@@ -47,6 +47,7 @@ from data.clips import (
     named,
     parse_record,
     process,
+    process_look,
     read_frames,
     read_record,
     reason_of,
@@ -55,9 +56,12 @@ from data.files import inside_root, read_lines
 from data.foreign import check_annotations
 from data.loader import ClipLoader
 from data.run.sheets import printable
+from data.skim import Look, Skim
 from data.user_text import encode, encode_rendered
+from data.video import part_of, read_clip
 
 SHARING = ("qwen2_5_vl", "qwen3_vl")  # the families that VideoLM is tested with and whose prefixes can be shared
+NOT_SKIMMED = "windows and context can be shown to Qwen2.5-VL and Qwen3-VL only, and not as a pair; leave --frames out"
 MOST = 32  # questions on one prefill: each adds a row to every step of decoding
 
 
@@ -65,14 +69,12 @@ MOST = 32  # questions on one prefill: each adds a row to every step of decoding
 class Part(Clip):
     """A part of a video and what is asked about it; caption, prompt and keywords of a Clip are not used.
 
-    spans: key spans in seconds from the part's start. Of probes: footage, clips shown around it, `before` of them before
-    it; pair: full video and twin are shown as two videos, the twin as number `pair`, 1 or 2.
+    spans: key spans in seconds from the part's start. Of probes: footage, see `Clip`; pair: full video and twin are shown
+    as two videos, the twin as number `pair`, 1 or 2.
     """
 
     questions: list[Question] = field(default_factory=list)
     spans: list[list[float]] = field(default_factory=list)
-    footage: list[Clip] = field(default_factory=list)
-    before: int = 0
     pair: int | None = None
 
 
@@ -202,12 +204,24 @@ def join(clips: Sequence[Frames], size: Sequence[int]) -> Frames:
     return Frames(torch.cat(pixels), timestamps, clips[0].fps, duration, duration / num_frames)
 
 
+def look_at_part(part: Part, preparation: Preparation) -> tuple[Look, Tensor | None, float | None]:
+    """The same as `read_part`, under a budget of visual tokens; footage is looked at as one video."""
+    look, offset, seconds = preparation.look(part), 0.0, covered(part.spans)
+    if part.footage:
+        lengths = [read_clip(clip, partial(part_of, clip))[1] for clip in (replace(part, footage=[]), *part.footage)]
+        offset = sum(lengths[1 : 1 + part.before])
+        seconds = seconds or lengths[0]
+    spans = [[a + offset, b + offset] for a, b in part.spans]
+    slots = vp.span_slots(spans, look.timestamps, preparation.frames_per_slot, look.last)
+    return look, vp.twin_sources(slots, look.windows), seconds / look.duration if seconds else None
+
+
 def read_part(part: Part, benchmark: Benchmark, frames_per_slot: int) -> tuple[Frames, Tensor | None, float | None]:
     """What a part shows, the slots that its twin shows (None: no twin), and the share of it that is key."""
     read = partial(
         read_frames, max_frames=benchmark.num_frames, frames_per_slot=frames_per_slot, place=benchmark.place, min_frames=1
     )
-    frames, offset, seconds = read(part), 0.0, covered(part.spans)
+    frames, offset, seconds = read(replace(part, footage=[])), 0.0, covered(part.spans)
     if part.footage:
         clips = [read(clip) for clip in part.footage]
         offset = sum(clip.duration for clip in clips[: part.before])
@@ -241,14 +255,20 @@ def make_asked(
 ) -> Asked:
     """Read a part and make its prompts: what a worker does. Raises ClipError if the part cannot be used."""
     processor, step = preparation.processor, preparation.frames_per_slot
-    frames, source, share = read_part(part, benchmark, step)
-    frames = preparation.fit(frames)
-    num_videos = 1 if part.pair is None else 2
+    if preparation.skim is None and preparation.visual_tokens is None:
+        frames, source, share = read_part(part, benchmark, step)
+        look = Look([preparation.fit(frames)])
+    else:
+        look, source, share = look_at_part(part, preparation)
+        if len(look.runs) > 1 and (not share_prefix or part.pair is not None):
+            raise ClipError(f"{part.where}: {part.video}: {NOT_SKIMMED}")
+    frames = look.runs[0]
+    num_videos = len(look.runs) if part.pair is None else 2
     asked = [prompt(benchmark, q, frames.duration) if part.pair is None else (q.text, "") for q in part.questions]
     texts = [chat(processor, text, num_videos) + begin for text, begin in asked]
     if share_prefix and part.pair is None:
         with named(part, "the model's processor refuses it"):  # a picture of 3 x 900, say
-            example, tails = share_prompt(processor, texts, frames)
+            example, tails = share_prompt(texts, look, preparation)
         preparation.check_length(part, len(example.input_ids) + max(map(len, tails)))
         example = replace(example, name=part.where, source=source if twin else None)
         return Asked(source is not None, share, example, tails)
@@ -260,13 +280,15 @@ def make_asked(
     return Asked(True, share, videos=[*twins, frames] if part.pair == 1 else [frames, *twins], texts=texts)
 
 
-def share_prompt(processor, texts: Sequence[str], frames: Frames) -> tuple[vp.Example, list[Tensor]]:
+def share_prompt(texts: Sequence[str], look: Look, preparation: Preparation) -> tuple[vp.Example, list[Tensor]]:
     """An example of what all prompts begin with, and the tokens that follow in each: the processor sees the video once.
 
     The tokens of prompt and tail together are those of the whole prompt: a special token ends the video, and nothing is
     merged across it. That is checked on the first prompt; if it did not hold, the processor would make each of them.
     """
-    inputs, end = process(processor, texts[:1], [frames]), processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    processor = preparation.processor
+    inputs, shown = process_look(processor, texts[0], look, preparation)
+    end = processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
     first, types = inputs["input_ids"][0], inputs["mm_token_type_ids"][0]
 
     def split(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,13 +297,10 @@ def share_prompt(processor, texts: Sequence[str], frames: Frames) -> tuple[vp.Ex
 
     prompts = [torch.cat([split(first)[0], split(torch.tensor(encode_rendered(processor.tokenizer, t)))[1]]) for t in texts]
     if not torch.equal(prompts[0], first):
-        prompts = [process(processor, [t], [frames])["input_ids"][0] for t in texts]
+        prompts = [process_look(processor, t, look, preparation)[0]["input_ids"][0] for t in texts]
     n = common_prefix(prompts)
     example = vp.Example(
-        name="", input_ids=first[:n], token_types=types[:n], prompt_length=n, pixels=inputs["pixel_values_videos"],
-        grid=inputs["video_grid_thw"][0],
-        seconds_per_slot=float(inputs["second_per_grid_ts"][0]) if "second_per_grid_ts" in inputs else 1.0,
-        source=None, keywords=[],
+        name="", input_ids=first[:n], token_types=types[:n], prompt_length=n, **shown, source=None, keywords=[],
     )  # fmt: skip
     return example, [p[n:] for p in prompts]
 
@@ -336,7 +355,7 @@ def answer_batch(
 def answer(
     hf: nn.Module, processor, benchmark: Benchmark, parts: Sequence[Part], root: Path, out: Path, settings: dict,
     console: Console, twin: bool = False, batch_size: int = 4, workers: int = 1, time_limit: float = 60.0,
-    problems: Sequence[str] = (),
+    problems: Sequence[str] = (), skim: Skim | None = None, visual_tokens: int | None = None,
 ) -> tuple[Lines, Lines | None, int]:  # fmt: skip
     """Ask all that has no answer in out/predictions.jsonl yet, and append the answers as they come.
 
@@ -374,7 +393,10 @@ def answer(
         slim = replace(benchmark, questions=[], problems=[])  # what a worker needs of it
         loader = ClipLoader(
             [part for _, part in left],
-            Preparation(processor, benchmark.num_frames, max_pixels=benchmark.max_pixels, context=context),
+            Preparation(
+                processor, benchmark.num_frames, max_pixels=benchmark.max_pixels, context=context,
+                visual_tokens=visual_tokens, skim=skim,
+            ),
             workers=workers, time_limit=time_limit, max_bad_share=1.0, shuffle=False,
             make=partial(make_asked, benchmark=slim, share_prefix=lm is not None, twin=twin),
         )  # fmt: skip

@@ -16,6 +16,7 @@ from data.benchmarks.report import read_results, show_comparison, show_scores
 from data.clips import ClipError
 from data.run.log import describe_environment
 from data.run.models import load_plain
+from data.skim import FrameSettings
 
 
 @dataclass
@@ -44,7 +45,7 @@ class ScoreSettings:
 
 
 @dataclass
-class RunSettings:
+class RunSettings(FrameSettings):
     """Ask a model a benchmark's questions, and score the answers. After a kill the same command continues."""
 
     benchmark: Literal[benchmarks.NAMES]
@@ -174,6 +175,7 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
     """The command `python eval.py run`: predictions as they come, then results.json and what it shows."""
     s = settings
     check_run(s)
+    s.check_frames()
     folder = s.videos or (s.root if s.root.is_dir() else s.root.parent)
     benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles, s.follow_links, s.videos)
     benchmark.num_frames = s.num_frames or benchmark.num_frames
@@ -186,7 +188,13 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
     if s.twin and not any(part.spans for part in parts):
         raise ValueError("--twin: no question has key spans; give --key-spans FILE, as data.curation.curate writes it")
     run = Path(s.model) if (Path(s.model) / "checkpoint").exists() else Path("runs/answers")
-    apart = {"ours": s.protocol == "ours", "subtitles": s.subtitles, "twin": s.twin, probe: bool(probe)}
+    apart = {
+        "skim": s.frames == "skim",
+        "ours": s.protocol == "ours",
+        "subtitles": s.subtitles,
+        "twin": s.twin,
+        probe: bool(probe),
+    }
     out = s.out or run / "-".join([s.benchmark, *(name for name, asked in apart.items() if asked)])
     asked_about = list(dict.fromkeys(part.video for part in first_parts(parts, s.limit)))
     if not any(video.exists() for video in asked_about) and not (out / "predictions.jsonl").exists():
@@ -195,6 +203,8 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
     hf, processor = load_plain(s.model)
     more = {"twin": s.twin, "probe": probe} | ({"lengths": s.lengths, "seed": s.seed} if probe else {})
     more |= {} if s.max_text_tokens is None else {"longest prompt": s.max_text_tokens}
+    if s.frames == "skim" or s.visual_tokens:
+        more |= {"frames chosen": s.frames, "skim": str(s.how_to_look()), "visual tokens": s.visual_tokens}
     made_with = predictions.describe_run(benchmark, parts, hf, more)
     limit = s.max_text_tokens or answers.room(hf, benchmark.max_new_tokens)
     parts, too_long = answers.leave_out_long(parts, benchmark, processor, limit)
@@ -209,7 +219,7 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
         raise ClipError(f"no question of {s.benchmark} can be asked:\n  {listed}")
     lines, twin_lines, num_problems = answers.answer(
         hf, processor, benchmark, parts, folder, out, made_with, console, s.twin, s.batch_size, s.workers, s.time_limit,
-        [*benchmark.problems, *wrong_spans, *left_out],
+        [*benchmark.problems, *wrong_spans, *left_out], s.how_to_look(), s.visual_tokens,
     )  # fmt: skip
     asked = [q for part in parts for q in part.questions]
     if not any(q.id in lines.records for q in asked):

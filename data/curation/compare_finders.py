@@ -15,8 +15,9 @@ import vp
 from data.clips import ClipError, load_clips, named, read_frames
 from data.curation.curate import Models
 from data.curation.curate import Settings as CurateSettings
-from data.curation.finders import Evidence, combine, image_text_evidence, motion_evidence, peak_level, shrink, spans_of
+from data.curation.finders import combine, image_text_evidence, peak_level, spans_of
 from data.key_slots import find_key_slots
+from data.motion import Evidence, motion_evidence, shrink
 
 
 @dataclass

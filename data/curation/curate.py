@@ -22,7 +22,7 @@ import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import TimeoutError
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,7 @@ from rich.table import Table
 from torch import Tensor
 
 import vp
+from data import motion
 from data.clips import Clip, ClipError, Frames, Preparation, make_example, named, parse_line, read_frames, reason_of
 from data.curation import finders
 from data.curation.fingerprints import Seen, file_hash, fingerprint, plain_hash
@@ -52,6 +53,8 @@ from data.files import VIDEO_ENDINGS, changes, list_files, write_whole
 from data.foreign import check_annotations
 from data.loader import worker_context
 from data.run.sheets import printable
+from data.skim import choose_windows, motion_curve, skim
+from data.video import Folder, Footage, Video, part_of, read_clip
 from data.words import fold
 
 LONGEST_CAPTION = 20_000  # characters; spaCy takes a megabyte of memory for every thousand
@@ -74,6 +77,7 @@ REASONS = {
     "not drawn": "its action or duration is full (--target)",
 }
 
+MOMENTS = 4  # of a long file, looked at closely
 SIDE = 64  # what motion and pictures are judged on: the longer side, in pixels
 
 
@@ -109,6 +113,8 @@ class Settings:
     """Shortest clip."""
     max_seconds: float = 180.0
     """Longest clip."""
+    skim: bool = False
+    """Find the event of longer files by a skim, instead of leaving them out; train on them with --frames skim."""
     min_confidence: float = 0.3
     """Least confidence of a key span."""
     max_key_share: float = 0.85
@@ -142,7 +148,7 @@ def twin_change(pixels: Tensor, key: Tensor, frames_per_slot: int) -> float:
     if source is None:
         return 0.0
     slots = pixels.unflatten(0, (-1, frames_per_slot))
-    change = finders.block_change(slots[key].flatten(0, 1), slots[source][key].flatten(0, 1)).amax(1)
+    change = motion.block_change(slots[key].flatten(0, 1), slots[source][key].flatten(0, 1)).amax(1)
     return float(change.max())
 
 
@@ -156,21 +162,45 @@ def inspect(clip: Clip, s: Settings, models: "Models | None" = None) -> dict:
 
 
 def look_at(clip: Clip, s: Settings, models: "Models | None") -> dict:
-    """The same, for a clip that nothing goes wrong with."""
+    """The same, for a clip that nothing goes wrong with. With --skim, a file that is too long to be looked at closely is
+    skimmed, and its highest moments are looked at one by one, until one shows an event."""
+
+    def moments(video: Video | Folder | Footage) -> tuple[float, list[list[float]]]:
+        duration = part_of(clip, video)[1]
+        if duration <= s.max_seconds or clip.key_spans:
+            return duration, []
+        pixels, times = skim(clip, video)
+        return duration, choose_windows(motion_curve(pixels, times), times, MOMENTS, s.max_frames / s.fps, duration)
+
+    duration, windows = read_clip(clip, moments) if s.skim else (0.0, [])
+    record = None
+    for begin, end in windows:
+        near = replace(clip, start=clip.start + begin, end=clip.start + end)
+        record = look_closely(near, s, models)
+        record |= {"duration": round(duration, 3), "moment": [round(begin, 3), round(end, 3)]}
+        spans = record.get("key_spans", [])  # from the beginning of the moment
+        record["key_spans"] = [[[round(begin + t, 3) for t in x] for x in of_keyword] for of_keyword in spans]
+        if "rejected" not in record:
+            return record
+    return record or look_closely(clip, s, models)
+
+
+def look_closely(clip: Clip, s: Settings, models: "Models | None") -> dict:
+    """The same, for a clip that is short enough."""
     frames_per_slot = 2
     side = SIDE if models is None else None  # models want to see more
     frames = read_frames(clip, s.max_frames, s.fps, frames_per_slot=frames_per_slot, side=side)
-    pixels = finders.shrink(frames.pixels, SIDE)
+    pixels = motion.shrink(frames.pixels, SIDE)
     record = {"duration": round(frames.duration, 3)} | fingerprint(clip, pixels)
     if frames.duration < s.min_seconds:
         return record | {"rejected": "too short", "detail": f"{frames.duration:.2f} s"}
     if frames.duration > s.max_seconds:
         return record | {"rejected": "too long", "detail": f"{frames.duration:.2f} s"}
-    if float(finders.block_change(pixels, pixels[:1]).max()) < 4:
+    if float(motion.block_change(pixels, pixels[:1]).max()) < 4:
         return record | {"rejected": "frozen", "detail": "no frame differs from the first"}
     evidence = []  # for each finder, of each keyword
     if "motion" in s.finders:
-        evidence.append([finders.motion_evidence(pixels, frames.timestamps)] * len(clip.keywords))
+        evidence.append([motion.motion_evidence(pixels, frames.timestamps)] * len(clip.keywords))
     if "clip" in s.finders:
         evidence.append(finders.image_text_evidence(models.image_text, frames.pixels, clip.keywords))
     if "self" in s.finders:
@@ -222,7 +252,7 @@ class Models:
             if self.trained_heads:
                 self.lm.heads.load_state_dict(load_file(heads))
 
-    def own_evidence(self, clip: Clip, frames: Frames) -> list[finders.Evidence]:
+    def own_evidence(self, clip: Clip, frames: Frames) -> list[motion.Evidence]:
         """The video-language model's evidence of each keyword: by stage 1's heads if there are any."""
         everywhere = Clip(**vars(clip) | {"key_spans": [[[0.0, 1e-3]]] * len(clip.keywords)})  # not read here
         example = make_example(everywhere, frames, self.preparation)

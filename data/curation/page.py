@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import vp
+from data import motion
 from data.clips import Frames, parse_line, read_frames
-from data.curation import finders
 from data.run.sheets import contact_sheet
 
 DURATIONS = (3.0, 6.0, 12.0, 30.0, 60.0, math.inf)
@@ -79,7 +79,7 @@ def sample_sheet(record: dict, s: dict, folder: Path) -> str:
     keywords = [vp.Keyword(text, none, of_text) for text, of_text in zip(clip.keywords, slots)]
     example = vp.Example(clip.where, none, none, 0, none, torch.tensor([len(frames.pixels) // 2, 0, 0]), 1.0,
                          vp.twin_sources(torch.stack(slots).any(0)), keywords)  # fmt: skip
-    small = finders.shrink(frames.pixels, 160).byte()
+    small = motion.shrink(frames.pixels, 160).byte()
     path = contact_sheet(clip, Frames(small, frames.timestamps, frames.fps, frames.duration), example, folder / "sheet.png")
     picture = b64encode(path.read_bytes()).decode()
     return (f"<figure><img src='data:image/png;base64,{picture}'>{curve_picture(record)}"

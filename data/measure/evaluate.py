@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,13 +20,15 @@ from rich.table import Table
 
 import vp
 from data.benchmarks.scoring import score_description
-from data.clips import PROMPT, Clip, ClipError, Preparation, load_clips, make_example, named, read_frames, reason_of
+from data.clips import PROMPT, Clip, ClipError, Preparation, load_clips, make_example, named, reason_of
+from data.curation.finders import skim_finder
 from data.loader import ClipLoader
 from data.run.memory import leave_out_long
 from data.run.models import gathered, load_model
 from data.run.run import Run
 from data.run.settings import check_above_zero
-from data.run.sheets import printable, warn
+from data.run.sheets import draw_look, printable, warn
+from data.skim import SIDE, FrameSettings, look
 from data.videolm import VideoLM
 
 EVAL_TOKENS = 64  # the longest description of an evaluation in the middle of training
@@ -183,7 +186,7 @@ def evaluate_run(run: Run, lm: VideoLM, preparation: Preparation, clips: Sequenc
 
 
 @dataclass
-class EvalSettings:
+class EvalSettings(FrameSettings):
     """Describe clips and their twins, and score the descriptions."""
 
     model: str = "runs/sft"
@@ -214,6 +217,8 @@ class EvalSettings:
     max_text_tokens: int | None = None
     """Tokens of a clip's prompt, at most; a clip with more is skipped (default: what the model's context leaves beside the
     video)."""
+    cache: Path | None = None
+    """Folder that keeps what was decoded and found for each clip."""
     workers: int = 1
     """Processes that decode ahead (0: none)."""
     time_limit: float = 60.0
@@ -229,7 +234,7 @@ class ProgressSettings:
 
 
 @dataclass
-class DescribeSettings:
+class DescribeSettings(FrameSettings):
     """Describe one video file."""
 
     video: tyro.conf.Positional[Path]
@@ -238,6 +243,14 @@ class DescribeSettings:
     """A run's folder, a Hugging Face directory, or a name on the hub."""
     prompt: str = PROMPT
     """What to ask."""
+    look_for: str | None = None
+    """--frames skim: a keyword or a question, for --finder self and clip."""
+    finder: Literal["motion", "self", "clip"] = "motion"
+    """--frames skim: what says where something happens: pictures alone, this model, or an image-text model."""
+    clip_model: str | None = None
+    """Image-text model of --finder clip: a transformers CLIP or SigLIP directory or hub name."""
+    picture: Path | None = None
+    """--frames skim: where to draw the curve, the windows and some frames (default: runs/describe/NAME.png)."""
     max_new_tokens: int = 128
     """Longest description."""
     max_frames: int | None = None
@@ -268,13 +281,16 @@ def run_evaluation(settings: EvalSettings, console: Console) -> dict:
         raise ValueError(f"--workers: got {settings.workers}; give 0 or more")
     if not settings.temperature >= 0:
         raise ValueError(f"--temperature: got {settings.temperature}; give 0 (greedy) or more")
+    settings.check_frames()
     clips, problems = load_clips(settings.data, settings.root, settings.follow_links)
     lm, processor = load_model(settings.model)
     if settings.limit >= 0:
         clips = clips[: settings.limit]
     s, context = settings, lm.config.text_config.max_position_embeddings
-    sampling = sampling_of(s.model, s.max_frames, s.fps)
-    preparation = Preparation(processor, *sampling, max_pixels=s.max_pixels, context=context - s.max_new_tokens)
+    preparation = Preparation(
+        processor, *sampling_of(s.model, s.max_frames, s.fps), max_pixels=s.max_pixels, context=context - s.max_new_tokens,
+        visual_tokens=s.visual_tokens, skim=s.how_to_look(), cache=s.cache,
+    )  # fmt: skip
     clips, too_long = leave_out_long(clips, preparation, s.max_text_tokens, captions=False)
     problems += too_long
     results = evaluate(lm, preparation, clips, s.batch_size, s.max_new_tokens, s.workers, s.time_limit, s.temperature)
@@ -295,18 +311,35 @@ def run_evaluation(settings: EvalSettings, console: Console) -> dict:
 def run_describe(settings: DescribeSettings, console: Console) -> str:
     """The command `python eval.py describe`."""
     check_above_zero(settings, "max_new_tokens", "max_frames", "fps", "max_pixels")
-    lm, processor = load_model(settings.model)
     s, clip = settings, Clip(settings.video, "", "describe", settings.prompt)
+    s.check_frames()
+    if s.finder != "motion" and (s.frames != "skim" or s.look_for is None):
+        raise ValueError(f"--finder {s.finder}: give --frames skim, and --look-for, what to look for")
+    if s.finder == "clip" and s.clip_model is None:
+        raise ValueError("--finder clip: give --clip-model")
+    lm, processor = load_model(s.model)
     context = lm.config.text_config.max_position_embeddings - s.max_new_tokens
     preparation = Preparation(
-        processor, *sampling_of(s.model, s.max_frames, s.fps), max_pixels=s.max_pixels, context=context
-    )
+        processor, *sampling_of(s.model, s.max_frames, s.fps), max_pixels=s.max_pixels, context=context,
+        visual_tokens=s.visual_tokens, skim=s.how_to_look(),
+    )  # fmt: skip
     with named(clip):
-        frames = read_frames(clip, preparation.max_frames, preparation.fps, frames_per_slot=preparation.frames_per_slot)
-        example = make_example(clip, frames, preparation)
+        found = look(
+            clip, preparation.skim, preparation.sizes, preparation.frames_per_slot, preparation.max_frames,
+            preparation.fps, s.visual_tokens,
+            find=skim_finder(s.finder, s.look_for, lm, preparation, s.model, s.clip_model),
+            side=SIDE if s.finder == "motion" else 224,
+        )  # fmt: skip
+        example = make_example(clip, found, preparation)
         described = lm.describe([example], twin=False, max_new_tokens=s.max_new_tokens)
     text = processor.batch_decode(described.tokens[0], skip_special_tokens=True)[0].strip()
-    console.print(f"frames at {' '.join(f'{t:.2f}' for t in frames.timestamps)} s", highlight=False)
+    console.print(f"frames at {' '.join(f'{t:.2f}' for t in found.timestamps)} s", highlight=False)
+    if s.frames == "skim":
+        console.print(found.note, highlight=False)
+        for i, (start, end) in enumerate(found.spans, 1):
+            console.print(f"moment {i}: {start:.2f} to {end:.2f} s", highlight=False)
+        drawn = draw_look(found, s.picture or Path("runs/describe") / f"{s.video.stem}.png")
+        console.print(f"{drawn}", highlight=False, markup=False, soft_wrap=True)
     console.print(printable(text), highlight=False, markup=False)
     return text
 

@@ -56,8 +56,11 @@ def longest(clips: Sequence[Clip], preparation: Preparation) -> tuple[int, int]:
         except ClipError:
             continue
         visual = int((example.token_types == 2).sum())
-        per_slot, text = max(per_slot, visual // int(example.grid[0])), max(text, len(example.input_ids) - visual)
-    return per_slot * -(-preparation.max_frames // preparation.frames_per_slot), text
+        per_slot, text = max(per_slot, visual // example.num_slots), max(text, len(example.input_ids) - visual)
+    visual = per_slot * -(-preparation.max_frames // preparation.frames_per_slot)
+    if preparation.visual_tokens is not None:
+        visual = preparation.visual_tokens if preparation.skim else min(visual, preparation.visual_tokens)
+    return visual, text
 
 
 def leave_out_long(
@@ -225,7 +228,10 @@ def lighter(hf: nn.Module, settings: Mapping, load: Load) -> dict[str, tuple[dic
     if not s["freeze_vision"]:
         found["--freeze-vision"] = s | {"freeze_vision": True}, load
     half_the_video = replace(load, visual_tokens=load.visual_tokens // 2)
-    if s["max_frames"] >= 8:
+    if s.get("visual_tokens"):
+        fewer = s["visual_tokens"] // 2
+        found[f"--visual-tokens {fewer}"] = s | {"visual_tokens": fewer}, half_the_video
+    elif s["max_frames"] >= 8:
         found[f"--max-frames {s['max_frames'] // 2}"] = s | {"max_frames": s["max_frames"] // 2}, half_the_video
     per_slot = load.visual_tokens * vision.temporal_patch_size // s["max_frames"]
     if per_slot >= 128:

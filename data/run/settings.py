@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 import tyro
 
 from data.files import changes
+from data.skim import FrameSettings
 
 PRESETS = ("tiny", "gpu-24gb", "gpu-80gb")
 Settings = TypeVar("Settings", bound="TrainSettings")
@@ -34,7 +35,7 @@ def check_above_zero(settings: object, *names: str) -> None:
 
 
 @dataclass
-class TrainSettings:
+class TrainSettings(FrameSettings):
     """What both stages are told. Fields with three defaults: of the presets tiny, gpu-24gb and gpu-80gb."""
 
     preset: Literal[PRESETS] = "tiny"
@@ -72,6 +73,11 @@ class TrainSettings:
     max_pixels: int | None = by_preset(None, 256 * 28 * 28, None)
     """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: the processor's
     own limit)."""
+    skim_fps: float = by_preset(8.0, 2.0, 2.0)
+    """--frames skim: frames a second of the first look; an event that is shorter than one of them may be missed."""
+    cache: Path | None = None
+    """Folder that keeps what was decoded and found for each clip: the next epoch reads it. With --jitter or --frames skim,
+    a clip keeps its first draw."""
     max_text_tokens: int | None = None
     """Tokens of a clip's prompt and caption, at most; a clip with more is skipped (default: what the model's context leaves
     beside the video)."""
@@ -102,6 +108,9 @@ class TrainSettings:
 
     def check(self) -> None:
         """Raise ValueError for what no run can be made of."""
+        self.check_frames()
+        if self.frames == "skim" and self.windows < 2:
+            raise ValueError("--windows: got 1; training needs 2 or more, of which one shows no event")
         self.check_above_zero("time_limit", "max_bad_steps", "max_frames", "max_pixels", "max_text_tokens")
         if self.shard and self.quantize == "nf4":
             raise ValueError(

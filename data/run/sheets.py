@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 import vp
-from data.clips import Clip, Frames, Preparation, make_example, named, read_frames
+from data.clips import Clip, Frames, Preparation, make_example, named
+from data.skim import Look
 
 FULL_COLOUR, TWIN_COLOUR = "#1a9850", "#d73027"
 
@@ -43,12 +44,13 @@ def safe_name(text: str) -> str:
 def draw_sheets(clips: Sequence[Clip], preparation: Preparation, folder: Path, console: Console) -> None:
     """A contact sheet of each clip, called by its number and a short name; what cannot be drawn is named, and no more."""
     for number, clip in enumerate(clips):
-        step = preparation.frames_per_slot
         try:
             with named(clip, "drawing failed"):
-                frames = read_frames(clip, preparation.max_frames, preparation.fps, frames_per_slot=step)
-                example = make_example(clip, frames, preparation)
-                contact_sheet(clip, frames, example, folder / f"sheet-{number:03d}-{safe_name(clip.video.stem)}.png")
+                look = preparation.look(clip)
+                example = make_example(clip, look, preparation)
+                contact_sheet(
+                    clip, look.as_frames(), example, folder / f"sheet-{number:03d}-{safe_name(clip.video.stem)}.png"
+                )
         except Exception as error:
             warn(console, "no sheet", error)
 
@@ -63,7 +65,7 @@ def contact_sheet(clip: Clip, frames: Frames, example: vp.Example, path: Path, c
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    num_slots = int(example.grid[0])
+    num_slots = example.num_slots
     slots = rearrange(frames.pixels, "(s f) c h w -> s f h w c", s=num_slots)
     key = torch.zeros(num_slots, dtype=torch.bool)
     for keyword in example.keywords:
@@ -102,6 +104,50 @@ def contact_sheet(clip: Clip, frames: Frames, example: vp.Example, path: Path, c
         with warnings.catch_warnings(action="ignore"):  # about characters that the font lacks
             figure.tight_layout(rect=(0, room / figure.get_figheight(), 1, 1), h_pad=0.4, w_pad=0.1)
             figure.savefig(path, dpi=110)
+    finally:
+        plt.close(figure)
+    return path
+
+
+def draw_look(look: Look, path: Path, columns: int = 12) -> Path:
+    """Draw where a video was looked at: the skim's curve with the windows, and some of the frames, those of windows framed.
+
+    Each window brings its middle frame, and the context what is left of `columns` pictures.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    numbers = look.run_numbers()
+    middles = [(f.timestamps[len(f.timestamps) // 2], f.pixels[len(f.timestamps) // 2], True)
+               for f, n in zip(look.runs, numbers) if n]  # fmt: skip
+    others = [
+        (t, picture, False) for f, n in zip(look.runs, numbers) if not n for t, picture in zip(f.timestamps, f.pixels)
+    ]
+    room = max(0, columns - len(middles))
+    places = torch.linspace(0, len(others) - 1, min(room, len(others))).round().long().tolist() if others else []
+    shown = sorted([*middles[:columns], *(others[i] for i in places)], key=lambda picture: picture[0])
+    figure = plt.figure(figsize=(1.0 * columns, 3.4))
+    grid = figure.add_gridspec(2, len(shown), height_ratios=(2, 1))
+    axis = figure.add_subplot(grid[0, :])
+    if look.curve is not None:
+        axis.plot(look.times, look.curve.tolist(), color="#444444", linewidth=0.8)
+    for start, end in look.spans:
+        axis.axvspan(start, end, color=FULL_COLOUR, alpha=0.35)
+    axis.plot(look.timestamps, [0.0] * len(look.timestamps), "|", color="black", markersize=6)
+    axis.set(xlim=(0, look.runs[0].duration), xlabel="seconds", ylabel="something comes and goes", title=look.note)
+    for i, (second, picture, in_window) in enumerate(shown):
+        axis = figure.add_subplot(grid[1, i])
+        axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(f"{second:.1f}s", fontsize=7)
+        for spine in axis.spines.values():
+            spine.set(color=FULL_COLOUR if in_window else "#cccccc", linewidth=3 if in_window else 0.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.tight_layout()
+        figure.savefig(path, dpi=110)
     finally:
         plt.close(figure)
     return path
