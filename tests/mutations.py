@@ -145,8 +145,8 @@ FAULTS = [
     Fault("claims on the twin rewarded", "vp.py", '"recall", -alpha, divide', '"recall", alpha, divide', RELATIVE),
     Fault("alpha ignored on the twin", RL, "s.alpha, s.divide_by_spread)))", "1.0, s.divide_by_spread)))", RELATIVE),
     # The method itself.
-    Fault("a tie goes to the later neighbour", "vp.py", "return kept[distance.argmin(1)]",
-          "return kept.flip(0)[distance.flip(1).argmin(1)]", CONTRASTIVE),
+    Fault("a tie goes to the later neighbour", "vp.py", "kept[(lost[:, None] - kept[None, :]).abs().argmin(1)]",
+          "kept.flip(0)[(lost[:, None] - kept.flip(0)[None, :]).abs().argmin(1)]", CONTRASTIVE),
     Fault("no twin negatives in equation (1)", "vp.py", "allowed = torch.cat([allowed, positive], 1)",
           "allowed = F.pad(allowed, (0, len(twin)))", CONTRASTIVE),
     Fault("no margin on the quality in equation (2)", "vp.py", "no_worse = q[:, None] > q_twin[None, :] - margin",
