@@ -595,7 +595,9 @@ def test_a_foreign_file_is_named_with_its_command(tmp_path):
         assert clips and not problems and clips[0].caption in ("He jumps.", "One.", "Two.", "Five."), name
         (folder / "clips.jsonl").unlink()
     (folder / "clips.jsonl").write_text("earlier")
-    with pytest.raises(ClipError, match=r"chat\.clips\.jsonl' --follow-links\nand continue with .*chat\.clips\.jsonl' --root"):
+    with pytest.raises(
+        ClipError, match=r"chat\.clips\.jsonl' --follow-links\nand continue with .*chat\.clips\.jsonl' --root"
+    ):
         load_clips(folder / "chat.json", tmp_path, follow_links=True)  # nothing is overwritten
 
 
