@@ -146,7 +146,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     """The optimizer's tensors by parameter name, whole, on the CPU. Every process of a sharded run must call
     it; the first gets them."""
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_optimizer_state_dict(model, optimizer, options=whole)["state"]
+    state = get_optimizer_state_dict(model, optimizer, options=whole).get("state", {})
     return {f"{name}/{key}": value for name, values in state.items() for key, value in values.items()}
 
 
