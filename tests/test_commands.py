@@ -72,6 +72,7 @@ def make_home(home: Path, world: Path, checkpoint: Path) -> None:
             video.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(world / line["video"], video)
         lines_file(home / "runs/world" / f"{split}.jsonl", *lines[split][:count])
+    shutil.copy(home / "runs/world/test.jsonl", home / "runs/world/held-out.jsonl")
     clips = []
     for i, line in enumerate(lines["train"][:6]):
         for folder in ("videos", "footage"):
