@@ -1,8 +1,9 @@
 """Stage 2: GRPO with a relative reward. The model describes the full video and its twin; the full one must do better.
 
-For each clip: encode the video once, prefill the prompt once (it forks into full video and twin at the first replaced
-slot), sample G descriptions of each, score them against the caption, reward those of the full video for what they say of
-the event beyond what the twin's say, and update on [prompt][y_1]...[y_G] packed into one sequence.
+For each clip: encode the video once, prefill the prompt once (it forks into full video and twin at the first
+replaced slot), sample G descriptions of each, score them against the caption, reward those of the full video
+for what they say of the event beyond what the twin's say, and update on [prompt][y_1]...[y_G] packed into one
+sequence.
 
     python train_rl.py                                                # from runs/sft, embedded world, CPU
     python train_rl.py --reward similarity                            # caption similarity alone: watch the event go
@@ -62,8 +63,8 @@ class Settings(TrainSettings):
     out: Path = Path("runs/rl")
     """Folder of the run."""
     reward: Literal["similarity", "recall", "relative", "pooled"] = "relative"
-    """similarity: caption similarity q. recall: q + alpha * keyword recall. relative: q + alpha * share of beaten twins.
-    pooled: as recall, against the mean over full and twin rollouts together."""
+    """similarity: caption similarity q. recall: q + alpha * keyword recall. relative: q + alpha * share of
+    beaten twins. pooled: as recall, against the mean over full and twin rollouts together."""
     alpha: float = 1.0
     """Weight of the event in the reward."""
     margin: float = 0.1
@@ -73,8 +74,8 @@ class Settings(TrainSettings):
     divide_by_spread: bool = False
     """Divide advantages by the standard deviation of their group."""
     text_encoder: str | None = by_preset(None, MINILM, MINILM)
-    """sentence-transformers model whose token embeddings score descriptions (default: one that knows equal words only,
-    made on the spot; for the world also kinds of words)."""
+    """sentence-transformers model whose token embeddings score descriptions (default: one that knows equal
+    words only, made on the spot; for the world also kinds of words)."""
     num_rollouts: int = 8
     """G, descriptions of the full video a prompt."""
     num_twin_rollouts: int = 4
@@ -207,7 +208,7 @@ class Sampled:
 
 @dataclass
 class Scored:
-    """One prompt's descriptions with their rewards: of the full video, and of the twin where it is trained on.
+    """One prompt's descriptions with their rewards: of the full video, and of the twin if it is trained on.
 
     num_twin: G', or 0 if the clip has no twin.
     """
@@ -225,7 +226,7 @@ class Scored:
 
     @property
     def useful(self) -> Tensor:
-        """Which of them teach something: where all rewards of a group are alike, every advantage is 0."""
+        """Which of them teach something: if all rewards of a group are alike, every advantage is 0."""
         groups = [group.advantage.cpu() for group in (self.rewards, self.twin) if group is not None]
         # A group without spread has no gradient but that of the KL; it is left out, and counted.
         return torch.cat([(a.abs().max() > 1e-6).expand(len(a)) for a in groups])
@@ -269,8 +270,8 @@ class UpdatePass:
 def roll_out(lm: VideoLM, prompts: Sequence[Prompt], s: Settings, run: Run) -> tuple[list[Sampled], Rollouts, object]:
     """1. Sample G descriptions of each full video and G' of its twin, from one vision pass and one prefill.
 
-    Random numbers of each prompt's own decide its tokens, so that a description does not depend on its batch. Returns the
-    rollouts by prompt and as one batch, and the encoded videos.
+    Random numbers of each prompt's own decide its tokens, so that a description does not depend on its batch.
+    Returns the rollouts by prompt and as one batch, and the encoded videos.
     """
     # One number in [0, 1) for each token that may be sampled: (G + G', longest).
     shape = (s.num_rollouts + s.num_twin_rollouts, s.max_new_tokens)
@@ -325,8 +326,8 @@ def pack_update(
 ) -> list[UpdatePass]:  # fmt: skip
     """3. Pack [prompt][y_1]...[y_G] of the prompts that teach something, a micro-batch at a time.
 
-    Where the twin is trained on, its prompt and its descriptions are branches of the same sequence. num_tokens: sampled
-    tokens that are trained on in the whole batch, a process on average: what the loss is divided by.
+    If the twin is trained on, its prompt and its descriptions are branches of the same sequence. num_tokens:
+    sampled tokens that are trained on in the whole batch, a process on average: what the loss is divided by.
     """
     advantages = [x.advantages for x in scored]  # of each prompt: (G,), or (G + G',) with the twin
     sizes = [len(a) for a in advantages]
@@ -469,7 +470,8 @@ def main(settings: Settings) -> dict | None:
             )  # fmt: skip
             passes = pack_update(lm, reference, prompts, sampled, scored, video, num_tokens, s, run)
 
-            # 4. Several updates on the same rollouts. The clipped loss keeps them near the policy that sampled.
+            # 4. Several updates on the same rollouts. The clipped loss keeps them near the policy that
+            # sampled.
             for _ in range(s.epochs):
                 totals = Totals(run.device)
                 for update in passes:
@@ -484,7 +486,8 @@ def main(settings: Settings) -> dict | None:
                 # Without a useful group there is no gradient anywhere, and the optimizer changes nothing.
                 grad_norm = finish_gradients(lm, s.grad_clip, run.num_processes if num_useful else 1)
                 loss = run.mean({"loss": totals.sums["loss"]})["loss"]
-                # NaN and Inf: the fused optimizer leaves the update out by itself, so that nobody waits for the device.
+                # NaN and Inf: the fused optimizer leaves the update out by itself, so that nobody waits for
+                # the device.
                 run.count_bad(skip_if_not_finite(optimizer, loss + grad_norm))
                 optimizer.step()
                 schedule.step()
