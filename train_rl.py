@@ -470,8 +470,7 @@ def main(settings: Settings) -> dict | None:
             )  # fmt: skip
             passes = pack_update(lm, reference, prompts, sampled, scored, video, num_tokens, s, run)
 
-            # 4. Several updates on the same rollouts. The clipped loss keeps them near the policy that
-            # sampled.
+            # 4. Update, several times on the same rollouts: the clipped loss keeps close to what sampled them.
             for _ in range(s.epochs):
                 totals = Totals(run.device)
                 for update in passes:
@@ -486,8 +485,7 @@ def main(settings: Settings) -> dict | None:
                 # Without a useful group there is no gradient anywhere, and the optimizer changes nothing.
                 grad_norm = finish_gradients(lm, s.grad_clip, run.num_processes if num_useful else 1)
                 loss = run.mean({"loss": totals.sums["loss"]})["loss"]
-                # NaN and Inf: the fused optimizer leaves the update out by itself, so that nobody waits for
-                # the device.
+                # NaN and Inf: the fused optimizer leaves the update out by itself; nobody waits for it.
                 run.count_bad(skip_if_not_finite(optimizer, loss + grad_norm))
                 optimizer.step()
                 schedule.step()

@@ -471,8 +471,8 @@ def grpo_loss(
 
     All (M,), one entry a sampled token: logp under the policy; old_logp when it was sampled; ref_logp under
     the frozen reference (None: no penalty); the advantage of its rollout; its weight, see `token_weights`.
-    The sum over the micro-batches of a batch is the loss of the batch. The penalty is Schulman's k3: e^x - x
-    - 1, x = ref_logp - logp.
+    The sum over the micro-batches of a batch is the loss of the batch. The penalty is Schulman's
+    k3, e^x - x - 1 with x = ref_logp - logp.
     """
     # How much likelier the token is now than when it was sampled.
     rho = (logp - old_logp).exp()
