@@ -1,8 +1,9 @@
 """Stage 2: GRPO with a relative reward. The model describes the full video and its twin; the full one must do better.
 
-For each clip: encode the video once, prefill the prompt once (it forks into full video and twin at the first replaced
-slot), sample G descriptions of each, score them against the caption, reward those of the full video for what they say of
-the event beyond what the twin's say, and update on [prompt][y_1]...[y_G] packed into one sequence.
+For each clip: encode the video once, prefill the prompt once (it forks into full video and twin at the first
+replaced slot), sample G descriptions of each, score them against the caption, reward those of the full video
+for what they say of the event beyond what the twin's say, and update on [prompt][y_1]...[y_G] packed into one
+sequence.
 
     python train_rl.py                                                # from runs/sft, embedded world, CPU
     python train_rl.py --reward similarity                            # caption similarity alone: watch the event go
@@ -62,8 +63,8 @@ class Settings(TrainSettings):
     out: Path = Path("runs/rl")
     """Folder of the run."""
     reward: Literal["similarity", "recall", "relative", "pooled"] = "relative"
-    """similarity: caption similarity q. recall: q + alpha * keyword recall. relative: q + alpha * share of beaten twins.
-    pooled: as recall, against the mean over full and twin rollouts together."""
+    """similarity: caption similarity q. recall: q + alpha * keyword recall. relative: q + alpha * share of
+    beaten twins. pooled: as recall, against the mean over full and twin rollouts together."""
     alpha: float = 1.0
     """Weight of the event in the reward."""
     margin: float = 0.1
@@ -73,8 +74,8 @@ class Settings(TrainSettings):
     divide_by_spread: bool = False
     """Divide advantages by the standard deviation of their group."""
     text_encoder: str | None = by_preset(None, MINILM, MINILM)
-    """sentence-transformers model whose token embeddings score descriptions (default: one that knows equal words only,
-    made on the spot; for the world also kinds of words)."""
+    """sentence-transformers model whose token embeddings score descriptions (default: one that knows equal
+    words only, made on the spot; for the world also kinds of words)."""
     num_rollouts: int = 8
     """G, descriptions of the full video a prompt."""
     num_twin_rollouts: int = 4
@@ -149,12 +150,14 @@ def load_policy(s: Settings, run: Run, budget: memory.Budget) -> tuple[VideoLM, 
     )  # fmt: skip
     lm = VideoLM(hf).to(run.device)
     lm.heads.requires_grad_(False)
+    # The KL holds the policy to what stage 1 learned; without it, the reward alone decides what is said.
     if s.beta == 0:
         reference = None
     elif s.lora_rank:
         reference = lm  # the same weights with the adapter switched off
     else:
         reference = VideoLM(models.load_pretrained(s.model, torch.float32, device=run.device)[0]).to(run.device).eval()
+        # Only read: no gradient, no dropout.
         reference.requires_grad_(False)
     if s.shard:
         for model in {id(m): m for m in (lm, reference) if m is not None}.values():
@@ -171,6 +174,7 @@ def load_encoder(s: Settings, run: Run, clips: Sequence[Clip]) -> TextEncoder:
     run.console.print(
         "[yellow]no --text-encoder: only equal words count as alike. For captions in free words give one, such as " + MINILM
     )
+    # The words of the captions are all that it has to know.
     texts = [text for clip in clips for text in (clip.caption, *clip.keywords)]
     name = f"text-encoder-{zlib.crc32(' '.join(texts).encode()):08x}"
     with run.accelerator.main_process_first():
@@ -204,7 +208,7 @@ class Sampled:
 
 @dataclass
 class Scored:
-    """One prompt's descriptions with their rewards: of the full video, and of the twin where it is trained on.
+    """One prompt's descriptions with their rewards: of the full video, and of the twin if it is trained on.
 
     num_twin: G', or 0 if the clip has no twin.
     """
@@ -217,12 +221,14 @@ class Scored:
     @property
     def advantages(self) -> Tensor:
         """Of all rollouts that are trained on, those of the full video first, on the CPU."""
+        # The full video and its twin are two groups: each has a mean of its own, equation (4).
         return torch.cat([group.advantage.cpu() for group in (self.rewards, self.twin) if group is not None])
 
     @property
     def useful(self) -> Tensor:
-        """Which of them teach something: where all rewards of a group are alike, every advantage is 0."""
+        """Which of them teach something: if all rewards of a group are alike, every advantage is 0."""
         groups = [group.advantage.cpu() for group in (self.rewards, self.twin) if group is not None]
+        # A group without spread has no gradient but that of the KL; it is left out, and counted.
         return torch.cat([(a.abs().max() > 1e-6).expand(len(a)) for a in groups])
 
     def metrics(self) -> dict[str, Tensor | float]:
@@ -236,6 +242,7 @@ class Scored:
             "rollout/no_spread": (r.reward.max() - r.reward.min() < 1e-6).float(),
         }
         if self.num_twin:
+            # Rows 0 .. G - 1 are the full video's rollouts, the rest the twin's.
             twin = slice(G, G + self.num_twin)
             found["reward/twin_quality"] = r.quality[twin].mean()
             found["reward/twin_keyword_recall"] = r.keyword_recall[twin].mean()
@@ -263,11 +270,13 @@ class UpdatePass:
 def roll_out(lm: VideoLM, prompts: Sequence[Prompt], s: Settings, run: Run) -> tuple[list[Sampled], Rollouts, object]:
     """1. Sample G descriptions of each full video and G' of its twin, from one vision pass and one prefill.
 
-    Random numbers of each prompt's own decide its tokens, so that a description does not depend on its batch. Returns the
-    rollouts by prompt and as one batch, and the encoded videos.
+    Random numbers of each prompt's own decide its tokens, so that a description does not depend on its batch.
+    Returns the rollouts by prompt and as one batch, and the encoded videos.
     """
+    # One number in [0, 1) for each token that may be sampled: (G + G', longest).
     shape = (s.num_rollouts + s.num_twin_rollouts, s.max_new_tokens)
     draws = [np.random.default_rng([s.seed, prompt.place]).random(shape, np.float32) for prompt in prompts]
+    # Sampling without dropout: its log-probabilities must be those that the update starts from.
     lm.eval()
     with run.autocast(), models.gathered(lm):
         rollouts, video = lm.roll_out(
@@ -276,6 +285,7 @@ def roll_out(lm: VideoLM, prompts: Sequence[Prompt], s: Settings, run: Run) -> t
         )  # fmt: skip
     lm.train()
     rollouts = rollouts.to("cpu")
+    # Cut to their lengths: what follows the end of a text is padding.
     sampled = [
         Sampled([y[:n] for y, n in zip(ys, ns)], [p[:n] for p, n in zip(ps, ns)], ns, finished)
         for ys, ps, ns, finished in zip(rollouts.tokens, rollouts.logp, rollouts.lengths, rollouts.finished)
@@ -291,11 +301,14 @@ def score(
     Descriptions of the twin that are trained on are compared with the still part of the caption: equation (6).
     """
     texts = [[t.strip() for t in processor.batch_decode(y.tokens, skip_special_tokens=True)] for y in sampled]
+    # A clip without key slots has no twin: it is trained on caption similarity alone.
     num_twin = [0 if prompt.example.source is None else s.num_twin_rollouts for prompt in prompts]
+    # All texts of the batch are embedded in one call.
     of_full = [
         Comparison(said, prompt.clip.caption, prompt.clip.keywords, s.num_rollouts, num)
         for said, prompt, num in zip(texts, prompts, num_twin)
     ]
+    # The twin shows no event: its descriptions should have the still part of the caption, no more.
     trained = [b for b, num in enumerate(num_twin) if num and s.twin_branch]
     of_twin = []
     for b in trained:
@@ -313,21 +326,24 @@ def pack_update(
 ) -> list[UpdatePass]:  # fmt: skip
     """3. Pack [prompt][y_1]...[y_G] of the prompts that teach something, a micro-batch at a time.
 
-    Where the twin is trained on, its prompt and its descriptions are branches of the same sequence. num_tokens: sampled
-    tokens that are trained on in the whole batch, a process on average: what the loss is divided by.
+    If the twin is trained on, its prompt and its descriptions are branches of the same sequence. num_tokens:
+    sampled tokens that are trained on in the whole batch, a process on average: what the loss is divided by.
     """
     advantages = [x.advantages for x in scored]  # of each prompt: (G,), or (G + G',) with the twin
     sizes = [len(a) for a in advantages]
     lengths = torch.cat([y.lengths[:size] for y, size in zip(sampled, sizes)])
+    # Divided by the tokens of the whole batch, those of skipped groups included.
     weights = vp.token_weights(lengths, s.loss_level, num_tokens) * torch.cat([x.useful for x in scored])
     weights = weights.split(sizes)
     # Sharded processes gather weights together: all must make the same passes, useful or not.
     kept = [b for b, x in enumerate(scored) if x.useful.any() or s.shard]
     passes = []
     for i in range(0, len(kept), s.micro_batch_size):
+        # A micro-batch: some prompts, each one sequence with all its rollouts as branches.
         some = kept[i : i + s.micro_batch_size]
         examples = [prompts[b].example for b in some]
         packed = lm.pack_rollouts(examples, [sampled[b].tokens[: sizes[b]] for b in some], s.num_rollouts)
+        # packed.rollout: for each of the M tokens, the rollout that it belongs to.
         update = UpdatePass(
             prompts=some,
             packed=packed.to(run.device),
@@ -336,6 +352,7 @@ def pack_update(
             advantage=torch.cat([advantages[b] for b in some])[packed.rollout].to(run.device),
             weight=torch.cat([weights[b] for b in some])[packed.rollout].to(run.device),
         )
+        # Before the first update, and once: the reference does not change.
         if reference is not None:
             with torch.no_grad(), run.autocast(), lm.hf.disable_adapter() if s.lora_rank else nullcontext():
                 seen = lm.take_clips(video, some) if s.freeze_vision else reference.encode_examples(examples)
@@ -395,6 +412,7 @@ def main(settings: Settings) -> dict | None:
     # --- set-up: processes and settings, clips, policy and reference, text encoder, optimizer, where to continue from
     run = Run(settings, resolve, FREE)
     s, G = run.settings, run.settings.num_rollouts
+    # Each process samples and updates on its share of the prompts.
     num_prompts, left_over = divmod(s.batch_size, run.num_processes)
     if left_over:
         raise ValueError(f"--batch-size {s.batch_size} is not a multiple of {run.num_processes} processes")
@@ -406,6 +424,7 @@ def main(settings: Settings) -> dict | None:
         visual_tokens=s.visual_tokens, skim=s.how_to_look(), cache=s.cache,
     )  # fmt: skip
     clips, eval_clips = run.leave_out_long(clips, eval_clips, preparation, s.max_new_tokens, EVAL_TOKENS)
+    # What a step will need is known before anything is loaded.
     load = memory.Load(
         s.micro_batch_size, *memory.longest(clips, preparation), rollouts=G, twin_rollouts=s.num_twin_rollouts,
         prompts=num_prompts, new_tokens=s.max_new_tokens, reference=s.beta > 0 and not s.lora_rank,
@@ -418,6 +437,7 @@ def main(settings: Settings) -> dict | None:
         s.max_bad_share, **run.share(num_prompts),
     )  # fmt: skip
     optimizer = models.make_optimizer(lm, s.learning_rate, s.weight_decay)
+    # The schedule counts updates, of which a step makes several.
     num_updates = s.steps * s.epochs
     schedule = get_linear_schedule_with_warmup(optimizer, int(s.warmup * num_updates), num_updates)
     run.restore(lm, optimizer, schedule, loader)
@@ -434,12 +454,15 @@ def main(settings: Settings) -> dict | None:
     with loader, run.guard(saver, budget):
         for _ in run.steps():
             watch = Stopwatch("data")
+            # 1. Sample: the policy describes full videos and twins.
             taken = run.together(lambda: loader.take(num_prompts))
             prompts = [Prompt(clips[t.index], t.example, t.place) for t in taken]
             watch.start("rollouts")
             sampled, rollouts, video = roll_out(lm, prompts, s, run)
+            # 2. Score: what is said of the event, beyond what is said without it?
             watch.start("reward")
             scored = score(prompts, sampled, encoder, preparation.processor, s)
+            # 3. Pack: each prompt and its rollouts become one sequence.
             watch.start("update")
             num_tokens, num_useful = run.mean_counts(
                 sum(int(y.lengths[: len(x.useful)].sum()) for y, x in zip(sampled, scored)),
@@ -447,7 +470,7 @@ def main(settings: Settings) -> dict | None:
             )  # fmt: skip
             passes = pack_update(lm, reference, prompts, sampled, scored, video, num_tokens, s, run)
 
-            # 4. Several updates on the same rollouts. The clipped loss keeps them near the policy that sampled.
+            # 4. Update, several times on the same rollouts: the clipped loss keeps close to what sampled them.
             for _ in range(s.epochs):
                 totals = Totals(run.device)
                 for update in passes:
@@ -462,13 +485,14 @@ def main(settings: Settings) -> dict | None:
                 # Without a useful group there is no gradient anywhere, and the optimizer changes nothing.
                 grad_norm = finish_gradients(lm, s.grad_clip, run.num_processes if num_useful else 1)
                 loss = run.mean({"loss": totals.sums["loss"]})["loss"]
-                # NaN and Inf: the fused optimizer leaves the update out by itself, so that nobody waits for the device.
+                # NaN and Inf: the fused optimizer leaves the update out by itself; nobody waits for it.
                 run.count_bad(skip_if_not_finite(optimizer, loss + grad_norm))
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
             watch.stop()
 
+            # Bookkeeping: nothing below changes the model.
             run.end_of_step(loader, int(rollouts.lengths.sum()))
             for prompt, group in zip(prompts, scored):
                 run.metrics.add(group.metrics())

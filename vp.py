@@ -1,10 +1,11 @@
 """VideoPerceiver, the method: the twin, the contrastive loss, the reward, the policy loss. Every equation is here to read.
 
-Words. A *clip* is a video with its caption. *Frames* are what was sampled from it. A *slot* is one temporal patch: two
-consecutive frames, the smallest unit of time that the vision encoder sees. A *keyword* is an event-action phrase of the
-caption ("jumps off"); its *key slots* are those that show it. The *twin* is the key-information-missing video: the same
-slots, the key slots shown as their nearest non-key neighbour. *Full* is the complete video beside its twin.
-A *rollout* is one sampled description; its *quality* is its score against the caption.
+Words. A *clip* is a video with its caption. *Frames* are what was sampled from it. A *slot* is one temporal
+patch: two consecutive frames, the smallest unit of time that the vision encoder sees. A *keyword* is an
+event-action phrase of the caption ("jumps off"); its *key slots* are those that show it. The *twin* is the
+key-information-missing video: the same slots, the key slots shown as their nearest non-key neighbour. *Full*
+is the complete video beside its twin. A *rollout* is one sampled description; its *quality* is its score
+against the caption.
 
 Shapes, here and in the tests:
 
@@ -13,8 +14,8 @@ Shapes, here and in the tests:
     L tokens of a text                             d width of the contrastive space   M sampled tokens of a micro-batch
     G rollouts of the full video of a prompt       G' rollouts of its twin            R = G + G'
 
-Pure functions: no globals, no argument changed, no file read. On a GPU the contrastive loss and the rewards take a fused
-kernel of kernels/, which is tested against these functions.
+Pure functions: no globals, no argument changed, no file read. On a GPU the contrastive loss and the rewards
+take a fused kernel of kernels/, which is tested against these functions.
 """
 
 import math
@@ -36,11 +37,11 @@ from kernels.reward import REWARDS, fused_rewards
 def twin_sources(key_slots: Tensor, windows: Tensor | None = None) -> Tensor | None:
     """Which slot the twin shows in each place: src(t) = t outside the key slots, else the nearest slot outside them.
 
-    key_slots: (S,) bool. Returns (S,) long, ties going to the earlier neighbour, or None if there is no twin: no key
-    slot, or nothing but key slots.
-    windows (S,) long, of a long video that was skimmed: the window that each slot belongs to, 0 for the context between
-    them. Slots of windows and of the context differ in size, so a key slot is shown as the nearest one of its own window,
-    or of the context. A window of nothing but key slots is shown as the nearest other window, slot for slot.
+    key_slots: (S,) bool. Returns (S,) long, ties going to the earlier neighbour, or None if there is no twin:
+    no key slot, or nothing but key slots. windows (S,) long, of a long video that was skimmed: the window
+    that each slot belongs to, 0 for the context between them. Slots of windows and of the context differ in
+    size, so a key slot is shown as the nearest one of its own window, or of the context. A window of nothing
+    but key slots is shown as the nearest other window, slot for slot.
 
     >>> twin_sources(torch.tensor([0, 0, 1, 1, 1, 0], dtype=torch.bool)).tolist()
     [0, 1, 1, 1, 5, 5]
@@ -74,9 +75,9 @@ def span_slots(
 ) -> Tensor:  # fmt: skip
     """The slots that a keyword's key spans overlap: (S,) bool.
 
-    spans: [start, end] in seconds; timestamps: (F,) seconds at which each sampled frame begins to show, F a multiple of
-    frames_per_slot. A slot lasts from its first frame to the next slot's first frame, but not beyond `last` (S,). A span
-    too short to hold any frame still marks the slot it falls into.
+    spans: [start, end] in seconds; timestamps: (F,) seconds at which each sampled frame begins to show, F a
+    multiple of frames_per_slot. A slot lasts from its first frame to the next slot's first frame, but not
+    beyond `last` (S,). A span too short to hold any frame still marks the slot it falls into.
 
     >>> span_slots([[0.5, 0.9]], [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]).tolist()
     [False, True, False]
@@ -115,11 +116,11 @@ class Keyword:
 class Example:
     """One clip, ready for a model: everything that can be known before the model runs, on the CPU.
 
-    input_ids, token_types (T,): prompt, then the caption's tokens; token_types 2 marks visual tokens. prompt_length: how
-    many belong to the prompt. pixels (patches, C*2*p*p): as the processor made them. grid (3,): slots, and height and width
-    of each in patches; or (R, 3), one row for each run of slots of one size, in time order. seconds_per_slot: for M-RoPE;
-    slot_seconds (S,): the same of slots that do not come evenly, counted from the first. source (S,) long: `twin_sources`,
-    or None. keywords: those of the caption.
+    input_ids, token_types (T,): prompt, then the caption's tokens; token_types 2 marks visual tokens.
+    prompt_length: how many belong to the prompt. pixels (patches, C*2*p*p): as the processor made them. grid
+    (3,): slots, and height and width of each in patches; or (R, 3), one row for each run of slots of one
+    size, in time order. seconds_per_slot: for M-RoPE; slot_seconds (S,): the same of slots that do not come
+    evenly, counted from the first. source (S,) long: `twin_sources`, or None. keywords: those of the caption.
     """
 
     name: str
@@ -154,9 +155,10 @@ class Example:
 class KeyTokens:
     """Where the key-slot tokens of a batch are, and which keyword they belong to.
 
-    clip (N,), slot (N,): of each key-slot token. keyword_clip (K,): the clip of each keyword. keyword_id (K,): a number
-    that is the same for the same words. keyword_slots (K, S) bool: the key slots of each keyword. shown (N, M): ids of the
-    keywords that each token shows, see `ids_shown`; only the kernel reads it.
+    clip (N,), slot (N,): of each key-slot token. keyword_clip (K,): the clip of each keyword. keyword_id
+    (K,): a number that is the same for the same words. keyword_slots (K, S) bool: the key slots of each
+    keyword. shown (N, M): ids of the keywords that each token shows, see `ids_shown`; only the kernel reads
+    it.
     """
 
     clip: Tensor
@@ -189,15 +191,17 @@ def contrastive_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """InfoNCE with several positives (MIL-NCE), summed over the keywords that have a positive: equation (1).
 
-    full, twin: (N, d) states of the key-slot tokens in the full video and in its twin (None: no twin negatives);
-    keywords: (K, d) text vectors; temperature: scalar tau. All are L2-normalised here. For keyword j with positives
-    P_j and negatives N_j (the twin's tokens at P_j, and other clips' key-slot tokens of another keyword):
+    full, twin: (N, d) states of the key-slot tokens in the full video and in its twin (None: no twin
+    negatives); keywords: (K, d) text vectors; temperature: scalar tau. All are L2-normalised here. For
+    keyword j with positives P_j and negatives N_j (the twin's tokens at P_j, and other clips' key-slot tokens
+    of another keyword):
 
         L_j = logsumexp_{i in P_j + N_j} s_ji - logsumexp_{i in P_j} s_ji,        s_ji = <k_j, z_i> / tau            (1)
 
-    Returns the sum and counts, without waiting for the device. Divide by the number of keywords of the whole batch: then
-    cutting a batch into micro-batches changes nothing but the in-batch negatives. A keyword without a positive adds
-    neither loss nor gradient. use_kernel: None takes the kernel on a GPU; see `takes_kernel`.
+    Returns the sum and counts, without waiting for the device. Divide by the number of keywords of the whole
+    batch: then cutting a batch into micro-batches changes nothing but the in-batch negatives. A keyword
+    without a positive adds neither loss nor gradient. use_kernel: None takes the kernel on a GPU; see
+    `takes_kernel`.
     """
     # On a GPU the lines below are one fused kernel: kernels/contrastive.py.
     if takes_kernel(use_kernel, full, twin, keywords):
@@ -231,8 +235,8 @@ class ContrastiveHeads(nn.Module):
         # No bias: it would be the same in full and twin.
         self.visual = nn.Linear(width, d, bias=False)
         self.text = nn.Linear(width, d, bias=False)
-        # Both start equal, and keep angles as far as d allows. So states are pulled from the first step toward the
-        # keywords' own embeddings, where the layers above, and the output head, can read them.
+        # Both start equal, and keep angles as far as d allows. So states are pulled from the first step
+        # toward the keywords' own embeddings, where the layers above, and the output head, can read them.
         nn.init.orthogonal_(self.visual.weight)
         self.text.load_state_dict(self.visual.state_dict())
         # The logarithm is learned, so that tau stays above 0.
@@ -260,8 +264,8 @@ class ContrastiveHeads(nn.Module):
 def repetition_weights(tokens: Sequence[int], reference: Sequence[int]) -> Tensor:
     """1 for each token of a text, 0 for repetitions beyond what the other text has (but once is always free): (L,).
 
-    The clipped counts of BLEU, used both ways: saying a word again and again is not precise, and saying it once does not
-    recall all its occurrences in the reference.
+    The clipped counts of BLEU, used both ways: saying a word again and again is not precise, and saying it
+    once does not recall all its occurrences in the reference.
 
     >>> repetition_weights([5, 7, 5, 7, 5], reference=[5, 9, 5]).tolist()
     [1.0, 1.0, 1.0, 0.0, 0.0]
@@ -281,12 +285,13 @@ def score_rollouts(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Quality q and keyword recall c of each rollout of a prompt, both (R,), in [0, 1].
 
-    rollouts: R token embeddings (L_i, D); reference (T, D); keywords: the tokens (W_k, D) of each. weights (L_i,) and
-    reference_weights (R, T): `repetition_weights` of each rollout against the reference, and the other way about.
-    Similarities are cosines, those below 0 count as 0. q is the F1 of precision, the mean over a rollout's tokens of their
-    largest similarity to a reference token, and recall, the other way about (BERTScore), repetitions counting as 0. c is
-    the mean over keywords of the mean, over their tokens, of the largest similarity to a rollout token. An empty rollout
-    has q = c = 0; where the reference is empty q = 0, and without keywords c = 0.
+    rollouts: R token embeddings (L_i, D); reference (T, D); keywords: the tokens (W_k, D) of each. weights
+    (L_i,) and reference_weights (R, T): `repetition_weights` of each rollout against the reference, and the
+    reverse. Similarities are cosines, those below 0 count as 0. q is the F1 of precision, the mean over a
+    rollout's tokens of their largest similarity to a reference token, and recall, the same in reverse
+    (BERTScore), repetitions counting as 0. c is the mean over keywords of the mean, over their tokens, of the
+    largest similarity to a rollout token. An empty rollout has q = c = 0; if the reference is empty q = 0,
+    and without keywords c = 0.
 
     >>> word = torch.eye(4)                                  # four words that have nothing in common
     >>> full, half = word[[0, 1, 2]], word[[0, 1, 3]]        # the reference, and one with its last word wrong
@@ -319,9 +324,10 @@ def score_rollouts(
 def relative_wins(q: Tensor, c: Tensor, q_twin: Tensor, c_twin: Tensor, margin: float = 0.1) -> Tensor:
     """w_i, the share of the twin's rollouts that each rollout beats: equation (2), (G,).
 
-    q, c: (G,), of the full video's rollouts; q_twin, c_twin: (G',), of the twin's. One beats another when it covers the
-    keywords better by more than the margin, without being a worse description by more than the margin: naming every
-    event, or nothing but the event, covers the keywords and is still a bad description. G' = 0 gives 0.
+    q, c: (G,), of the full video's rollouts; q_twin, c_twin: (G',), of the twin's. One beats another when it
+    covers the keywords better by more than the margin, without being a worse description by more than the
+    margin: naming every event, or nothing but the event, covers the keywords and is still a bad description.
+    G' = 0 gives 0.
 
     >>> relative_wins(torch.tensor([0.9, 0.9, 0.5]), torch.tensor([1.0, 0.2, 1.0]),
     ...               torch.tensor([0.8, 0.8]), torch.tensor([0.2, 1.0])).tolist()
@@ -340,8 +346,9 @@ def rewards_and_advantages(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Reward r and advantage A of each rollout of the full video: equations (3) and (4), both (G,).
 
-    similarity: r = q. recall: r = q + alpha c. relative: r = q + alpha w. pooled: r = q + alpha c, its mean taken over
-    full and twin rollouts together. divide: also divide by the standard deviation of the rewards in that mean.
+    similarity: r = q. recall: r = q + alpha c. relative: r = q + alpha w. pooled: r = q + alpha c, its mean
+    taken over full and twin rollouts together. divide: also divide by the standard deviation of the rewards
+    in that mean.
 
     >>> q, c = torch.tensor([0.9, 0.8]), torch.tensor([0.1, 1.0])
     >>> r, a = rewards_and_advantages("relative", q, c, torch.tensor([0.9]), torch.tensor([0.1]))
@@ -382,8 +389,8 @@ class Texts:
 
 @dataclass
 class Rewards:
-    """Scores of one prompt's rollouts. quality q, keyword_recall c (R,), the full video's first; of the full video's
-    (G,): beaten_twins w, reward r, advantage A."""
+    """Scores of one prompt's rollouts. quality q, keyword_recall c (R,), the full video's first; of the full
+    video's (G,): beaten_twins w, reward r, advantage A."""
 
     quality: Tensor
     keyword_recall: Tensor
@@ -424,8 +431,9 @@ def twin_rewards(
 ) -> list[Rewards]:
     """The rewards of the twin's rollouts, which are trained on as well: equation (6).
 
-    batch: the twin's rollouts alone, as `num_full`; the reference is the still part of the caption, without its event. To
-    name the event is a claim here, about what is not shown, and costs what it earns on the full video:
+    batch: the twin's rollouts alone, as `num_full`; the reference is the still part of the caption, without
+    its event. To name the event is a claim here, about what is not shown, and costs what it earns on the full
+    video:
 
         r'_j = q(y'_j; still part) - alpha c(y'_j),    A'_j = r'_j - mean(r')                                        (6)
 
@@ -440,8 +448,9 @@ def twin_rewards(
 def token_weights(lengths: Tensor, level: str = "token", num_tokens: float | None = None) -> Tensor:
     """How much each token of a rollout counts in the loss of a whole batch: (R,), for rollouts of `lengths` (R,) tokens.
 
-    token: every token of the batch alike (long rollouts count more); sequence: every rollout alike. num_tokens: if the
-    batch is spread over processes whose gradients are averaged, the tokens of a process on average.
+    token: every token of the batch alike (long rollouts count more); sequence: every rollout alike.
+    num_tokens: if the batch is spread over processes whose gradients are averaged, the tokens of a process on
+    average.
 
     >>> token_weights(torch.tensor([1, 3])).tolist(), token_weights(torch.tensor([1, 4]), "sequence").tolist()
     ([0.25, 0.25], [0.5, 0.125])
@@ -460,9 +469,10 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The clipped policy loss with a KL penalty, summed over tokens: equation (5).
 
-    All (M,), one entry a sampled token: logp under the policy; old_logp when it was sampled; ref_logp under the frozen
-    reference (None: no penalty); the advantage of its rollout; its weight, see `token_weights`. The sum over the
-    micro-batches of a batch is the loss of the batch. The penalty is Schulman's k3: e^x - x - 1, x = ref_logp - logp.
+    All (M,), one entry a sampled token: logp under the policy; old_logp when it was sampled; ref_logp under
+    the frozen reference (None: no penalty); the advantage of its rollout; its weight, see `token_weights`.
+    The sum over the micro-batches of a batch is the loss of the batch. The penalty is Schulman's
+    k3, e^x - x - 1 with x = ref_logp - logp.
     """
     # How much likelier the token is now than when it was sampled.
     rho = (logp - old_logp).exp()
@@ -483,8 +493,8 @@ def grpo_loss(
 def choose(logp: Tensor, uniform: Tensor | None) -> Tensor:
     """One token a row by the inverse of the cumulated distribution, or, without `uniform`, the likeliest.
 
-    logp (..., vocabulary), uniform (...) in [0, 1). One number decides a token, so a rollout depends on its own numbers
-    alone, not on its batch.
+    logp (..., vocabulary), uniform (...) in [0, 1). One number decides a token, so a rollout depends on its
+    own numbers alone, not on its batch.
 
     >>> choose(torch.tensor([[0.5, 0.0, 0.5]] * 2).log(), torch.tensor([0.49, 0.51])).tolist()
     [0, 2]

@@ -46,7 +46,7 @@ FIELDS = ("video", "caption", "prompt", "start", "end", "keywords", "key_spans",
 PLACEHOLDER = (
     r"<\|?/?(?:video|image|img|vid|vision|frame)s?(?:[ _-]?(?:\d+|pad|start|end|token|placeholder|here|context))*\s?/?\|?>"
 )
-# As such they stand at the head or the end of a prompt, or have a line of their own.
+# As such they are at the head or the end of a prompt, or have a line of their own.
 PLACED = re.compile(rf"\A\s*{PLACEHOLDER}|{PLACEHOLDER}\s*\Z|^\s*{PLACEHOLDER}\s*$", re.IGNORECASE | re.MULTILINE)
 SEAM_OF_RUNS = ["<|vision_end|>", "<|vision_start|>"]  # between two videos in a prompt
 HALF_CHARACTERS = re.compile(r"[\ud800-\udfff]")  # surrogates, which are text in pairs only
@@ -138,9 +138,9 @@ def is_truth(truth: object) -> bool:
 def parse_record(record: dict, where: str, root: Path, follow_links: bool = False) -> Clip:
     """The clip of a line's JSON object, see `parse_line`."""
 
-    def wrong(name: str, found: object, mend: str) -> ClipError:
+    def wrong(name: str, found: object, fix: str) -> ClipError:
         shown = repr(found)
-        return ClipError(f"{where}: field '{name}': found {shown[:80] + '...' * (len(shown) > 80)}; {mend}")
+        return ClipError(f"{where}: field '{name}': found {shown[:80] + '...' * (len(shown) > 80)}; {fix}")
 
     if unknown := [name for name in record if name not in FIELDS]:
         near = {name: difflib.get_close_matches(name, FIELDS, 1) for name in unknown[:10]}
@@ -177,13 +177,13 @@ def parse_record(record: dict, where: str, root: Path, follow_links: bool = Fals
         raise wrong("keywords", keywords, 'give a list of phrases, like ["jumps off"]')
     spans = record.get("key_spans")
     if spans is not None:
-        mend = "give for each keyword its [start, end] in seconds from the beginning of the part"
+        fix = "give for each keyword its [start, end] in seconds from the beginning of the part"
         if not isinstance(spans, list) or len(spans) != len(keywords):
-            raise wrong("key_spans", spans, f"{mend}: {len(keywords)} of them")
+            raise wrong("key_spans", spans, f"{fix}: {len(keywords)} of them")
         spans = [[s] if isinstance(s, list) and s and not isinstance(s[0], list) else s for s in spans]
         for span in itertools.chain.from_iterable(s if isinstance(s, list) and s else [s] for s in spans):
             if not isinstance(span, list) or len(span) != 2 or not all(map(is_number, span)):
-                raise wrong("key_spans", span, mend)
+                raise wrong("key_spans", span, fix)
             if not 0 <= span[0] < span[1]:
                 raise wrong("key_spans", span, "the start must be 0 or more, and less than the end")
             if end is not None and span[0] >= end - record["start"]:
@@ -202,7 +202,7 @@ def parse_record(record: dict, where: str, root: Path, follow_links: bool = Fals
 
 
 def count_tokens(tokenizer, text: str, limit: int) -> int:
-    """Tokens of a text, or, where it has more than `limit`, a number above it: no more of it is read than that takes."""
+    """Tokens of a text, or, if it has more than `limit`, a number above it: no more of it is read than that takes."""
     count = 0
     for i in range(0, len(text), 2**16):
         count += len(encode(tokenizer, text[i : i + 2**16]))
@@ -293,7 +293,7 @@ class Preparation:
     known_sizes: dict[tuple[int, int], Sizes] = field(default_factory=dict, repr=False, compare=False)
 
     def check_length(self, clip: Clip, tokens: int) -> None:
-        """Raise ClipError where a clip has more tokens than the model reads."""
+        """Raise ClipError if a clip has more tokens than the model reads."""
         if self.context is not None and tokens > self.context:
             raise ClipError(
                 f"{clip.where}: {clip.video}: {tokens} tokens of video and text, and the model reads {self.context}; "
@@ -302,7 +302,7 @@ class Preparation:
 
     @property
     def frames_per_slot(self) -> int:
-        """The vision encoder's temporal patch size; a frame, where a model has none."""
+        """The vision encoder's temporal patch size; a frame, if a model has none."""
         return getattr(self.processor.video_processor, "temporal_patch_size", 1)
 
     def fit(self, frames: Frames) -> Frames:
@@ -370,7 +370,7 @@ def found_slots(look: Look, frames_per_slot: int = 2) -> Tensor:
 
 
 def key_slots(clip: Clip, look: Look, frames_per_slot: int = 2) -> list[Tensor]:
-    """The key slots (S,) bool of each keyword: from its key spans, or from the finder where there are none."""
+    """The key slots (S,) bool of each keyword: from its key spans, or from the finder if there are none."""
     if clip.key_spans is not None:
         return [vp.span_slots(spans, look.timestamps, frames_per_slot, look.last) for spans in clip.key_spans]
     if not clip.keywords:

@@ -1,4 +1,4 @@
-"""Packing: sequences in which branches share what stands before them, so that nothing is run twice.
+"""Packing: sequences in which branches share what comes before them, so that nothing is run twice.
 
 A *branch* is a run of tokens that sees itself and its ancestors, and no other branch; its positions go on from its parent's
 end. A prompt forks into the full video and its twin at the first replaced slot, and may fork again into questions or into

@@ -164,7 +164,7 @@ class VideoLM(nn.Module):
 
     hf: Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration, or one wrapped by peft. contrastive_layer: l,
     after how many of the language model's layers the states are taken (default: half of them). Everything that leans on
-    the inside of transformers stands in this class, and a test holds its logits to those of the plain model.
+    the inside of transformers is in this class, and a test holds its logits to those of the plain model.
     """
 
     def __init__(self, hf: nn.Module, contrastive_layer: int | None = None, temperature: float = 0.1):
@@ -385,7 +385,7 @@ class VideoLM(nn.Module):
 
     @property
     def banned(self) -> Tensor:
-        """Ids that no rollout may hold: those of the vision encoder, and padding where it does not end a text."""
+        """Ids that no rollout may hold: those of the vision encoder, and padding if it does not end a text."""
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         ids = {getattr(self.config, name) for name in names} | {self.base.generation_config.pad_token_id}
         ids = sorted(i for i in ids - set(self.end_ids.tolist()) if i is not None)
@@ -424,8 +424,8 @@ class VideoLM(nn.Module):
         questions: for each clip the tokens, at least one, of each text that may follow its prompt; each becomes a branch
         of the full video, and one of the twin. rows (2B,): the last token of the full video's and of the twin's prompt,
         clip by clip; with questions (2QB,): that of each question about the full video, then about the twin, Q the most
-        that any clip has (the last question stands in for what a clip lacks). Where a clip has no twin, the full video's
-        rows stand in for the twin's.
+        that any clip has (the last question fills up what a clip lacks). If a clip has no twin, the full video's
+        rows take the place of the twin's.
         """
         trees, offset = [], 0
         most = max(map(len, questions)) if questions else 0
@@ -438,7 +438,7 @@ class VideoLM(nn.Module):
                 about_twin = about_full
                 if e.source is not None:
                     about_twin = [tree.tip[tree.grow_text(twin, q)] for q in questions[b]]
-                lacking = most - len(questions[b])  # the last question stands in
+                lacking = most - len(questions[b])  # the last question fills up
                 tips = [*about_full, *about_full[-1:] * lacking, *about_twin, *about_twin[-1:] * lacking]
             tree.want(*tips)
             trees.append(tree)
@@ -566,7 +566,7 @@ class VideoLM(nn.Module):
     ) -> Rollouts:  # fmt: skip
         """What `sample` does, by transformers' own generate() on prompts repeated for every rollout.
 
-        The road of models whose prefix cannot be shared, and the reference that `sample` is tested against. batch:
+        The path of models whose prefix cannot be shared, and the reference that `sample` is tested against. batch:
         collated for_generation.
         """
         began = wait_and_time(batch.input_ids.device)

@@ -48,7 +48,8 @@ SMALLER = {
     "eval.py report": "--seeds 0",
     "-m data.curation.curate": "--workers 0 --samples 1",
 }
-ORDER = ("README", "long-runs", "data", "benchmarks", "results")  # what a page's commands need, earlier ones have made
+# What the commands of a page need, those of earlier pages have made.
+ORDER = ("README", "long-videos", "long-runs", "data", "benchmarks", "results")
 
 
 def commands() -> list[str]:
@@ -71,7 +72,7 @@ def make_home(home: Path, world: Path, checkpoint: Path) -> None:
             video.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(world / line["video"], video)
         lines_file(home / "runs/world" / f"{split}.jsonl", *lines[split][:count])
-    lines_file(home / "runs/world/held-out.jsonl", *lines["test"][:3])
+    shutil.copy(home / "runs/world/test.jsonl", home / "runs/world/held-out.jsonl")
     clips = []
     for i, line in enumerate(lines["train"][:6]):
         for folder in ("videos", "footage"):
@@ -79,6 +80,7 @@ def make_home(home: Path, world: Path, checkpoint: Path) -> None:
             shutil.copy(world / line["video"], home / folder / f"{i}.mp4")
         clips.append({"video": f"{i}.mp4", "caption": line["caption"], "keywords": line["keywords"]})
         clips[-1]["key_spans"] = [line["truth"]["span"]]
+    shutil.copy(home / "videos/0.mp4", home / "VIDEO.mp4")
     lines_file(home / "clips.jsonl", *(clip | {"video": f"videos/{clip['video']}"} for clip in clips))
     lines_file(home / "known.jsonl", *clips)
     rows = "".join(f'{clip["video"]},"{clip["caption"]}"\n' for clip in clips)

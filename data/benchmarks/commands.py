@@ -9,9 +9,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from data.benchmarks import ask as answers
-from data.benchmarks import predictions, probes
-from data.benchmarks import questions as benchmarks
+from data.benchmarks import ask, predictions, probes, questions
 from data.benchmarks.report import read_results, show_comparison, show_scores
 from data.clips import ClipError
 from data.run.log import describe_environment
@@ -23,7 +21,7 @@ from data.skim import FrameSettings
 class ScoreSettings:
     """Score predictions on a public benchmark, or compare two results. Needs no model and no videos."""
 
-    benchmark: Literal[benchmarks.NAMES] | None = None
+    benchmark: Literal[questions.NAMES] | None = None
     """Which benchmark; clips: one's own annotation file."""
     root: Path | None = None
     """Folder of the benchmark as it was downloaded; clips: the JSONL file, or a folder with clips.jsonl."""
@@ -48,7 +46,7 @@ class ScoreSettings:
 class RunSettings(FrameSettings):
     """Ask a model a benchmark's questions, and score the answers. After a kill the same command continues."""
 
-    benchmark: Literal[benchmarks.NAMES]
+    benchmark: Literal[questions.NAMES]
     """Which benchmark; clips: one's own annotation file."""
     root: Path
     """Folder of the benchmark as it was downloaded; clips: the JSONL file, or a folder with clips.jsonl."""
@@ -112,7 +110,7 @@ def run_score(settings: ScoreSettings, console: Console) -> dict:
     """The command `python eval.py score`: prints, and writes JSON and Markdown beside the predictions."""
     s = settings
     if s.compare is not None:
-        compared = benchmarks.compare(*map(read_results, s.compare))
+        compared = questions.compare(*map(read_results, s.compare))
         show_comparison(compared, s.compare, console)
         return compared
     missing = [f"--{name}" for name in ("benchmark", "root", "predictions") if getattr(s, name) is None]
@@ -120,13 +118,13 @@ def run_score(settings: ScoreSettings, console: Console) -> dict:
         raise ValueError(
             f"{', '.join(missing)} missing; give --benchmark, --root and --predictions, or --compare and two results"
         )
-    benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles, s.follow_links, s.videos)
+    benchmark = questions.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles, s.follow_links, s.videos)
     responses, problems = predictions.read_predictions(s.predictions, benchmark)
     path = s.predictions.resolve() if s.predictions.is_dir() else s.predictions
     out = path.with_name(f"{short_name(path.name if path.is_dir() else path.stem)}.{s.protocol}.json")
     if s.benchmark == "motionbench":
         submission = out.with_suffix(".submission.json")
-        submission.write_text(json.dumps(benchmarks.submission(benchmark, responses), indent=1) + "\n")
+        submission.write_text(json.dumps(questions.submission(benchmark, responses), indent=1) + "\n")
         console.print(f"{submission}: for the leaderboard", highlight=False, markup=False, soft_wrap=True)
     if not any(q.id in responses for q in benchmark.questions if q.answer is not None):
         raise ClipError(f"{s.predictions}: every question that it answers has a hidden answer; nothing can be scored")
@@ -135,7 +133,7 @@ def run_score(settings: ScoreSettings, console: Console) -> dict:
         from data.texts import TextEncoder  # late: only one benchmark needs it
 
         encoder = TextEncoder(s.text_encoder)
-    results = benchmarks.score(benchmark, responses, encoder)
+    results = questions.score(benchmark, responses, encoder)
     results |= {"problems": benchmark.problems + problems, "text encoder": s.text_encoder} | describe_environment()
     title = f"{s.benchmark}, {s.protocol}: {s.predictions.name}"
     report = show_scores(results, title, console)
@@ -164,7 +162,7 @@ def check_run(s: RunSettings) -> None:
         raise ValueError("; ".join(problems))
 
 
-def first_parts(parts: Sequence[answers.Part], limit: int) -> list[answers.Part]:
+def first_parts(parts: Sequence[ask.Part], limit: int) -> list[ask.Part]:
     """All that is asked about the first `limit` videos, or parts of videos (-1: about all)."""
     keys = [(part.video, part.start, part.end) for part in parts]
     kept = set(list(dict.fromkeys(keys))[: None if limit < 0 else limit])
@@ -177,12 +175,13 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
     check_run(s)
     s.check_frames()
     folder = s.videos or (s.root if s.root.is_dir() else s.root.parent)
-    benchmark = benchmarks.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles, s.follow_links, s.videos)
+    benchmark = questions.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles, s.follow_links, s.videos)
     benchmark.num_frames = s.num_frames or benchmark.num_frames
     benchmark.max_pixels = s.max_pixels
     benchmark.max_new_tokens = s.max_new_tokens or benchmark.max_new_tokens
-    spans, wrong_spans = answers.read_key_spans(s.key_spans, folder, s.follow_links) if s.key_spans else (None, [])
-    parts, probe = answers.group_questions(benchmark, spans), "needle" * s.needle + "diff" * s.diff
+    spans, wrong_spans = ask.read_key_spans(s.key_spans, folder, s.follow_links) if s.key_spans else (None, [])
+    parts = ask.group_questions(benchmark, spans)
+    probe = "needle" if s.needle else "diff" if s.diff else ""
     if probe:
         probes.own_clips(parts, probe)  # refuses what has none, before the model is loaded
     if s.twin and not any(part.spans for part in parts):
@@ -206,8 +205,8 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
     if s.frames == "skim" or s.visual_tokens:
         more |= {"frames chosen": s.frames, "skim": str(s.how_to_look()), "visual tokens": s.visual_tokens}
     made_with = predictions.describe_run(benchmark, parts, hf, more)
-    limit = s.max_text_tokens or answers.room(hf, benchmark.max_new_tokens)
-    parts, too_long = answers.leave_out_long(parts, benchmark, processor, limit)
+    limit = s.max_text_tokens or ask.room(hf, benchmark.max_new_tokens)
+    parts, too_long = ask.leave_out_long(parts, benchmark, processor, limit)
     if s.needle:
         parts, left_out = probes.hide(parts, s.lengths, s.seed, None if s.limit < 0 else s.limit)
     else:
@@ -217,7 +216,7 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
     if not parts:
         listed = "\n  ".join(left_out[:10])
         raise ClipError(f"no question of {s.benchmark} can be asked:\n  {listed}")
-    lines, twin_lines, num_problems = answers.answer(
+    lines, twin_lines, num_problems = ask.answer(
         hf, processor, benchmark, parts, folder, out, made_with, console, s.twin, s.batch_size, s.workers, s.time_limit,
         [*benchmark.problems, *wrong_spans, *left_out], s.how_to_look(), s.visual_tokens,
     )  # fmt: skip
@@ -237,13 +236,13 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
     else:
         if s.limit >= 0:
             benchmark.questions = asked
-        results = benchmarks.score(benchmark, lines.responses())
+        results = questions.score(benchmark, lines.responses())
         results["counts"]["missing videos"] = sum(not video.exists() for video in asked_about)
         shown = show_scores(results, f"{s.benchmark}, {s.protocol}: {s.model}", console)
         shown += f"- problems: {num_problems}, in problems.txt\n"
         if twin_lines:
-            gaps = answers.perception_gap(benchmark, lines.responses(), twin_lines.responses())
-            shown += answers.show_gap(gaps, console)
+            gaps = ask.perception_gap(benchmark, lines.responses(), twin_lines.responses())
+            shown += ask.show_gap(gaps, console)
             results["perception gap"] = gaps
         (out / "results.md").write_text(shown, "utf-8")
     (out / "results.json").write_text(json.dumps(results | about, indent=1) + "\n")

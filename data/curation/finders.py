@@ -62,17 +62,6 @@ def peak_level(finders: Sequence[str]) -> float:
     return 0.3 if "self" in finders else 0.6
 
 
-def span_iou(found: Sequence[Sequence[float]], true: Sequence[float]) -> float:
-    """Overlap of found spans, which do not overlap each other, with one true span: intersection over union.
-
-    >>> span_iou([[0, 1], [2, 4]], [3, 5])
-    0.25
-    """
-    inside = sum(max(0.0, min(end, true[1]) - max(begin, true[0])) for begin, end in found)
-    total = sum(end - begin for begin, end in found) + true[1] - true[0] - inside
-    return inside / total if total > 0 else 0.0
-
-
 def repeat(packed: packing.Packed, count: int, visual_index: Tensor) -> packing.Packed:
     """One packed clip `count` times, each time with other visual tokens in its visual places."""
     T = packed.input_ids.shape[1]

@@ -53,7 +53,7 @@ def describe_group(
     temperature: float,
 ) -> list[tuple[int, vp.Example, str, str]]:  # fmt: skip
     """(clip index, example, description of the full video, of the twin). Where a batch fails, each clip is tried alone,
-    and skipped where it fails alone, too: one whose video is too large, say."""
+    and skipped if it fails alone, too: one whose video is too large, say."""
     try:
         said = describe_batch(lm, processor, group, max_new_tokens, temperature)
         return [(*pair, *texts) for pair, texts in zip(group, said)]
@@ -83,7 +83,7 @@ def evaluate(
 ) -> dict:
     """Describe every clip and its twin from one vision pass each, greedily or at a temperature, and average the scores.
 
-    Twins are made from the truth's span where a clip has one, so that they are not as good as the finder. Clips that
+    Twins are made from the truth's span if a clip has one, so that they are not as good as the finder. Clips that
     cannot be read or described are listed under "skipped" and are in no average; clips without a twin have scores on full
     only.
     The processes of an accelerator share the clips, and all of them get the results.

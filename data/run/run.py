@@ -1,6 +1,6 @@
 """A training run: its terminal, files, processes and signals, and where it continues from.
 
-`Run` never calls a model or an optimizer: what training does stands in the train scripts.
+`Run` never calls a model or an optimizer: what training does is in the train scripts.
 """
 
 import math
@@ -138,7 +138,7 @@ class Run:
         return {"rank": self.rank, "world_size": self.num_processes, "block": block}
 
     def restore(self, lm: nn.Module, optimizer, schedule, loader: ClipLoader) -> None:
-        """Where a run is resumed: put everything where it was."""
+        """If a run is resumed: put everything where it was."""
         if self.resumed.path:
             mine = checkpoints.restore(self.resumed, lm, optimizer, schedule, loader, self.rank)
             self.metrics = Metrics(mine["metrics"])
