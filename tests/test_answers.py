@@ -707,9 +707,9 @@ def test_smaller_pictures_are_other_predictions(world, tmp_path, sharp2_5, monke
     """--max-pixels reaches the model, and is among the settings that a folder holds to."""
     grids, real = [], answers.share_prompt
 
-    def share_prompt(texts, Look([frames]), preparation):
-        grids.append(tuple(frames.pixels.shape[-2:]))
-        return real(processor, texts, frames)
+    def share_prompt(texts, look, preparation):
+        grids.append(tuple(look.runs[0].pixels.shape[-2:]))
+        return real(texts, look, preparation)
 
     monkeypatch.setattr(answers, "share_prompt", share_prompt)
     asked = dict(benchmark="clips", root=world / "test.jsonl", model=str(sharp2_5), limit=1, max_new_tokens=2, num_frames=4)
