@@ -176,8 +176,8 @@ def test_prompts_that_merge_across_the_video_are_made_one_by_one(world, qwen2_5)
         def __call__(self, **inputs):
             return processor(**inputs)
 
-    example, tails = share_prompt(Wrapped(), texts, frames)
-    want, want_tails = share_prompt(texts, Look([frames]), preparation)
+    example, tails = share_prompt(texts, Look([frames]), Preparation(Wrapped()))
+    want, want_tails = share_prompt(texts, Look([frames]), Preparation(processor))
     assert torch.equal(example.input_ids, want.input_ids)
     assert [t.tolist() for t in tails] == [t.tolist() for t in want_tails]
 
