@@ -23,7 +23,7 @@ the perception gap. Keyword recall is the share of a clip's keywords that are, w
 description; caption similarity is ROUGE-L F1 (package rouge-score) against the caption. Clips with a `truth` field
 (the embedded world) add: event named (that event, and no other of the data set's), also for usual and rare events
 alone; event claimed (any, where none is shown: of twins, and of clips in which nothing happens); actor right (in the
-last sentence); whole caption right (word for word); and similarity of the static part (the sentences that name no
+sentence of the event); whole caption right (word for word); and similarity of the static part (the sentences that name no
 event).
 """
 

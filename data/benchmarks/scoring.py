@@ -220,16 +220,6 @@ def similarity(reference: str, text: str) -> float:
     return ROUGE_L.score(reference, text)["rougeL"].fmeasure
 
 
-def last_sentence(text: str) -> tuple[str, str]:
-    """What comes before the last sentence, and the last sentence.
-
-    >>> last_sentence("A red circle rests. The red circle jumps up.")
-    ('A red circle rests.', 'The red circle jumps up.')
-    """
-    parts = re.split(r"(?<=\.)\s+", text.strip())
-    return " ".join(parts[:-1]), parts[-1]
-
-
 def score_description(clip: Clip, text: str, actions: set[str], of_twin: bool = False) -> dict[str, float]:
     """Every score of one description, each in [0, 1]; those whose truth the clip does not have are left out.
 
@@ -243,18 +233,20 @@ def score_description(clip: Clip, text: str, actions: set[str], of_twin: bool = 
             scores["keyword claimed"] = scores["keyword recall"]
     if clip.truth:
         truth, said = clip.truth, {action for action in actions if names(action, text)}
+        sentences = re.split(SENTENCE_END, text.strip())
+        of_event = [any(names(action, sentence) for action in said) for sentence in sentences]
         shows_event = "action" in truth and not of_twin
         if "action" in truth:
             scores["event named"] = float(said == {truth["action"]})
             if truth.get("kind") in ("usual", "rare"):
                 scores[f"{truth['kind']} event named"] = scores["event named"]
-            scores["actor right"] = float(names(truth["actor"], last_sentence(text)[1]))
+            acts = [names(truth["actor"], sentence) for sentence, event in zip(sentences, of_event) if event]
+            scores["actor right"] = float(any(acts))
         if not shows_event:
             scores["event claimed"] = float(bool(said))
         right = clip.caption if shows_event or "action" not in truth else truth["static"]
         scores["whole caption right"] = float(folded(text) == folded(right))
-        sentences = re.split(SENTENCE_END, text.strip())
-        static = [sentence for sentence in sentences if not any(names(action, sentence) for action in said)]
+        static = [sentence for sentence, event in zip(sentences, of_event) if not event]
         scores["static part"] = similarity(truth["static"], " ".join(static))
     return scores
 
