@@ -7,6 +7,8 @@
     python eval.py progress runs/sft runs/rl                          # what two runs have learned, beside each other
     python eval.py report                                             # the README's tables: trains what they need
     python eval.py report --stage lora
+    python eval.py doctor                                             # does this machine do? for bug reports
+    python eval.py card                                               # all tables that need a GPU, in one go
     python eval.py cost                                               # what sharing prefixes saves in stage 2
     python eval.py merge runs/sft --out merged                        # fold a checkpoint's adapter into its model
     python eval.py cost --what questions                              # and in answering questions
@@ -34,7 +36,9 @@ from rich.console import Console
 
 from data.benchmarks.commands import RunSettings, ScoreSettings, run_benchmark, run_score
 from data.clips import ClipError
+from data.measure.card import CardSettings, run_card
 from data.measure.cost import CostSettings, run_cost
+from data.measure.doctor import DoctorSettings, run_doctor
 from data.measure.evaluate import (
     DescribeSettings,
     EvalSettings,
@@ -56,6 +60,8 @@ COMMANDS = {
     "merge": (MergeSettings, run_merge),
     "report": (ReportSettings, run_report),
     "cost": (CostSettings, run_cost),
+    "card": (CardSettings, run_card),
+    "doctor": (DoctorSettings, run_doctor),
     "long": (LongSettings, run_long),
 }
 

@@ -9,7 +9,7 @@ sequence.
     python train_rl.py --reward similarity                            # caption similarity alone: watch the event go
     python train_rl.py --preset gpu-24gb --model runs/sft --data clips.jsonl
     torchrun --nproc_per_node 8 train_rl.py --preset gpu-80gb --model runs/sft --data clips.jsonl
-    python train_rl.py --resume                                       # continue after a kill, bit for bit
+    python train_rl.py --resume                                       # continue after a kill (on a CPU bit for bit)
 
 The paper's equations and settings are not public. Our deviations are numbered in docs/method.md.
 """
@@ -31,12 +31,13 @@ from transformers import get_linear_schedule_with_warmup
 
 import vp
 from data.clips import Clip, Preparation
+from data.device import to_device
 from data.loader import ClipLoader
-from data.measure.evaluate import EVAL_TOKENS, evaluate_run, show_progress
+from data.measure.evaluate import EVAL_CLIPS, evaluate_run, show_progress
 from data.packing import Packed
 from data.run import checkpoints, memory, models
 from data.run.log import Stopwatch
-from data.run.processes import finish_gradients, skip_if_not_finite
+from data.run.processes import finish_gradients, first_process_first, skip_if_not_finite
 from data.run.run import Run
 from data.run.settings import TrainSettings, by_preset, parse_settings
 from data.run.sheets import RolloutGroup, RolloutPage
@@ -177,7 +178,7 @@ def load_encoder(s: Settings, run: Run, clips: Sequence[Clip]) -> TextEncoder:
     # The words of the captions are all that it has to know.
     texts = [text for clip in clips for text in (clip.caption, *clip.keywords)]
     name = f"text-encoder-{zlib.crc32(' '.join(texts).encode()):08x}"
-    with run.accelerator.main_process_first():
+    with first_process_first(run.rank, run.peers):
         return TextEncoder(build_text_encoder(s.out / name, texts), run.device)
 
 
@@ -256,7 +257,8 @@ class Scored:
 class UpdatePass:
     """Some prompts with their rollouts in one packed sequence each, and what equation (5) needs of each of its M tokens.
 
-    prompts: their numbers in the batch. old_logp: when it was sampled; ref_logp: under the frozen policy, or None.
+    prompts: their numbers in the batch. old_logp: when it was sampled, and, once the first epoch has worked them out,
+    under the policy before the update; ref_logp: under the frozen policy, or None.
     """
 
     prompts: list[int]
@@ -315,9 +317,18 @@ def score(
         still = still_part(prompts[b].clip.caption, prompts[b].clip.keywords)
         of_twin.append(Comparison(texts[b][s.num_rollouts :], still, prompts[b].clip.keywords, num_twin[b]))
     embedded = embed_texts(encoder, of_full + of_twin)
-    rewards = vp.paired_rewards(embedded[: len(prompts)], s.reward, s.alpha, s.margin, s.divide_by_spread)
-    twins = dict(zip(trained, vp.twin_rewards(embedded[len(prompts) :], s.alpha, s.divide_by_spread)))
+    rewards = on_host(vp.paired_rewards(embedded[: len(prompts)], s.reward, s.alpha, s.margin, s.divide_by_spread))
+    twins = dict(zip(trained, on_host(vp.twin_rewards(embedded[len(prompts) :], s.alpha, s.divide_by_spread))))
     return [Scored(texts[b], rewards[b], num_twin[b], twins.get(b)) for b in range(len(prompts))]
+
+
+def on_host(rewards: Sequence[vp.Rewards]) -> list[vp.Rewards]:
+    """Rewards on the CPU, where every prompt's are looked at; one copy for all."""
+    parts = [x for of_prompt in rewards for x in vars(of_prompt).values()]
+    if not parts:
+        return []
+    read = iter(torch.cat([x.flatten() for x in parts]).cpu().split([x.numel() for x in parts]))
+    return [vp.Rewards(**{name: next(read).view_as(x) for name, x in vars(r).items()}) for r in rewards]
 
 
 def pack_update(
@@ -347,10 +358,10 @@ def pack_update(
         update = UpdatePass(
             prompts=some,
             packed=packed.to(run.device),
-            old_logp=torch.cat([logp for b in some for logp in sampled[b].logp[: sizes[b]]]).to(run.device),
+            old_logp=to_device(torch.cat([logp for b in some for logp in sampled[b].logp[: sizes[b]]]), run.device),
             ref_logp=None,
-            advantage=torch.cat([advantages[b] for b in some])[packed.rollout].to(run.device),
-            weight=torch.cat([weights[b] for b in some])[packed.rollout].to(run.device),
+            advantage=to_device(torch.cat([advantages[b] for b in some])[packed.rollout], run.device),
+            weight=to_device(torch.cat([weights[b] for b in some])[packed.rollout], run.device),
         )
         # Before the first update, and once: the reference does not change.
         if reference is not None:
@@ -392,7 +403,7 @@ def rollout_metrics(rollouts: Rollouts, G: int, seconds: dict[str, float], num_p
     return {
         "rollout/length": rollouts.lengths[:, :G].float().mean(),
         "rollout/cut_off": (~rollouts.finished[:, :G]).float().mean(),
-        **{f"perf/{name}_seconds": value for name, value in (seconds | rollouts.seconds).items()},
+        **{f"perf/{name}_seconds": value for name, value in (seconds | rollouts.clock.seconds()).items()},
         "perf/tokens_per_second": rollouts.lengths.sum() * num_processes / busy,
     }
 
@@ -423,15 +434,17 @@ def main(settings: Settings) -> dict | None:
         models.load_processor(s.model), s.max_frames, s.fps, max_pixels=s.max_pixels, context=context,
         visual_tokens=s.visual_tokens, skim=s.how_to_look(), cache=s.cache,
     )  # fmt: skip
-    clips, eval_clips = run.leave_out_long(clips, eval_clips, preparation, s.max_new_tokens, EVAL_TOKENS)
+    clips, eval_clips = run.leave_out_long(clips, eval_clips, preparation, s.max_new_tokens, memory.EVAL_TOKENS)
     # What a step will need is known before anything is loaded.
     load = memory.Load(
         s.micro_batch_size, *memory.longest(clips, preparation), rollouts=G, twin_rollouts=s.num_twin_rollouts,
         prompts=num_prompts, new_tokens=s.max_new_tokens, reference=s.beta > 0 and not s.lora_rank,
+        eval_clips=min(len(eval_clips), EVAL_CLIPS),
     )  # fmt: skip
     budget = memory.Budget(architecture, load, vars(s), run.device, s.memory_gb, run.num_processes)
-    lm, reference = load_policy(s, run, budget)
-    encoder = load_encoder(s, run, clips)
+    with budget.explained():
+        lm, reference = load_policy(s, run, budget)
+        encoder = load_encoder(s, run, clips)
     loader = ClipLoader(
         clips, replace(preparation, skim=s.how_to_look(at_key_spans=True)), s.seed, s.workers, s.time_limit,
         s.max_bad_share, **run.share(num_prompts),
@@ -471,11 +484,17 @@ def main(settings: Settings) -> dict | None:
             passes = pack_update(lm, reference, prompts, sampled, scored, video, num_tokens, s, run)
 
             # 4. Update, several times on the same rollouts: the clipped loss keeps close to what sampled them.
-            for _ in range(s.epochs):
+            gaps: list[Tensor] = []
+            for epoch in range(s.epochs):
                 totals = Totals(run.device)
                 for update in passes:
                     with run.autocast():
                         logp, entropy = lm.log_probs(update.packed, see(lm, update, prompts, video, s), s.temperature)
+                    if epoch == 0:
+                        # Nothing has changed since the sampling, so every ratio is 1. Sampling goes token by token, on a
+                        # GPU in bfloat16 all the way: the numbers that it noted would already count as a change.
+                        gaps.append((logp.detach() - update.old_logp).abs().mean())
+                        update.old_logp = logp.detach()
                     loss, metrics = vp.grpo_loss(  # equation (5)
                         logp, update.old_logp, update.ref_logp, update.advantage, update.weight,
                         s.clip_low, s.clip_high, s.beta,
@@ -499,6 +518,7 @@ def main(settings: Settings) -> dict | None:
                 page.add(RolloutGroup.of(prompt.clip, group.texts, group.rewards))
             run.metrics.add(
                 (totals.metrics() if passes else {}) | ({"policy/loss": loss} if num_useful else {})
+                | ({"policy/sampling_gap": torch.stack(gaps).mean()} if gaps else {})
                 | {"policy/grad_norm": grad_norm} | rollout_metrics(rollouts, G, watch.seconds, run.num_processes)
             )  # fmt: skip
             if run.due(s.log_every) or run.step == s.steps:

@@ -13,7 +13,7 @@ layers, and pull the keywords toward the full video's key-slot states and away f
     python train_sft.py --preset gpu-24gb --model random:qwen2.5-vl-7b --data clips.jsonl          # speed and memory only
     torchrun --nproc_per_node 8 train_sft.py --preset gpu-80gb --model Qwen/Qwen2.5-VL-7B-Instruct --data clips.jsonl
     python train_sft.py --frames skim --visual-tokens 2048 --data long.jsonl      # rare events in long videos
-    python train_sft.py --resume                                                  # continue after a kill, bit for bit
+    python train_sft.py --resume                                                  # continue after a kill
 
 The paper's equations and settings are not public. Our deviations are numbered in docs/method.md.
 """
@@ -29,7 +29,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from data.clips import Preparation
 from data.loader import ClipLoader
-from data.measure.evaluate import EVAL_TOKENS, evaluate_run, show_progress
+from data.measure.evaluate import EVAL_CLIPS, evaluate_run, show_progress
 from data.run import checkpoints, memory, models
 from data.run.processes import finish_gradients, skip_if_not_finite
 from data.run.run import Run, counted
@@ -166,12 +166,15 @@ def main(settings: Settings) -> dict | None:
         models.load_processor(s.model), s.max_frames, s.fps, max_pixels=s.max_pixels, context=context,
         visual_tokens=s.visual_tokens, skim=s.how_to_look(), cache=s.cache,
     )  # fmt: skip
-    clips, eval_clips = run.leave_out_long(clips, eval_clips, steady, new_tokens=0, eval_tokens=EVAL_TOKENS)
+    clips, eval_clips = run.leave_out_long(clips, eval_clips, steady, new_tokens=0, eval_tokens=memory.EVAL_TOKENS)
     # The twin leaves after l layers: what the memory estimate must know of it.
     twin_layers = (s.contrastive_layer or architecture.config.text_config.num_hidden_layers // 2) * contrastive
-    load = memory.Load(s.micro_batch_size, *memory.longest(clips, steady), twin_layers)
+    load = memory.Load(
+        s.micro_batch_size, *memory.longest(clips, steady), twin_layers, eval_clips=min(len(eval_clips), EVAL_CLIPS)
+    )  # fmt: skip
     budget = memory.Budget(architecture, load, vars(s), run.device, s.memory_gb, run.num_processes)
-    lm = load_video_lm(s, run, budget)
+    with budget.explained():
+        lm = load_video_lm(s, run, budget)
     drawn = replace(
         steady, jitter=s.jitter, twin_captions=s.twin_captions, skim=s.how_to_look(at_key_spans=True)
     )  # fmt: skip

@@ -209,7 +209,7 @@ def contrastive_loss(
     `takes_kernel`.
     """
     # On a GPU the lines below are one fused kernel: kernels/contrastive.py.
-    if takes_kernel(use_kernel, full, twin, keywords):
+    if takes_kernel(use_kernel, full, twin, keywords, name="contrastive"):
         return fused_contrastive(full, twin, keywords, temperature, tokens)
     positive, allowed = tokens.positives(), tokens.positives() | tokens.negatives()  # P_j, P_j + N_j: (K, N)
     states = full
@@ -420,7 +420,7 @@ def paired_rewards(
     if kind not in REWARDS:
         raise ValueError(f"reward: got {kind!r}; choose one of {', '.join(REWARDS)}")
     # On a GPU two fused kernels do all prompts at once: kernels/reward.py.
-    if batch and takes_kernel(use_kernel, *(prompt.reference for prompt in batch)):
+    if batch and takes_kernel(use_kernel, *(prompt.reference for prompt in batch), name="reward"):
         return [Rewards(*scores) for scores in fused_rewards(batch, kind, alpha, margin, divide)]
     rewards = []
     for prompt in batch:

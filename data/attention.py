@@ -1,14 +1,58 @@
 """Attention that transformers does not have: slots of a video in few calls, and branches of a shared prefix."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
+
+from data.device import to_device
+
+
+def vision_layout(visual: nn.Module, grid: Tensor, device: torch.device) -> dict[str, Tensor | int]:
+    """What a vision encoder works out of its videos' sizes, grid (B, 3) on the host, before its first layer.
+
+    It would do so on the device, and wait for it a dozen times. Where attention goes in chunks, their borders
+    (cu_seqlens) stay on the host: they are read there. The names are those that the encoder takes in their place.
+    """
+    merge, config = visual.spatial_merge_size, visual.config
+    borders = {"cu_seqlens": get_vision_cu_seqlens(grid)}
+    layout = {"position_ids": get_vision_position_ids(grid, merge)}
+    if getattr(visual, "fullatt_block_indexes", None) is not None:  # Qwen2.5-VL: windows in most layers
+        sizes = dict(window_size=visual.window_size, patch_size=visual.patch_size)
+        layout["window_index"], borders["cu_window_seqlens"] = get_vision_window_index(grid, merge, **sizes)
+    if hasattr(visual, "num_grid_per_side"):  # Qwen3-VL: learned positions, between those of a square grid
+        layout["interp_indices"], layout["interp_weights"] = get_vision_interpolation_indices_and_weights(
+            grid, visual.num_grid_per_side, visual.interpolation_mode, visual.interpolation_align_corners, merge
+        )
+    longest = {name.replace("cu_", "max_").removesuffix("s"): int(x.diff().max()) for name, x in borders.items()}
+    layout = {name: to_device(x, device) for name, x in layout.items()}
+    if config._attn_implementation != CHUNKED:
+        borders = {name: to_device(x, device) for name, x in borders.items()}
+    return layout | borders | longest
+
+
+@lru_cache(maxsize=64)
+def rows_by_length(borders: tuple[int, ...], device: torch.device) -> list[tuple[int, Tensor]]:
+    """The rows of all chunks of a length, for each length; copied to the device once for all layers."""
+    lengths = [end - start for start, end in pairwise(borders)]
+    rows = {n: [] for n in sorted(set(lengths))}
+    for start, n in zip(borders, lengths):
+        rows[n] += range(start, start + n)
+    return [(n, to_device(torch.tensor(places), device)) for n, places in rows.items() if n]
 
 
 def attend_in_chunks(
@@ -20,19 +64,55 @@ def attend_in_chunks(
     query, key, value: (1, heads, P, head_dim), cut at cu_seq_lens_q (chunks + 1,). Returns (1, P, heads, head_dim). Without
     flash-attn, transformers calls sdpa once for every chunk: a clip of 16 slots makes hundreds of small calls.
     """
-    lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
-    starts, out = cu_seq_lens_q[:-1].tolist(), torch.empty_like(query.transpose(1, 2))
-    for length in sorted(set(lengths)):
-        rows = torch.tensor([s for s, n in zip(starts, lengths) if n == length], device=query.device)
-        rows = (rows[:, None] + torch.arange(length, device=query.device)).flatten()
-        q, k, v = (rearrange(x[0][:, rows], "h (n l) d -> n h l d", l=length) for x in (query, key, value))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
+        """Of rows (heads, rows, head_dim) that are chunks of one length: (rows, heads, head_dim)."""
+        q, k, v = (rearrange(x, "h (n l) d -> n h l d", l=length) for x in (query, key, value))
         attended = F.scaled_dot_product_attention(q, k, v, scale=scaling, dropout_p=dropout)
-        out = out.index_copy(1, rows, rearrange(attended, "n h l d -> 1 (n l) h d"))
-    return out, None
+        return rearrange(attended, "n h l d -> (n l) h d")
+
+    groups = rows_by_length(tuple(cu_seq_lens_q.tolist()), query.device)
+    if len(groups) == 1:
+        return attend(query[0], key[0], value[0], groups[0][0])[None], None
+    out = torch.empty_like(query[0].transpose(0, 1))
+    for length, rows in groups:
+        out = out.index_copy(0, rows, attend(*(x[0].index_select(1, rows) for x in (query, key, value)), length))
+    return out[None], None
 
 
 # transformers hands cu_seqlens to implementations with "flash" in their name, and to no others.
-ALL_ATTENTION_FUNCTIONS.register("chunked_not_flash", attend_in_chunks)
+CHUNKED = "chunked_not_flash"
+ALL_ATTENTION_FUNCTIONS.register(CHUNKED, attend_in_chunks)
+
+
+@lru_cache(maxsize=1)
+def compiled_flex() -> Callable:
+    """flex_attention as one kernel, for any number of tokens.
+
+    Compiled whole: where torch would give up after too many variants and make all scores without a word (8 is its limit),
+    this raises. Lengths are multiples of 128 (`packing.pack`), so that what is left is few: with and without gradients,
+    of one clip and of several.
+    """
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+
+def flex_options(device: torch.device) -> dict[str, int | bool]:
+    """How its kernels are launched. Cards with about 100 KB of shared memory (RTX 30, 40 and 50, A10, L4, L40) have no room
+    for three stages of its tiles at head size 128; torch would take one there, which is slow."""
+    options = {"FORCE_USE_FLEX_ATTENTION": True}  # no other kernel for short sequences: one variant less
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        options |= {"fwd_num_stages": 2} if room < 160 * 1024 else {}
+    return options
+
+
+def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float | None) -> Tensor:
+    """flex_attention: (B, heads, T, head_dim), keys and values of fewer heads as they are."""
+    with torch.autocast(query.device.type, enabled=False):  # whether it is on would be compiled in
+        return compiled_flex()(
+            query, key, value, block_mask=mask, scale=scaling, enable_gqa=True, kernel_options=flex_options(query.device)
+        )
 
 
 def attend_by_mask(
@@ -42,13 +122,22 @@ def attend_by_mask(
     """flex_attention under a BlockMask, sdpa under a mask of token pairs (B, 1, T, S), and `otherwise` without either.
 
     The mask decides, and nothing else. A setting that is changed for the forward pass is gone when checkpointed layers run
-    again in the backward pass.
+    again in the backward pass. A mask with the rows of all query heads that share keys, (B, 1, groups * T, S), asks for
+    one head of so many queries: keys and values are not repeated; see `VideoLM.sample`.
     """
+    if attention_mask is None:
+        return ALL_ATTENTION_FUNCTIONS[otherwise](module, query, key, value, attention_mask, **more)
+    # Under autocast, rotated queries and keys may be float32 where values are not.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if isinstance(attention_mask, BlockMask):
-        # Under autocast, rotated queries and keys may be float32 where values are not.
-        query, key, otherwise = query.to(value.dtype), key.to(value.dtype), "flex_attention"
-    elif attention_mask is not None and attention_mask.ndim == 4:
+        return attend_in_blocks(query, key, value, attention_mask, more.get("scaling")).transpose(1, 2), None
+    if attention_mask.ndim == 4:
         otherwise = "sdpa"  # flash-attn knows no mask that tells branches apart
+        groups, T = query.shape[1] // key.shape[1], query.shape[2]
+        if groups > 1 and attention_mask.shape[2] == groups * T:
+            query = query.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, key heads, groups * T, head_dim)
+            attended = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=more.get("scaling"))
+            return attended.unflatten(2, (groups, T)).flatten(1, 2).transpose(1, 2), None
     return ALL_ATTENTION_FUNCTIONS[otherwise](module, query, key, value, attention_mask, **more)
 
 
@@ -64,3 +153,45 @@ def choose_by_mask(config) -> None:
     ALL_ATTENTION_FUNCTIONS.register(name, partial(attend_by_mask, otherwise=before))
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
     config._attn_implementation = name
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values in buffers with room for all that will come: a token is written into its place, nothing is copied.
+
+    First come the prompts of all clips, some at a time, padded to the right to one width; then tokens of all at once.
+    """
+
+    def __init__(self, clips: int, width: int, room: int):
+        """room: tokens behind the prompts."""
+        super().__init__()
+        self.clips, self.width, self.room = clips, width, room
+        self.filled = self.length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        """Add keys and values (B, heads, n, head_dim). Returns those of prompts as they are; then all so far, as views."""
+        (B, heads, n, head_dim), new = key_states.shape, (key_states, value_states)
+        if not self.is_initialized:
+            # Zeros, since what stands behind a short prompt is multiplied, by a weight of 0.
+            shape = (self.clips, heads, self.width + self.room, head_dim)
+            self.buffers = [x.new_zeros(shape) for x in new]
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        if self.filled < self.clips:
+            for buffer, x in zip(self.buffers, new):
+                buffer[self.filled : self.filled + B, :, :n] = x
+            self.filled, self.length = self.filled + B, self.width
+            self.keys, self.values = (buffer[:, :, : self.width] for buffer in self.buffers)
+            return new
+        for buffer, x in zip(self.buffers, new):
+            buffer[:, :, self.length : self.length + n] = x
+        self.length += n
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+def add_deepstack(hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
+    """Visual features (V, D) added to the states (B, T, D) in their places (B, T) bool, in the first layers of Qwen3-VL.
+
+    transformers' own indexes by a mask of bools, which waits for the device twice in each of these layers.
+    """
+    places = visual_pos_masks[..., None]
+    return hidden_states + torch.zeros_like(hidden_states).masked_scatter(places, visual_embeds.to(hidden_states.dtype))

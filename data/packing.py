@@ -17,14 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from data.device import to_device
+
+BLOCK = 128  # tokens of a side of flex_attention's blocks
+
 
 def move(record, device: torch.device | str):
     """A copy of a record with all its tensors on another device."""
     values = {f.name: getattr(record, f.name) for f in fields(record)}
     for name, value in values.items():
         if isinstance(value, Tensor):
-            # A copy to the host is read at once, so it waits; one to the device need not.
-            values[name] = value.to(device, non_blocking=torch.device(device).type != "cpu")
+            values[name] = to_device(value, device)
         elif is_dataclass(value):
             values[name] = move(value, device)
     return replace(record, **values)
@@ -64,7 +67,7 @@ class Packed:
         T = self.branch.shape[1]
         return (self.sees(self.branch) & torch.ones(T, T, dtype=torch.bool, device=self.branch.device).tril())[:, None]
 
-    def block_mask(self, size: int = 128) -> BlockMask:
+    def block_mask(self, size: int = BLOCK) -> BlockMask:
         """The same for flex_attention, which leaves out the blocks that nobody sees.
 
         Blocks are counted by branches: in a block below the diagonal, count(q) @ ancestors @ count(k) pairs see each other.
@@ -140,13 +143,16 @@ class Tree:
         return sees
 
 
-def pack(trees: Sequence[Tree], pad_id: int) -> Packed:
-    """Pad trees into one batch. Padding is a branch of its own."""
-
-    def pad(rows: list[Tensor], value: int) -> Tensor:
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+def pack(trees: Sequence[Tree], pad_id: int, multiple: int = 1) -> Packed:
+    """Pad trees into one batch, its width a multiple of so many tokens. Padding is a branch of its own."""
 
     padding, width = max(len(tree.tip) for tree in trees), max(tree.length for tree in trees)
+    width += -width % multiple
+
+    def pad(rows: list[Tensor], value: int) -> Tensor:
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)  # (B, longest) or (B, longest, 3)
+        return F.pad(padded, (0, 0) * (padded.ndim - 2) + (0, width - padded.shape[1]), value=value)
+
     branch = [torch.arange(len(t.ids)).repeat_interleave(torch.tensor([len(ids) for ids in t.ids])) for t in trees]
     return Packed(
         input_ids=pad([torch.cat(tree.ids) for tree in trees], pad_id),

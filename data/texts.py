@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 import vp
+from data.device import to_device
 from data.user_text import space_out
 
 
@@ -36,11 +37,14 @@ class TextEncoder:
         different = [*dict.fromkeys(texts), "a"]  # a word, so that no batch is without any token
         plain = [space_out(self.model.tokenizer, text) for text in different]  # "[SEP]" in a caption is no special token
         outputs = self.model.encode(plain, output_value=None, batch_size=256, show_progress_bar=False)
+        # What is read from the device, and copied to it, goes in one piece for all texts: each piece is a wait.
+        read = nn.utils.rnn.pad_sequence([torch.stack([out["input_ids"], out["attention_mask"]], 1) for out in outputs])
+        kept = [[(i, t) for i, (t, real) in enumerate(x) if real and t not in self.special] for x in zip(*read.tolist())]
+        places = to_device(torch.tensor([i for of_text in kept for i, _ in of_text], dtype=torch.long), read.device)
         embedded = {}
-        for text, out in zip(different, outputs):
-            ids = out["input_ids"].tolist()
-            keep = [i for i, t in enumerate(ids) if t not in self.special and out["attention_mask"][i]]
-            embedded[text] = EmbeddedText([ids[i] for i in keep], out["token_embeddings"][keep].clone())
+        for text, of_text, out, at in zip(different, kept, outputs, places.split([len(x) for x in kept])):
+            embeddings = out["token_embeddings"].index_select(0, at)
+            embedded[text] = EmbeddedText([t for _, t in of_text], embeddings)
         return [embedded[text] for text in texts]
 
 

@@ -2,18 +2,18 @@
 
 import copy
 import itertools
-import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, LogitsProcessor
 
-from data.attention import choose_by_mask
-from data.packing import Packed, Tree, move, pack
+from data.attention import RoomyLayer, add_deepstack, choose_by_mask, vision_layout
+from data.device import Clock, compute_dtype, to_device
+from data.packing import BLOCK, Packed, Tree, move, pack
 from data.positions import rope_index, use_published_positions
 from kernels.contrastive import ids_shown
 from kernels.logprob import cross_entropy_from_states, log_probs_from_states, sampling_log_probs, selected_log_probs
@@ -25,18 +25,79 @@ class Rollouts:
     """Sampled descriptions of B clips, R each, those of the full video first, then those of the twin.
 
     tokens (B, R, L), padded behind the end-of-text token; logp (B, R, L), of each when it was sampled; lengths (B, R),
-    tokens of each with its end; finished (B, R) bool, whether it ended by itself. seconds: where the time went.
+    tokens of each with its end; finished (B, R) bool, whether it ended by itself. clock: where the time went.
     """
 
     tokens: Tensor
     logp: Tensor
     lengths: Tensor
     finished: Tensor
-    seconds: dict[str, float] = field(default_factory=dict)
+    clock: Clock | None = None
 
     def to(self, device: torch.device | str) -> "Rollouts":
         """The same rollouts on another device."""
         return move(self, device)
+
+    @staticmethod
+    def join(parts: Sequence["Rollouts"], pad_id: int) -> "Rollouts":
+        """The rollouts of all clips of several."""
+        width = max(part.tokens.shape[2] for part in parts)
+
+        def widen(x: Tensor, value: int) -> Tensor:
+            return F.pad(x, (0, width - x.shape[2]), value=value)
+
+        return Rollouts(
+            tokens=torch.cat([widen(part.tokens, pad_id) for part in parts]),
+            logp=torch.cat([widen(part.logp, 0) for part in parts]),
+            lengths=torch.cat([part.lengths for part in parts]),
+            finished=torch.cat([part.finished for part in parts]),
+            clock=Clock.join([part.clock for part in parts]),
+        )
+
+
+@dataclass
+class Video:
+    """Encoded videos. pooler_output: of each clip its visual tokens (V_b, D); deepstack_features: those of Qwen3-VL's first
+    layers likewise, for each layer, or None. The names are transformers'."""
+
+    pooler_output: list[Tensor]
+    deepstack_features: list[list[Tensor]] | None = None
+
+    def layers(self) -> list[list[Tensor]]:
+        """The visual tokens, then those for each of the first layers."""
+        return [self.pooler_output, *(self.deepstack_features or [])]
+
+    def change(self, function: Callable[[list[Tensor]], list[Tensor]]) -> "Video":
+        """The same change to all of `layers`."""
+        first, *more = [function(list(layer)) for layer in self.layers()]
+        return Video(first, None if self.deepstack_features is None else more)
+
+    @staticmethod
+    def join(videos: Sequence["Video"]) -> "Video":
+        """All clips of several."""
+        first, *more = [[x for layer in parts for x in layer] for parts in zip(*(video.layers() for video in videos))]
+        return Video(first, None if videos[0].deepstack_features is None else more)
+
+
+def in_chunks(sizes: Sequence[int], most: int) -> list[slice]:
+    """Neighbours together, as long as their sizes add up to no more than `most`; at least one.
+
+    >>> in_chunks([3, 3, 5, 9, 1], most=7)
+    [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None), slice(4, 5, None)]
+    """
+    chunks, start, total = [], 0, 0
+    for i, size in enumerate(sizes):
+        if i > start and total + size > most:
+            chunks.append(slice(start, i))
+            start, total = i, 0
+        total += size
+    return [*chunks, slice(start, len(sizes))]
+
+
+# Without gradients, tokens that go through a model at once: no card is faster with more, and memory grows with them.
+TOKENS_AT_ONCE = 8192
+# Tokens of prompts, full video and twin, whose keys and values are held at once while their texts are sampled.
+TOKENS_HELD = 65536
 
 
 @dataclass
@@ -78,8 +139,10 @@ class Batch:
     key_tokens: KeyTokens
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device, copied without waiting."""
-        return move(self, device)
+        """The same batch on another device, copied without waiting. Pixels and grid stay on the host: the grid is read
+        there, and of the pixels, which are many, the vision encoder takes some at a time."""
+        moved = move(replace(self, pixels=self.pixels[:0]), device)
+        return replace(moved, pixels=self.pixels, grid=self.grid)
 
 
 def twin_tokens(example: Example, visual: Tensor) -> Tensor:
@@ -90,20 +153,16 @@ def twin_tokens(example: Example, visual: Tensor) -> Tensor:
     return torch.cat([slots[s] for s in example.source.tolist()])
 
 
-def by_clip(video, num_runs: Sequence[int]):
+def by_clip(video: Video, num_runs: Sequence[int]) -> Video:
     """Encoded videos with one entry a clip: the encoder gives one for each run of slots of one size."""
     if all(n == 1 for n in num_runs):
         return video
 
-    def join(parts: Sequence[Tensor]) -> list[Tensor]:
+    def join(parts: list[Tensor]) -> list[Tensor]:
         rest = iter(parts)
         return [torch.cat(list(itertools.islice(rest, n))) for n in num_runs]
 
-    joined = copy.copy(video)
-    joined.pooler_output = join(video.pooler_output)
-    if getattr(video, "deepstack_features", None) is not None:
-        joined.deepstack_features = [join(layer) for layer in video.deepstack_features]
-    return joined
+    return video.change(join)
 
 
 def index_keywords(
@@ -179,6 +238,9 @@ class VideoLM(nn.Module):
             vision_config._attn_implementation = "chunked_not_flash"
         choose_by_mask(base.model.language_model.config)
         embed_patches_by_product(base.model.visual.patch_embed)
+        if hasattr(base.model.language_model, "_deepstack_process"):
+            base.model.language_model._deepstack_process = add_deepstack
+        self.copies: dict[tuple, Tensor] = {}  # see `copied_ids`
         num_layers = self.config.text_config.num_hidden_layers
         # Qwen3-VL adds visual features to the states after its first layers: the states are taken behind that.
         deepstack = len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
@@ -197,7 +259,12 @@ class VideoLM(nn.Module):
     @property
     def flex(self) -> bool:
         """Whether branches attend by flex_attention, on a GPU, or by sdpa with a mask of token pairs."""
-        return self.base.lm_head.weight.is_cuda
+        return self.device.type == "cuda" and compute_dtype(self.device) == torch.bfloat16
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.base.lm_head.weight.device
 
     # The modules below belong to self.hf; properties keep them from being registered, and saved, twice.
     @property
@@ -214,15 +281,6 @@ class VideoLM(nn.Module):
         """The states after l layers among those caught: transformers counts the embeddings, too, but not before 5.23."""
         embeddings_count = len(hidden_states) > len(self.base.model.language_model.layers)
         return hidden_states[self.contrastive_layer - (not embeddings_count)]
-
-    def first_layers(self) -> nn.Module:
-        """The multimodal model cut off after l layers, before the final norm: a shallow copy that shares all weights."""
-        model = copy.copy(self.base.model)
-        language = copy.copy(model.language_model)
-        cut = {"layers": language.layers[: self.contrastive_layer], "norm": nn.Identity()}
-        language._modules = language._modules | cut
-        model._modules = model._modules | {"language_model": language}
-        return model
 
     def collate(self, examples: Sequence[Example], for_generation: bool = False) -> Batch:
         """Pad examples into a batch: to the right with captions for training, to the left without them for generation."""
@@ -289,47 +347,84 @@ class VideoLM(nn.Module):
             attention_mask=attention_mask, slot_seconds=torch.cat(stands).float(),
         )[0]  # fmt: skip
 
-    def encode_video(self, batch: Batch):
-        """Run the vision encoder once over the batch's full videos. Returns the encoder's own output record."""
-        return by_clip(self.base.model.get_video_features(batch.pixels, batch.grid), batch.num_runs)
+    def encode_video(self, batch: Batch) -> Video:
+        """Run the vision encoder once over the batch's full videos."""
+        return self.encode(batch.pixels, batch.grid, batch.num_runs)
 
-    def encode_examples(self, examples: Sequence[Example]):
+    def encode_examples(self, examples: Sequence[Example]) -> Video:
         """The same for examples that are not in a batch."""
-        device = self.base.lm_head.weight.device
         pixels, grid = torch.cat([e.pixels for e in examples]), torch.cat([e.runs for e in examples])
-        video = self.base.model.get_video_features(pixels.to(device), grid.to(device))
-        return by_clip(video, [len(e.runs) for e in examples])
+        return self.encode(pixels, grid, [len(e.runs) for e in examples])
 
-    def take_clips(self, video, clips: Sequence[int]):
+    def encode(self, pixels: Tensor, grid: Tensor, num_runs: Sequence[int]) -> Video:
+        """Run the vision encoder over patches; they and grid (all runs, 3) are on the host. num_runs: of each clip.
+
+        Where nothing of the encoder is trained there is no graph, and some clips go at a time. Left to itself there would
+        be one: gradient checkpointing makes the patch embedding ask for a gradient (`enable_input_require_grads`), and the
+        whole encoder would be kept for the backward pass, and run in it.
+        """
+        visual = self.base.model.visual
+        sizes = grid.prod(1).tolist()
+        if torch.is_grad_enabled() and any(p.requires_grad for p in visual.parameters()):
+            return by_clip(self.encode_at_once(pixels, grid), num_runs)
+        with torch.no_grad():
+            parts = [
+                self.encode_at_once(pixels[sum(sizes[: some.start]) : sum(sizes[: some.stop])], grid[some])
+                for some in in_chunks(sizes, TOKENS_AT_ONCE * visual.spatial_merge_size**2)
+            ]
+            return by_clip(Video.join(parts), num_runs)
+
+    def encode_at_once(self, pixels: Tensor, grid: Tensor) -> Video:
+        """One pass of the vision encoder."""
+        visual, device = self.base.model.visual, self.device
+        pixels = to_device(pixels.to(visual.dtype), device)  # in bfloat16 half as much is copied
+        encoded = visual(pixels, grid_thw=grid, return_dict=True, **vision_layout(visual, grid, device))
+        sizes = (grid.prod(1) // visual.spatial_merge_size**2).tolist()
+        deepstack = getattr(encoded, "deepstack_features", None)
+        return Video(
+            list(encoded.pooler_output.split(sizes)),
+            None if deepstack is None else [list(layer.split(sizes)) for layer in deepstack],
+        )
+
+    def take_clips(self, video: Video, clips: Sequence[int]) -> Video:
         """The encoded videos of some clips of a batch."""
-        taken = copy.copy(video)
-        taken.pooler_output = [video.pooler_output[b] for b in clips]
-        if getattr(video, "deepstack_features", None) is not None:
-            taken.deepstack_features = [[layer[b] for b in clips] for layer in video.deepstack_features]
-        return taken
+        return video.change(lambda layer: [layer[b] for b in clips])
 
-    def gather_video(self, video, index: Tensor):
+    def gather_video(self, video: Video, index: Tensor) -> Video:
         """Visual features picked from encoded videos, token by token; Qwen3-VL's deepstack features in the same way.
 
         A twin's are a gather of the full video's: exact, since a slot is encoded by itself.
         """
+        return video.change(lambda layer: [torch.cat(layer).index_select(0, index)])
 
-        def gather(per_clip: Sequence[Tensor]) -> list[Tensor]:
-            return [torch.cat(list(per_clip)).index_select(0, index)]
+    def run_language(
+        self, input_ids: Tensor, token_types: Tensor, position_ids: Tensor, video: Video,
+        attention_mask: Tensor | None = None, layers: slice = slice(None), **more,
+    ):  # fmt: skip
+        """One pass of the language model over text (B, T) and encoded videos, which stand where token_types are 2.
 
-        picked = copy.copy(video)
-        picked.pooler_output = gather(video.pooler_output)
-        if getattr(video, "deepstack_features", None) is not None:
-            picked.deepstack_features = [gather(layer) for layer in video.deepstack_features]
-        return picked
+        No attention_mask: causal. layers: some of them; without the last there is no final norm, either. The multimodal
+        model would do the same, and count the visual tokens on the device, for which the host would wait.
+        """
+        language, visual = self.base.model.language_model, token_types == 2
+        embedded = self.base.get_input_embeddings()(input_ids)
+        embedded = embedded.masked_scatter(visual[..., None], torch.cat(video.pooler_output).to(embedded.dtype))
+        if video.deepstack_features is not None:
+            more["visual_pos_masks"] = visual
+            more["deepstack_visual_embeds"] = [torch.cat(layer) for layer in video.deepstack_features]
+        if layers != slice(None):
+            language = copy.copy(language)  # a shallow copy that shares all weights
+            cut = {"layers": language.layers[layers], "norm": nn.Identity()}
+            language._modules = language._modules | cut
+        return language(inputs_embeds=embedded, position_ids=position_ids, attention_mask=attention_mask, **more)
 
-    def inputs(self, batch: Batch, video) -> dict:
+    def inputs(self, batch: Batch, video: Video | None) -> dict:
         """Keyword arguments of the Hugging Face model for a batch and its encoded video."""
         arguments = {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
             "mm_token_type_ids": batch.token_types,
-            "video_grid_thw": batch.grid,
+            "video_grid_thw": batch.grid.to(batch.input_ids.device),
             "mm_encoder_outputs": {"video": video},
         }
         if self.config.model_type == "qwen2_5_vl":
@@ -343,10 +438,11 @@ class VideoLM(nn.Module):
         the first l layers only. Without `contrastive` nothing of that is computed.
         """
         video = self.encode_video(batch)
-        keep = self.caught if contrastive else False
-        full = self.base.model(
-            **self.inputs(batch, video), position_ids=batch.position_ids, output_hidden_states=keep, use_cache=False
-        )
+        # Padding is on the right, where no token looks: no mask, so that attention takes its causal kernel.
+        full = self.run_language(
+            batch.input_ids, batch.token_types, batch.position_ids, video,
+            output_hidden_states=self.caught if contrastive else False, use_cache=False,
+        )  # fmt: skip
         states = full.last_hidden_state.flatten(0, 1).index_select(0, batch.label_rows)  # (L, D): no full logits
         if self.plain_head:
             lm_loss = cross_entropy_from_states(states, self.base.lm_head.weight, batch.label_ids)
@@ -359,10 +455,10 @@ class VideoLM(nn.Module):
         h = self.states_after_l(full.hidden_states)[:, prefix].flatten(0, 1).index_select(0, batch.key_rows)  # (N, D)
         h_twin = None
         if twin_negatives:
-            cut = self.inputs(batch, self.gather_video(video, batch.twin_index))
-            cut |= {name: cut[name][:, prefix] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
-            position_ids = batch.position_ids[..., prefix]
-            twin = self.first_layers()(**cut, position_ids=position_ids, use_cache=False).last_hidden_state
+            twin = self.run_language(
+                batch.input_ids[:, prefix], batch.token_types[:, prefix], batch.position_ids[..., prefix],
+                self.gather_video(video, batch.twin_index), layers=slice(self.contrastive_layer), use_cache=False,
+            ).last_hidden_state  # fmt: skip
             h_twin = twin.flatten(0, 1).index_select(0, batch.key_rows)
         # t_j: mean input embedding of the keyword's tokens, detached: it has never looked at the video.
         embedded = self.base.get_input_embeddings()(batch.keyword_ids).detach()  # (K, W, D)
@@ -388,14 +484,25 @@ class VideoLM(nn.Module):
         """Ids that no rollout may hold: those of the vision encoder, and padding if it does not end a text."""
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         ids = {getattr(self.config, name) for name in names} | {self.base.generation_config.pad_token_id}
-        ids = sorted(i for i in ids - set(self.end_ids.tolist()) if i is not None)
-        return torch.tensor(ids, device=self.end_ids.device)
+        return self.copied_ids(sorted(i for i in ids - set(self.end_numbers) if i is not None))
+
+    @property
+    def end_numbers(self) -> list[int]:
+        """Ids that end a text."""
+        ids = self.base.generation_config.eos_token_id
+        return [ids] if isinstance(ids, int) else list(ids)
 
     @property
     def end_ids(self) -> Tensor:
-        """Ids that end a text."""
-        ids = self.base.generation_config.eos_token_id
-        return torch.tensor([ids] if isinstance(ids, int) else ids, device=self.base.lm_head.weight.device)
+        """The same on the model's device."""
+        return self.copied_ids(self.end_numbers)
+
+    def copied_ids(self, ids: Sequence[int]) -> Tensor:
+        """Ids on the model's device, copied there once: a copy waits for the device."""
+        key = (self.device, *ids)
+        if key not in self.copies:
+            self.copies[key] = torch.tensor(ids, device=self.device)
+        return self.copies[key]
 
     def grow_prompt(self, e: Example, offset: int, twin: bool = True) -> tuple[Tree, int, int]:
         """A prompt that forks at the first replaced slot: its tree, the branch of the full video and that of the twin.
@@ -418,17 +525,19 @@ class VideoLM(nn.Module):
         )
         return tree, full, twin
 
-    def pack_prefixes(self, examples: Sequence[Example], questions: Sequence[Sequence[Tensor]] | None = None) -> Packed:
+    def pack_prefixes(
+        self, examples: Sequence[Example], questions: Sequence[Sequence[Tensor]] | None = None, most: int = 0
+    ) -> Packed:
         """Prompts that fork at the first replaced slot into the full video and the twin.
 
         questions: for each clip the tokens, at least one, of each text that may follow its prompt; each becomes a branch
         of the full video, and one of the twin. rows (2B,): the last token of the full video's and of the twin's prompt,
         clip by clip; with questions (2QB,): that of each question about the full video, then about the twin, Q the most
-        that any clip has (the last question fills up what a clip lacks). If a clip has no twin, the full video's
+        that any clip has, or `most` (the last question fills up what a clip lacks). If a clip has no twin, the full video's
         rows take the place of the twin's.
         """
         trees, offset = [], 0
-        most = max(map(len, questions)) if questions else 0
+        most = max(most, *map(len, questions)) if questions else 0
         for b, e in enumerate(examples):
             tree, full, twin = self.grow_prompt(e, offset)
             offset += int((e.token_types == 2).sum())
@@ -442,7 +551,7 @@ class VideoLM(nn.Module):
                 tips = [*about_full, *about_full[-1:] * lacking, *about_twin, *about_twin[-1:] * lacking]
             tree.want(*tips)
             trees.append(tree)
-        return pack(trees, self.pad_id)
+        return self.pack(trees)
 
     def pack_rollouts(
         self, examples: Sequence[Example], rollouts: Sequence[Sequence[Tensor]], num_full: int | None = None
@@ -470,7 +579,11 @@ class VideoLM(nn.Module):
                     targets.append(y)
                 trees.append(tree)
             offset += int((e.token_types == 2).sum())
-        return replace(pack(trees, self.pad_id), targets=torch.cat(targets), rollout=torch.cat(rollout))
+        return replace(self.pack(trees), targets=torch.cat(targets), rollout=torch.cat(rollout))
+
+    def pack(self, trees: Sequence[Tree]) -> Packed:
+        """Trees as one batch; for flex_attention in whole blocks, so that its kernel is compiled for no other lengths."""
+        return pack(trees, self.pad_id, BLOCK if self.flex else 1)
 
     def grow_alone(self, e: Example, offset: int, twin: bool) -> tuple[Tree, int]:
         """A prompt in one branch, of the full video or of the twin; see `grow_prompt`."""
@@ -486,24 +599,19 @@ class VideoLM(nn.Module):
         n = e.prompt_length
         return self.positions([e], e.input_ids[None, :n], e.token_types[None, :n])[:, 0]
 
-    def run_packed(self, packed: Packed, video, cache: Cache | None = None) -> Tensor:
+    def run_packed(self, packed: Packed, video: Video, cache: Cache | None = None) -> Tensor:
         """States (M, D) of the wanted rows, from one pass in which nothing shared is run twice; fills `cache`."""
         if not self.shares_prefix:
             mask = (packed.branch < packed.ancestors.shape[-1] - 1).long()  # (B, T): all but padding
         else:
             mask = packed.block_mask() if self.flex else packed.mask()
-        out = self.base.model(
-            input_ids=packed.input_ids,
-            mm_token_type_ids=packed.token_types,
-            attention_mask=mask,
-            position_ids=packed.position_ids,
-            mm_encoder_outputs={"video": self.gather_video(video, packed.visual_index)},
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        out = self.run_language(
+            packed.input_ids, packed.token_types, packed.position_ids, self.gather_video(video, packed.visual_index), mask,
+            past_key_values=cache, use_cache=cache is not None,
+        )  # fmt: skip
         return out.last_hidden_state.flatten(0, 1).index_select(0, packed.rows)
 
-    def log_probs(self, packed: Packed, video, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def log_probs(self, packed: Packed, video: Video, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probability (M,) of every token of packed rollouts, and the entropy (M,) where it was chosen."""
         states, head = self.run_packed(packed, video), self.base.lm_head
         if self.plain_head:
@@ -512,29 +620,32 @@ class VideoLM(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, prefixes: Packed, video, kind: Tensor, max_new_tokens: int,
+        self, groups: Sequence[tuple[Packed, Video]], kind: Tensor, max_new_tokens: int,
         uniform: Tensor | None = None, temperature: float = 1.0,
     ) -> Rollouts:  # fmt: skip
-        """Go on from the wanted rows of forked prefixes, R rollouts a clip, all from one prefill.
+        """Go on from the wanted rows of forked prefixes, R rollouts a clip, from one prefill of each group of clips.
 
         kind: (R,) which of its clip's wanted rows each rollout grows from: of full video and twin, or of its questions.
         uniform: (B, R, max_new_tokens) numbers in [0, 1) that decide the tokens; None: greedy. A step feeds one token of
         every rollout as one sequence a clip, behind the prefix and all earlier tokens in the cache; the mask lets each
-        see its own. So the cache is neither copied nor repeated.
+        see its own. The cache has room for all of them, and query heads that share keys attend as rows of one head, so
+        that a step neither copies the cache nor repeats it.
         """
-        num, (B, T) = len(kind), prefixes.input_ids.shape
-        device, banned, end_ids = prefixes.input_ids.device, self.banned, self.end_ids
-        began = wait_and_time(device)
-        kind = kind.to(device)
-        cache = DynamicCache(config=self.config.text_config)
-        h = self.run_packed(prefixes, video, cache).unflatten(0, (B, -1))[:, kind]  # (B, R, D)
-        rows = prefixes.rows.view(B, -1)[:, kind]
-        position = prefixes.position_ids.flatten(1)[:, rows] + 1  # (3, B, R)
+        device, banned, end_ids, num = self.device, self.banned, self.end_ids, len(kind)
+        B, T = sum(len(p.input_ids) for p, _ in groups), max(p.input_ids.shape[1] for p, _ in groups)
+        clock, text = Clock(device), self.config.text_config
+        cache = DynamicCache(config=text)
+        cache.layers = [RoomyLayer(B, T, num * max_new_tokens) for _ in cache.layers]
+        starts = [self.prefill(*group, to_device(kind, device), cache) for group in groups]
+        h, position = torch.cat([x for x, _, _ in starts]), torch.cat([x for _, x, _ in starts], 1)
         # (B, R, T); twin rollouts of a clip without a twin grow from the full video
-        sees_prefix = prefixes.sees(prefixes.branch.flatten()[rows])
+        sees_prefix = torch.cat([F.pad(x, (0, T - x.shape[2])) for _, _, x in starts])
         sees_own = torch.eye(num, dtype=torch.bool, device=device).repeat(B, 1, max_new_tokens)  # (B, R, R * steps)
-        mask = torch.cat([sees_prefix, sees_own], 2)[:, None]
-        prefilled = wait_and_time(device)
+        groups_of_heads = text.num_attention_heads // text.num_key_value_heads
+        sees = torch.cat([sees_prefix, sees_own], 2).repeat(1, groups_of_heads, 1)[:, None]
+        # As numbers to be added to the scores: a mask of bools would be made into these in every layer.
+        mask = torch.zeros(sees.shape, dtype=cache.layers[0].dtype, device=device).masked_fill(~sees, -torch.inf)
+        clock.mark("prefill")
         tokens = torch.full((B, num, max_new_tokens), self.pad_id, device=device)
         logps = torch.zeros(B, num, max_new_tokens, device=device)
         lengths = torch.zeros(B, num, dtype=torch.long, device=device)
@@ -556,12 +667,23 @@ class VideoLM(nn.Module):
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-        seconds = {"prefill": prefilled - began, "decode": wait_and_time(device) - prefilled}
-        return Rollouts(tokens[:, :, : t + 1], logps[:, :, : t + 1], lengths, done, seconds)
+        clock.mark("decode")
+        return Rollouts(tokens[:, :, : t + 1], logps[:, :, : t + 1], lengths, done, clock)
+
+    def prefill(
+        self, prefixes: Packed, video: Video, kind: Tensor, cache: Cache
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Run forked prefixes and fill the cache. Returns of each rollout the state (B, R, D) that it grows from, the
+        position (3, B, R) of its first token, and which tokens of the prefix it sees (B, R, T)."""
+        B = len(prefixes.input_ids)
+        h = self.run_packed(prefixes, video, cache).unflatten(0, (B, -1)).index_select(1, kind)
+        rows = prefixes.rows.view(B, -1).index_select(1, kind)
+        position = prefixes.position_ids.flatten(1)[:, rows] + 1
+        return h, position, prefixes.sees(prefixes.branch.flatten()[rows])
 
     @torch.no_grad()
     def sample_plain(
-        self, batch: Batch, video, num_full: int, num_twin: int, max_new_tokens: int,
+        self, batch: Batch, video: Video, num_full: int, num_twin: int, max_new_tokens: int,
         uniform: Tensor | None = None, temperature: float = 1.0,
     ) -> Rollouts:  # fmt: skip
         """What `sample` does, by transformers' own generate() on prompts repeated for every rollout.
@@ -569,7 +691,7 @@ class VideoLM(nn.Module):
         The path of models whose prefix cannot be shared, and the reference that `sample` is tested against. batch:
         collated for_generation.
         """
-        began = wait_and_time(batch.input_ids.device)
+        clock = Clock(batch.input_ids.device)
         pad_id, parts = self.pad_id, []
         sizes = [len(x) for x in video.pooler_output]
         for num, index, at in ((num_full, torch.arange(sum(sizes)), 0), (num_twin, batch.twin_index.cpu(), num_full)):
@@ -579,10 +701,10 @@ class VideoLM(nn.Module):
             inputs = self.inputs(batch, self.gather_video(video, index))
             inputs |= {k: v.repeat_interleave(num, 0) for k, v in inputs.items() if isinstance(v, Tensor)}
             runs = torch.arange(len(batch.grid)).split(batch.num_runs)
-            rows = torch.cat([of_clip.repeat(num) for of_clip in runs]).to(batch.grid.device)
-            inputs["video_grid_thw"] = batch.grid[rows]  # all runs of a clip, and again
+            rows, device = torch.cat([of_clip.repeat(num) for of_clip in runs]), batch.input_ids.device
+            inputs["video_grid_thw"] = batch.grid[rows].to(device)  # all runs of a clip, and again
             if "second_per_grid_ts" in inputs:
-                inputs["second_per_grid_ts"] = batch.seconds_per_slot[rows]
+                inputs["second_per_grid_ts"] = batch.seconds_per_slot[rows.to(device)]
             numbers = None if uniform is None else uniform[:, at : at + num].flatten(0, 1)
             chooser = Chooser(numbers, self.banned, temperature)
             new = self.hf.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=[chooser])
@@ -595,30 +717,53 @@ class VideoLM(nn.Module):
         ended_before = ends.cumsum(2) - ends.long() > 0
         lengths, finished = (~ended_before).sum(2), ends.any(2)
         tokens, logp = tokens.masked_fill(ended_before, pad_id), logp.masked_fill(ended_before, 0.0)
-        return Rollouts(tokens, logp, lengths, finished, {"decode": wait_and_time(tokens.device) - began})
+        clock.mark("decode")
+        return Rollouts(tokens, logp, lengths, finished, clock)
 
     def describe(self, examples: Sequence[Example], twin: bool = True, max_new_tokens: int = 64) -> Rollouts:
         """Greedy descriptions of full videos and, if asked, of their twins: rollouts 0 and 1 of each clip."""
-        return self.roll_out(examples, 1, int(twin), max_new_tokens)[0]
+        return self.roll_out(examples, 1, int(twin), max_new_tokens, keep_video=False)[0]
 
     @torch.no_grad()
     def roll_out(
         self, examples: Sequence[Example], num_full: int, num_twin: int, max_new_tokens: int,
-        uniform: Tensor | None = None, temperature: float = 1.0,
-    ) -> tuple[Rollouts, object]:  # fmt: skip
-        """Encode the videos once, and `sample`. Returns the rollouts, and the encoded videos for the update."""
-        device = self.base.lm_head.weight.device
-        began = wait_and_time(device)
-        video = self.encode_examples(examples)
-        seconds = {"vision": wait_and_time(device) - began}
-        uniform = None if uniform is None else uniform.to(device)
-        if self.shares_prefix:
-            prefixes, kind = self.pack_prefixes(examples).to(device), torch.tensor([0] * num_full + [1] * num_twin)
-            rollouts = self.sample(prefixes, video, kind, max_new_tokens, uniform, temperature)
-        else:
-            batch = self.collate(examples, for_generation=True).to(device)
-            rollouts = self.sample_plain(batch, video, num_full, num_twin, max_new_tokens, uniform, temperature)
-        return replace(rollouts, seconds=seconds | rollouts.seconds), video
+        uniform: Tensor | None = None, temperature: float = 1.0, keep_video: bool = True,
+    ) -> tuple[Rollouts, Video | None]:  # fmt: skip
+        """Encode the videos once, and `sample`, as many clips at a time as TOKENS_HELD allows.
+
+        Returns the rollouts, and, with keep_video, the encoded videos for the update.
+        """
+        uniform = None if uniform is None else to_device(uniform, self.device)
+        rollouts, videos = [], []
+        for some in in_chunks([forked_length(e) for e in examples], TOKENS_HELD):
+            numbers = None if uniform is None else uniform[some]
+            clock = Clock(self.device)
+            video = self.encode_examples(examples[some])
+            clock.mark("vision")
+            if self.shares_prefix:
+                kind = torch.tensor([0] * num_full + [1] * num_twin)
+                groups = self.group_prefixes(examples[some], video)
+                part = self.sample(groups, kind, max_new_tokens, numbers, temperature)
+            else:
+                batch = self.collate(examples[some], for_generation=True).to(self.device)
+                part = self.sample_plain(batch, video, num_full, num_twin, max_new_tokens, numbers, temperature)
+            rollouts.append(replace(part, clock=Clock.join([clock, part.clock])))
+            if keep_video:
+                videos.append(video)
+        return Rollouts.join(rollouts, self.pad_id), Video.join(videos) if keep_video else None
+
+    def group_prefixes(
+        self, examples: Sequence[Example], video: Video, questions: Sequence[Sequence[Tensor]] | None = None, most: int = 0
+    ) -> list[tuple[Packed, Video]]:
+        """Prompts, each behind its video, in groups that can be prefilled at once; see `pack_prefixes`."""
+        lengths = [forked_length(e) for e in examples]
+        if questions:
+            lengths = [n + sum(2 * len(q) for q in asked) for n, asked in zip(lengths, questions)]
+        groups = []
+        for some in in_chunks(lengths, TOKENS_AT_ONCE):
+            packed = self.pack_prefixes(examples[some], questions and questions[some], most)
+            groups.append((packed.to(self.device), self.take_clips(video, range(some.start, some.stop))))
+        return groups
 
     @torch.no_grad()
     def answer(
@@ -631,16 +776,17 @@ class VideoLM(nn.Module):
         """
         if not twin:
             examples = [replace(e, source=None) for e in examples]
-        prefixes = self.pack_prefixes(examples, questions).to(self.base.lm_head.weight.device)
-        kind = torch.arange((1 + twin) * max(map(len, questions)))
-        return self.sample(prefixes, self.encode_examples(examples), kind, max_new_tokens)
+        most, rollouts = max(map(len, questions)), []
+        for some in in_chunks([forked_length(e) for e in examples], TOKENS_HELD):
+            video = self.encode_examples(examples[some])
+            groups = self.group_prefixes(examples[some], video, questions[some], most)
+            rollouts.append(self.sample(groups, torch.arange((1 + twin) * most), max_new_tokens))
+        return Rollouts.join(rollouts, self.pad_id)
 
 
-def wait_and_time(device: torch.device) -> float:
-    """Seconds on the clock when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def forked_length(example: Example) -> int:
+    """Tokens of a prompt with its twin, at most."""
+    return example.prompt_length * (1 if example.source is None else 2)
 
 
 class Chooser(LogitsProcessor):

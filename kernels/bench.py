@@ -32,121 +32,23 @@ from torch import Tensor  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import vp  # noqa: E402
-from kernels import contrastive, dispatch, logprob, reward  # noqa: E402
+from kernels import check, contrastive, dispatch, logprob, reward  # noqa: E402
 
 contrastive_reference = partial(vp.contrastive_loss, use_kernel=False)
-
-
-def scores(rewards: vp.Rewards) -> tuple[Tensor, ...]:
-    """q, c, w, r and A of a prompt."""
-    return tuple(vars(rewards).values())
-
-
 DEVICE = "cuda" if ON_GPU else "cpu"
+contrastive_inputs = partial(check.contrastive_inputs, device=DEVICE)
+head_inputs, text_inputs = partial(check.head_inputs, device=DEVICE), partial(check.text_inputs, device=DEVICE)
 
 
-# --- Inputs ----------------------------------------------------------------------------------------------------------
-
-
-def contrastive_inputs(clips: int, keywords: int, tokens: int, D: int, dtype: torch.dtype) -> tuple:
-    """`tokens` key-slot tokens of each clip in full and twin, `keywords` keywords a clip: arguments of the loss."""
-    g = torch.Generator(DEVICE).manual_seed(0)
-    slots, N, K = 8, clips * tokens, clips * keywords
-    asks = dict(
-        clip=torch.arange(clips).repeat_interleave(tokens),
-        slot=(torch.arange(tokens) * slots // tokens).repeat(clips),
-        keyword_clip=torch.arange(clips).repeat_interleave(keywords),
-        keyword_id=torch.arange(K) % max(1, K - 3),  # a few share their words
-        keyword_slots=torch.arange(slots)[None] % keywords == (torch.arange(K) % keywords)[:, None],
-    )
-    shown = contrastive.ids_shown(**asks).to(DEVICE)
-    states = [torch.randn(n, D, generator=g, device=DEVICE).to(dtype).requires_grad_() for n in (N, N, K)]
-    tau = torch.tensor(0.1, device=DEVICE, requires_grad=True)
-    return *states, tau, vp.KeyTokens(**{k: v.to(DEVICE) for k, v in asks.items()}, shown=shown)
-
-
-def head_inputs(M: int, H: int, V: int, dtype: torch.dtype) -> tuple:
-    """States, head, targets, banned ids, temperature."""
-    g = torch.Generator(DEVICE).manual_seed(0)
-    states = torch.randn(M, H, generator=g, device=DEVICE).to(dtype).requires_grad_()
-    weight = (torch.randn(V, H, generator=g, device=DEVICE) * H**-0.5).to(dtype)
-    targets = torch.randint(5, V, (M,), generator=g, device=DEVICE)
-    return states, weight, targets, torch.arange(5, device=DEVICE), 1.0
-
-
-def text_inputs(prompts: int, group: int, length: int, T: int, D: int, dtype: torch.dtype, ragged: bool) -> list:
-    """Prompts with `group` full and `group` twin rollouts, T reference tokens and two keywords of four."""
-    g = torch.Generator().manual_seed(0)
-
-    def embed(n: int) -> Tensor:
-        return torch.randn(n, D, generator=g).to(DEVICE, dtype)
-
-    batch = []
-    for _ in range(prompts):
-        lengths = torch.randint(0 if ragged else length, length + 1, (2 * group,), generator=g).tolist()
-        weights = [torch.ones(n, device=DEVICE) for n in lengths]
-        ys = [embed(n) for n in lengths]
-        ones = torch.ones(2 * group, T, device=DEVICE)
-        batch.append(vp.Texts(ys, weights, embed(T), ones, [embed(4), embed(4)], group, group))
-    return batch
-
-
-# --- Correctness -----------------------------------------------------------------------------------------------------
-
-
-def error(got, want) -> float:
-    """Largest difference, against the largest entry of what is wanted."""
-    return max((a.double() - b.double()).abs().max().item() / (1 + b.abs().max().item()) for a, b in zip(got, want))
-
-
-def check() -> list[dict]:
-    """Each kernel's error against float64 beside that of eager PyTorch in the same dtype; raises if it is larger."""
+def check_all() -> list[dict]:
+    """Each kernel's error against float64 beside that of eager PyTorch; raises ValueError where it is larger."""
     rows = []
-    # The interpreter has no right bfloat16.
-    for dtype in (torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])):
-        size = (9, 2, 37, 300) if ON_GPU else (3, 2, 7, 20)
-        *inputs, tokens = contrastive_inputs(*size, dtype)
-        wide = [x.detach().double().requires_grad_() for x in inputs]
-
-        def loss(inputs: list, tokens=tokens, **more) -> list:
-            value = vp.contrastive_loss(*inputs, tokens, **more)[0]
-            return [value.detach(), *torch.autograd.grad(value, inputs)]
-
-        results = [loss(inputs, use_kernel=True), loss(inputs, use_kernel=False), loss(wide)]
-        rows.append(compare("contrastive", dtype, *results))
-
-        states, weight, targets, banned, _ = head_inputs(*((137, 300, 2111) if ON_GPU else (9, 20, 70)), dtype)
-        weight.requires_grad_()
-
-        def logp(inputs: tuple, targets=targets, banned=banned, **more) -> list:
-            value, entropy = logprob.log_probs_from_states(*inputs, targets, banned, 0.8, **more)
-            return [value.detach(), entropy, *torch.autograd.grad(value.sum(), inputs)]
-
-        wide = [x.detach().double().requires_grad_() for x in (states, weight)]
-        results = [logp((states, weight), use_kernel=True), logp((states, weight), use_kernel=False), logp(wide)]
-        rows.append(compare("log-probs", dtype, *results))
-
-        batch = text_inputs(*((5, 3, 150, 77, 130) if ON_GPU else (2, 2, 9, 5, 20)), dtype, ragged=True)
-        results = [[torch.cat(x) for x in zip(*map(scores, vp.paired_rewards(batch, use_kernel=k)))] for k in (True, False)]
-        exact = [
-            vp.Texts(
-                [y.double() for y in p.rollouts], p.weights, p.reference.double(), p.reference_weights.double(),
-                [k.double() for k in p.keywords], p.num_full, p.num_twin,
-            )
-            for p in batch
-        ]  # fmt: skip
-        want = [torch.cat(x) for x in zip(*map(scores, vp.paired_rewards(exact, use_kernel=False)))]
-        rows.append(compare("reward", dtype, *results, want))
+    for row in check.compare_all(DEVICE):
+        print(f"{row.kernel:12} {row.dtype:9} error {row.error:.1e}   eager {row.eager_error:.1e}")
+        if not row.right:
+            raise ValueError(f"{row.kernel} in {row.dtype} is wrong: error {row.error:.2e}, eager {row.eager_error:.2e}")
+        rows.append(vars(row))
     return rows
-
-
-def compare(name: str, dtype: torch.dtype, kernel: list, eager: list, exact: list) -> dict:
-    """One row: both errors, printed; ValueError if the kernel's is above eager's by more than 1e-3."""
-    row = {"kernel": name, "dtype": str(dtype)[6:], "error": error(kernel, exact), "eager_error": error(eager, exact)}
-    print(f"{name:12} {row['dtype']:9} error {row['error']:.1e}   eager {row['eager_error']:.1e}")
-    if not row["error"] <= row["eager_error"] + 1e-3:
-        raise ValueError(f"{name} in {row['dtype']} is wrong: error {row['error']:.2e}, eager {row['eager_error']:.2e}")
-    return row
 
 
 def time_public(pairs: int = 200) -> list[dict]:
@@ -395,28 +297,36 @@ def run_benchmarks(only: str | None) -> tuple[dict, list[dict]]:
 
 
 def tune(only: str | None) -> list[dict]:
-    """Our kernels on each case's size with other tiles, warps and stages."""
+    """Our kernels on each case's size with other tiles, warps and stages: one choice for all kernels of a module."""
     rows = []
     for kernel, sizes, make, rivals, *_ in cases():
         module = {"contrastive": contrastive, "log-probs": logprob}.get(kernel)
         if module is None or (only and kernel != only):
             continue
-        ours, usual, launch = rivals(make())["ours"], module.tile_sizes, dict(module.LAUNCH)
+        ours, usual = rivals(make())["ours"], module.launch
         print(f"\n{kernel}: {sizes}")
         for tile in (64, 128, 256):
             for step in (32, 64, 128):
                 for warps, stages in ((4, 3), (4, 4), (8, 3), (8, 4)):
-                    module.tile_sizes = lambda dtype, sizes=(tile, step): sizes
-                    module.LAUNCH.update(num_warps=warps, num_stages=stages)
-                    about = {"tile": tile, "step": step, "warps": warps, "stages": stages}
+                    options = dict(num_warps=warps, num_stages=stages)
+                    if module is logprob:
+                        module.launch = lambda *_, given=((tile, tile, step), options): given
+                    else:
+                        module.launch = partial(square_tiles, tile, step, options)
+                    about = {"tile": tile, "step": step, **options}
                     try:
                         rows.append({"kernel": kernel, "sizes": sizes, **about, **measure(ours)})
                         print(f"  {about}  {rows[-1]['ms']:.3f} ms")
                     except Exception as reason:  # too large for the card in more ways than one
                         print(f"  {about}  {type(reason).__name__}")
-        module.tile_sizes = usual
-        module.LAUNCH.update(launch)
+        module.launch = usual
     return rows
+
+
+def square_tiles(tile: int, step: int, options: dict, kernel: str, *_) -> dict[str, int]:
+    """Tiles of the contrastive kernels: `step` along the axis that a product sums over, `tile` along the others."""
+    summed = {"similarity": "BLOCK_D", "states": "BLOCK_K", "keywords": "BLOCK_N", "coefficients": "BLOCK_K"}[kernel]
+    return dict(BLOCK_N=tile, BLOCK_K=tile, BLOCK_D=tile) | {summed: step} | options
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -458,7 +368,7 @@ def main() -> None:
     print(" ".join(f"{k} {v}" for k, v in about.items()))
     if not ON_GPU:
         print("No GPU: the kernels run under Triton's interpreter, for correctness on tiny sizes; none is timed.")
-    errors = check()
+    errors = check_all()
     if not ON_GPU:
         time_public()
         return

@@ -14,6 +14,10 @@ float32 copy (8nD), squares it for the norm (reads 4nD), writes the normalised c
 multiplies (4nD): about 26 nD bytes where 2nD would do, plus 30 nK for similarities and masks. The backward
 keeps both copies and makes two more. The kernels read the states once forward and twice backward, write their
 gradient once, and spend 12 nK on similarities and g.
+
+In training the heads stand before this (`vp.ContrastiveHeads`): they make the wide copy themselves, in float32, and what
+comes here is D = 256 wide. With 16,384 key tokens in full and twin a float32 copy is 34 MB there, of which the plain
+version makes three: the kernels save some 100 MB and a dozen launches, not the gigabytes that they save on wide states.
 """
 
 import torch
@@ -39,15 +43,26 @@ def ids_shown(clip: Tensor, slot: Tensor, keyword_clip: Tensor, keyword_id: Tens
 # Rows 0..N-1 are the full video's states, rows N..2N-1 the twin's. A block of rows is in one of the two.
 
 EPS = 1e-12  # as in F.normalize
-# Warps that share a tile, and how many steps of a product are loaded ahead of it.
-LAUNCH = dict(num_warps=8, num_stages=3)
+# Counts change from batch to batch: a kernel for each that happens to be divisible by 16 would be compiled, for seconds.
+COUNTS = ["N", "K", "S", "M", "num_blocks", "rows_each", "splits"]
 
 
-def tile_sizes(dtype: torch.dtype) -> tuple[int, int]:
-    """Length of a tile's two kept axes, and of the axis that a product sums over, in one step; of any of N, K and D."""
-    if INTERPRETED:
-        return 16, 32  # small, so that small tests have several tiles
-    return 128, 128 // dtype.itemsize
+def launch(kernel: str, dtype: torch.dtype, num_keywords: int) -> dict[str, int]:
+    """Tile and warps of a kernel: rows, keywords and width. A batch has 1 to 12 keywords, a benchmark hundreds.
+
+    Compiled for all cards from Ampere to Blackwell, none of these spills a register (kernels/RESULTS.md).
+    """
+    if INTERPRETED:  # small, so that small tests have several tiles
+        tile = {"similarity": (16, 16, 32), "coefficients": (16, 16, 0), "states": (16, 32, 16), "keywords": (32, 16, 16)}
+        return dict(zip(("BLOCK_N", "BLOCK_K", "BLOCK_D"), tile[kernel]))
+    few, wide = num_keywords <= 16, dtype == torch.float32
+    rows, keywords, width, warps = {
+        "similarity": (64, 16, 32, 4) if few else (64, 64, 32, 8),
+        "coefficients": (64, 32, 0, 4),
+        "states": (64, 32, 64, 8) if wide else (128, 64, 128, 8),
+        "keywords": (32, 16, 64, 4) if few or wide else (64, 128, 128, 8),
+    }[kernel]
+    return dict(BLOCK_N=rows, BLOCK_K=keywords, BLOCK_D=width, num_warps=warps, num_stages=3)
 
 
 @triton.jit
@@ -86,7 +101,7 @@ def mark(rows, cols, is_twin, clip_ptr, slot_ptr, shown_ptr, kclip_ptr, kid_ptr,
     return shows & (is_twin == 0), shows | (negative & (is_twin == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def similarity_tile(
     full_ptr, twin_ptr, k_ptr, q_ptr, tau_ptr, clip_ptr, slot_ptr, shown_ptr, kclip_ptr, kid_ptr, kslots_ptr,
     s_ptr, r_ptr, part_ptr, N, K, D, S, M, num_blocks, EPS: tl.constexpr, STORE: tl.constexpr,
@@ -141,7 +156,7 @@ def similarity_tile(
         tl.store(part_ptrs + (3 * which + 2) * num_blocks * K, tl.sum(among.to(tl.float32), 0), mask=cols < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def combine_parts(part_ptr, lse_ptr, sums_ptr, K, num_blocks, BLOCK_B: tl.constexpr):
     """Both logsumexps of keyword j from the parts of all blocks, its loss and its counts. One program a keyword."""
     j = tl.program_id(0)
@@ -175,7 +190,7 @@ def combine_parts(part_ptr, lse_ptr, sums_ptr, K, num_blocks, BLOCK_B: tl.conste
             tl.store(sums_ptr + j, tl.where(lse == -float("inf"), 0.0, lse_all - lse))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def coefficients(
     s_ptr, lse_ptr, clip_ptr, slot_ptr, shown_ptr, kclip_ptr, kid_ptr, kslots_ptr, g_ptr, c_ptr, e_ptr, N, K, S, M,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -210,7 +225,7 @@ def coefficients(
     tl.store(c_ptr + at, c, mask=rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def states_gradient(
     full_ptr, twin_ptr, dfull_ptr, dtwin_ptr, g_ptr, unit_ptr, r_ptr, c_ptr, tau_ptr, up_ptr, N, K, D,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -245,7 +260,7 @@ def states_gradient(
     tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def keywords_product(
     full_ptr, twin_ptr, g_ptr, r_ptr, out_ptr, N, K, D, rows_each, HAS_TWIN: tl.constexpr, LARGEST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -273,7 +288,7 @@ def keywords_product(
     tl.store(out, product, mask=(j < K)[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def keywords_gradient(part_ptr, unit_ptr, q_ptr, e_ptr, tau_ptr, up_ptr, dk_ptr, K, D, splits, BLOCK_D: tl.constexpr):
     """dk_j = q_j (sum over splits / tau - e_j k_j q_j). One program a keyword."""
     j = tl.program_id(0).to(tl.int64)
@@ -304,9 +319,9 @@ def contrastive_op(
     """
     (N, D), K, halves = full.shape, len(keywords), 1 if twin is None else 2
     where = dict(dtype=torch.float32, device=full.device)
-    tile, step = tile_sizes(full.dtype)
+    tiles = launch("similarity", full.dtype, K)
     # Blocks of rows of the full video, then those of its twin.
-    num_blocks = ceil_div(N, tile) * halves
+    num_blocks = ceil_div(N, tiles["BLOCK_N"]) * halves
     # What the backward needs, made here: see the docstring.
     saved = allocate(full, halves, keywords, with_gradient)
     g, c, e, r, unit, q = saved
@@ -322,16 +337,18 @@ def contrastive_op(
     normalise_keywords[(K,)](keywords, unit, q, D, EPS, wide)
     asks = (clip, slot, shown, keyword_clip, keyword_id, keyword_slots.view(torch.uint8))
     S, M = keyword_slots.shape[1], shown.shape[1]
-    grid = (num_blocks * ceil_div(K, tile),)
+    grid = (num_blocks * ceil_div(K, tiles["BLOCK_K"]),)
     similarity_tile[grid](
         full, full if twin is None else twin, keywords, q, temperature, *asks, s, r, parts, N, K, D, S, M, num_blocks,
-        EPS, with_gradient, tile, tile, step, **LAUNCH,
+        EPS, with_gradient, **tiles,
     )  # fmt: skip
     # The logsumexps of all keywords, and with them the loss.
     combine_parts[(K,)](parts, lse, sums, K, num_blocks, 4 if INTERPRETED else 128)
     if with_gradient:
         e_parts = torch.empty(num_blocks, K, **where)
-        coefficients[(num_blocks,)](s, lse, *asks, g, c, e_parts, N, K, S, M, tile, min(tile, 32))
+        tiles = launch("coefficients", full.dtype, K)
+        del tiles["BLOCK_D"]
+        coefficients[(num_blocks,)](s, lse, *asks, g, c, e_parts, N, K, S, M, **tiles)
         # e_j = sum over rows of g s: a keyword's part of the norm's backward, and of dtau.
         torch.sum(e_parts, 0, out=e)
     return sums.sum(1), *saved
@@ -366,22 +383,24 @@ def contrastive_backward_op(
     halves = 1 if twin is None else 2
     # A kernel needs an address even for a twin that is not there; it is never read.
     other = full if twin is None else twin
-    tile, step = tile_sizes(full.dtype)
     if for_states:  # the sum runs over keywords
-        grid = (halves * ceil_div(N, tile) * ceil_div(D, tile),)
+        tiles = launch("states", full.dtype, K)
+        grid = (halves * ceil_div(N, tiles["BLOCK_N"]) * ceil_div(D, tiles["BLOCK_D"]),)
         d_other = d_full if twin is None else d_twin
         states_gradient[grid](
-            full, other, d_full, d_other, g, unit, r, c, temperature, up, N, K, D, tile, step, tile, **LAUNCH
+            full, other, d_full, d_other, g, unit, r, c, temperature, up, N, K, D, **tiles
         )  # fmt: skip
     if for_keywords:  # the sum runs over rows, cut into enough splits to fill the device, each of whole blocks
-        tiles, blocks = (ceil_div(K, tile), ceil_div(D, tile)), ceil_div(N, step)
-        blocks_each = ceil_div(blocks, ceil_div(num_programs(full.device), tiles[0] * tiles[1]))
+        tiles = launch("keywords", full.dtype, K)
+        step, num_tiles = tiles["BLOCK_N"], (ceil_div(K, tiles["BLOCK_K"]), ceil_div(D, tiles["BLOCK_D"]))
+        blocks = ceil_div(N, step)
+        blocks_each = ceil_div(blocks, ceil_div(num_programs(full.device), num_tiles[0] * num_tiles[1]))
         splits = ceil_div(blocks, blocks_each)
         parts = full.new_empty(splits, K, D, dtype=torch.float32)
         # An inverse norm of 1e12 is no float16 number.
         largest = 6e4 if full.dtype == torch.float16 else 1 / EPS
-        keywords_product[(*tiles, splits)](
-            full, other, g, r, parts, N, K, D, blocks_each * step, halves == 2, largest, step, tile, tile, **LAUNCH
+        keywords_product[(*num_tiles, splits)](
+            full, other, g, r, parts, N, K, D, blocks_each * step, halves == 2, largest, **tiles
         )  # fmt: skip
         keywords_gradient[(K,)](parts, unit, q, e, temperature, up, d_keywords, K, D, splits, triton.next_power_of_2(D))
     # dL/dtau = - sum of g s / tau, for s is inversely proportional to tau.

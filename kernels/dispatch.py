@@ -11,7 +11,7 @@ try:
 except ImportError:  # an installation for the CPU may lack Triton: the kernels are then plain functions that nobody calls
 
     class _Absent:
-        jit = staticmethod(lambda function: function)
+        jit = staticmethod(lambda function=None, **_: function or (lambda kernel: kernel))
         constexpr = object
 
     triton = tl = _Absent
@@ -24,18 +24,21 @@ if FORCED is ASKED:
     raise ValueError(f"VIDEOPERCEIVER_KERNELS: got {ASKED!r}; give 0 (references), 1 (kernels) or nothing (by the device)")
 
 
-def takes_kernel(use_kernel: bool | None, *tensors: Tensor | None) -> bool:
+REPLACED: dict[str, str] = {}  # kernels that are not to be taken on this machine, and why; see kernels/check.py
+
+
+def takes_kernel(use_kernel: bool | None, *tensors: Tensor | None, name: str = "") -> bool:
     """Whether a call takes the kernel: None takes it if all tensors are on a GPU that the tiles fit on, and it can.
 
     use_kernel False never does, True always does and fails loudly if it cannot. float64 has no kernel. If
-    VIDEOPERCEIVER_KERNELS is 0 or 1, it takes the place of None.
+    VIDEOPERCEIVER_KERNELS is 0 or 1, it takes the place of None. name: of the kernel, for REPLACED.
     """
     # An optional tensor, such as the twin's, may be None.
     tensors = [x for x in tensors if x is not None]
     use_kernel = FORCED if use_kernel is None else use_kernel
     able = HAS_TRITON and all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) for x in tensors)
     if use_kernel is None:
-        return able and not INTERPRETED and all(fits(x.device) for x in tensors)
+        return able and not INTERPRETED and name not in REPLACED and all(fits(x.device) for x in tensors)
     # Asked for and impossible: an error, since a silent fallback would be measured as the kernel.
     if use_kernel and not (able and (INTERPRETED or all(x.is_cuda for x in tensors))):
         raise ValueError("use_kernel: got True; it needs Triton, a GPU (or TRITON_INTERPRET=1) and 16 or 32 bit floats")

@@ -46,16 +46,20 @@ def selected_log_probs(logits: Tensor, targets: Tensor, banned: Tensor, temperat
 
 # --- The kernels -----------------------------------------------------------------------------------------------------
 
-# Warps that share a tile, and how many steps of a product are loaded ahead of it.
-LAUNCH = dict(num_warps=8, num_stages=3)
 STRETCH = 48 if INTERPRETED else 8192  # columns of dL/dlogits that are held at once
+COUNTS = ["M", "first"]  # they change from batch to batch: no kernel of their own for each that is divisible by 16
 
 
-def tile_sizes(dtype: torch.dtype) -> tuple[int, int]:
-    """Length of a tile's two kept axes, and of the axis that a product sums over, in one step."""
+def launch(kernel: str, dtype: torch.dtype) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Tile (rows, columns, what a product sums over in one step), and warps, of a kernel. None spills a register on any
+    card from Ampere to Blackwell (kernels/RESULTS.md)."""
     if INTERPRETED:
-        return 16, 32  # small, so that small tests have several tiles
-    return 128, 128 // dtype.itemsize
+        return (16, 16, 32), {}  # small, so that small tests have several tiles
+    if dtype == torch.float32:
+        return (64, 64, 32), dict(num_warps=4, num_stages=3)
+    if kernel == "multiply":
+        return (128, 128, 64), dict(num_warps=8, num_stages=3)
+    return (64, 128, 64), dict(num_warps=4, num_stages=3)
 
 
 @triton.jit
@@ -82,7 +86,7 @@ def logits_tile(
     return tl.where(ok[None, :], z * inverse_temperature, -float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sum_stretches(
     h_ptr, w_ptr, ok_ptr, target_ptr, lse_ptr, mean_ptr, chosen_ptr, M, V, H, inverse_temperature, cols_each,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -120,7 +124,7 @@ def sum_stretches(
     tl.store(chosen_ptr + out, chosen, mask=rows < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def logits_gradient(
     h_ptr, w_ptr, ok_ptr, target_ptr, lse_ptr, up_ptr, dz_ptr, M, V, H, inverse_temperature, first, width,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -143,7 +147,7 @@ def logits_gradient(
     tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (at < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "K"])
 def multiply(
     a_ptr, b_ptr, out_ptr, M, N, K, stride_am, stride_ak, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -181,16 +185,16 @@ def log_probs_op(
     (M, H), V = states.shape, len(weight)
     if M == 0:
         return tuple(states.new_empty(0, dtype=torch.float32) for _ in range(3))
-    tile, step = tile_sizes(states.dtype)
-    row_blocks, col_blocks = ceil_div(M, tile), ceil_div(V, tile)
+    tile, options = launch("head", states.dtype)
+    row_blocks, col_blocks = ceil_div(M, tile[0]), ceil_div(V, tile[1])
     # Few rows, many columns: the vocabulary is cut into enough stretches to fill the device
     # about four times, each of whole tiles.
     blocks_each = ceil_div(col_blocks, ceil_div(4 * num_programs(states.device), row_blocks))
     stretches = ceil_div(col_blocks, blocks_each)
     lse, mean, chosen = states.new_empty(3, stretches, M, dtype=torch.float32)
     sum_stretches[(row_blocks * stretches,)](
-        states, weight, sampled, targets, lse, mean, chosen, M, V, H, 1 / temperature, blocks_each * tile,
-        tile, tile, step, **LAUNCH,
+        states, weight, sampled, targets, lse, mean, chosen, M, V, H, 1 / temperature,
+        blocks_each * tile[1], *tile, **options,
     )  # fmt: skip
     # logsumexp over stretches of their logsumexps; the entropy is lse minus the mean logit, whose
     # stretches are weighted by their share of the probability.
@@ -215,9 +219,8 @@ def log_probs_backward_op(
     d_weight = weight.new_empty(V if for_weight else 0, H)
     if M == 0:
         return d_states.to(states.dtype), d_weight.zero_()
-    tile, step = tile_sizes(states.dtype)
-    # Brought near 1, and back at the end: float16 would lose gradients that are divided by a batch's number
-    # of tokens.
+    (tile, options), (product, more) = launch("head", states.dtype), launch("multiply", states.dtype)
+    # Brought near 1, and back at the end: float16 would lose gradients that are divided by a batch's number of tokens.
     peak = up.abs().max().clamp(min=1e-30)
     up = up / peak
     # One stretch of dL/dlogits in the dtype of the states: all that is ever held of the logits.
@@ -225,18 +228,18 @@ def log_probs_backward_op(
     for first in range(0, V, STRETCH):
         width = min(STRETCH, V - first)
         part = weight[first : first + width]
-        logits_gradient[(ceil_div(M, tile) * ceil_div(width, tile),)](
-            states, weight, sampled, targets, lse, up, dz, M, V, H, scale, first, width, tile, tile, step, **LAUNCH
+        logits_gradient[(ceil_div(M, tile[0]) * ceil_div(width, tile[1]),)](
+            states, weight, sampled, targets, lse, up, dz, M, V, H, scale, first, width, *tile, **options
         )  # fmt: skip
         # dL/dstates = dz @ head, summed over stretches in float32.
         if for_states:
-            grid = (ceil_div(M, tile) * ceil_div(H, tile),)
-            multiply[grid](dz, part, d_states, M, H, width, width, 1, True, tile, tile, step, **LAUNCH)
+            grid = (ceil_div(M, product[0]) * ceil_div(H, product[1]),)
+            multiply[grid](dz, part, d_states, M, H, width, width, 1, True, *product, **more)
         # dL/dhead = dz' @ states, for the rows of this stretch alone.
         if for_weight:
-            grid = (ceil_div(width, tile) * ceil_div(H, tile),)
+            grid = (ceil_div(width, product[0]) * ceil_div(H, product[1]),)
             out = d_weight[first : first + width]
-            multiply[grid](dz, states, out, width, H, M, 1, width, False, tile, tile, step, **LAUNCH)
+            multiply[grid](dz, states, out, width, H, M, 1, width, False, *product, **more)
     return (d_states * peak).to(states.dtype), d_weight.mul_(peak)
 
 
@@ -283,7 +286,7 @@ def log_probs_from_states(
     >>> round(logp.exp().item(), 2), round(entropy.item(), 2)
     (0.5, 0.69)
     """
-    if not takes_kernel(use_kernel, states, weight):
+    if not takes_kernel(use_kernel, states, weight, name="log-probs"):
         return selected_log_probs(F.linear(states, weight), targets, banned, temperature)
     if torch.is_autocast_enabled(states.device.type):  # as F.linear would: an operator of our own is not told of it
         dtype = torch.get_autocast_dtype(states.device.type)
@@ -298,6 +301,6 @@ def log_probs_from_states(
 
 def cross_entropy_from_states(states: Tensor, weight: Tensor, targets: Tensor, use_kernel: bool | None = None) -> Tensor:
     """Cross-entropy of the targets, summed: minus the sum of their log-probabilities, nothing banned."""
-    if not takes_kernel(use_kernel, states, weight):
+    if not takes_kernel(use_kernel, states, weight, name="log-probs"):
         return F.cross_entropy(F.linear(states, weight).float(), targets, reduction="sum")
     return -log_probs_from_states(states, weight, targets, targets[:0], 1.0, use_kernel)[0].sum()

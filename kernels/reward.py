@@ -56,11 +56,14 @@ def pack_texts(batch: Sequence) -> PackedTexts:
     """Lay a batch of `vp.Texts` out end to end; lengths are known on the host, so that nothing waits for the device."""
     device = batch[0].reference.device
 
+    def send(x: Tensor) -> Tensor:
+        return (x.pin_memory() if device.type == "cuda" and not x.is_cuda else x).to(device, non_blocking=True)
+
     def starts(lengths: Sequence[int]) -> Tensor:
-        return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+        return send(torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32))
 
     def integers(values: Sequence) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+        return send(torch.tensor(values, dtype=torch.int32))
 
     # All rollouts end to end, prompt by prompt; keywords of no token are left out.
     rollouts = [y for p in batch for y in p.rollouts]
@@ -71,13 +74,13 @@ def pack_texts(batch: Sequence) -> PackedTexts:
     per_rollout = [len(p.reference) for p in batch for _ in p.rollouts]
     return PackedTexts(
         tokens=torch.cat(rollouts),
-        token_weights=torch.cat([w for p in batch for w in p.weights]).to(device, torch.float32),
+        token_weights=send(torch.cat([w for p in batch for w in p.weights]).float()),
         first_token=starts([len(y) for y in rollouts]),
         words=torch.cat([x for p, ks in zip(batch, keywords) for x in (p.reference, *ks)]),
         first_word=starts(num_words),
         num_reference=integers([len(p.reference) for p in batch]),
-        word_weights=torch.tensor([x for p, c in zip(batch, counts) for x in [0.0] * len(p.reference) + c]).to(device),
-        reference_weights=torch.cat([p.reference_weights.flatten() for p in batch]).to(device, torch.float32),
+        word_weights=send(torch.tensor([x for p, c in zip(batch, counts) for x in [0.0] * len(p.reference) + c])),
+        reference_weights=send(torch.cat([p.reference_weights.flatten() for p in batch]).float()),
         first_weight=starts(per_rollout),
         prompt=integers([b for b, p in enumerate(batch) for _ in p.rollouts]),
         first_rollout=starts([len(p.rollouts) for p in batch]),
@@ -89,7 +92,20 @@ def pack_texts(batch: Sequence) -> PackedTexts:
 # --- The kernels -----------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+# They change from batch to batch: no kernel of their own for each that is divisible by 16.
+COUNTS = ["num_tokens", "num_rollouts", "num_blocks", "longest"]
+# Tiles spill no register on any card from Ampere to Blackwell (kernels/RESULTS.md). Of reward_group:
+GROUP = dict(BLOCK_L=16, num_warps=4)
+
+
+def launch(dtype: torch.dtype) -> dict[str, int]:
+    """Tile of match_words: rollout tokens, words, and the part of the width that a product sums over in one step."""
+    if INTERPRETED:
+        return dict(BLOCK_L=16, BLOCK_C=16, BLOCK_D=32)  # small, so that small tests have several tiles
+    return dict(BLOCK_L=64, BLOCK_C=32, BLOCK_D=128 // dtype.itemsize, num_warps=4, num_stages=3)
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def match_words(
     y_ptr, first_token_ptr, x_ptr, first_word_ptr, num_reference_ptr, word_weight_ptr, reference_weight_ptr,
     first_weight_ptr, prompt_ptr, row_ptr, part_ptr, num_tokens, num_rollouts, D,
@@ -148,7 +164,7 @@ def match_words(
     tl.store(part_ptr + 2 * (block * num_rollouts + i) + 1, tl.sum(covered))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def reward_group(
     row_ptr, part_ptr, token_weight_ptr, first_token_ptr, num_reference_ptr, first_rollout_ptr, group_ptr, out_ptr,
     num_tokens, num_rollouts, num_blocks, longest, alpha, margin, KIND: tl.constexpr, DIVIDE: tl.constexpr,
@@ -226,20 +242,20 @@ def paired_reward_op(
 ) -> Tensor:  # fmt: skip
     """q, c, w, r, A of every rollout, (5, R); the last three are 0 for those of a twin."""
     (num_tokens, D), R, P = tokens.shape, len(prompt), len(groups)
-    block_l, block_c, block_d = (16, 16, 32) if INTERPRETED else (64, 64, 128 // tokens.dtype.itemsize)
+    tiles = launch(tokens.dtype)
     longest_rollout, most_words, most_rollouts = longest
     # The grid is for the prompt with the most words; blocks beyond a prompt's own read zeros.
-    num_blocks = ceil_div(most_words, block_c)
+    num_blocks = ceil_div(most_words, tiles["BLOCK_C"])
     # Small tensors between the two kernels; no similarity matrix is ever stored.
     out, parts = (tokens.new_empty(n, R, dtype=torch.float32) for n in (5, 2 * num_blocks))
     rows = tokens.new_empty(num_blocks, max(1, num_tokens), dtype=torch.float32)
     match_words[(R, num_blocks)](
         tokens, first_token, words, first_word, num_reference, word_weights, reference_weights, first_weight, prompt,
-        rows, parts, max(1, num_tokens), R, D, block_l, block_c, block_d, num_warps=4, num_stages=3,
+        rows, parts, max(1, num_tokens), R, D, **tiles,
     )  # fmt: skip
     reward_group[(P,)](
         rows, parts, token_weights, first_token, num_reference, first_rollout, groups, out, max(1, num_tokens), R,
-        num_blocks, longest_rollout, alpha, margin, kind, divide, triton.next_power_of_2(most_rollouts), 64, num_warps=4,
+        num_blocks, longest_rollout, alpha, margin, kind, divide, triton.next_power_of_2(most_rollouts), **GROUP,
     )  # fmt: skip
     return out
 

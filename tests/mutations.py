@@ -124,7 +124,7 @@ FAULTS = [
     Fault("divided by the tokens of some rollouts", RL, "s.loss_level, num_tokens)",
           "s.loss_level, float(lengths[0].sum()))",
           RECALL),
-    Fault("one update on every batch", RL, "for _ in range(s.epochs):", "for _ in range(1):", SIMILARITY),
+    Fault("one update on every batch", RL, "for epoch in range(s.epochs):", "for epoch in range(1):", SIMILARITY),
     Fault("epochs not counted in the schedule", RL, "num_updates = s.steps * s.epochs", "num_updates = s.steps", POOLED),
     Fault("zero_grad missing", RL, "                optimizer.zero_grad()\n", "", RECALL),
     Fault("only the last micro-batch counts", RL, "                    loss.backward()\n",

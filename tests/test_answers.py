@@ -37,6 +37,7 @@ from data.benchmarks.formats import Question
 from data.benchmarks.questions import Benchmark, load_benchmark, prompt
 from data.clips import Clip, ClipError, Preparation, load_clips, read_frames
 from data.measure import cost
+from data.skim import Look
 from data.tiny import build_tiny, train_tokenizer
 from eval import RunSettings, ScoreSettings, run_benchmark, run_score
 from tests import commands
@@ -138,7 +139,7 @@ def test_prompt_and_tail_are_the_whole_prompt(world, preparation):
     processor = preparation.processor
     for some in (QUESTIONS, QUESTIONS[:1], QUESTIONS[1:3], QUESTIONS[::-1]):
         texts = [BEFORE + text + AFTER + begin for text, begin in some]
-        example, tails = share_prompt(processor, texts, frames)
+        example, tails = share_prompt(texts, Look([frames]), Preparation(processor))
         metadata = [
             {"total_num_frames": 16, "fps": 8.0, "duration": 2.0, "frames_indices": [8 * t for t in frames.timestamps]}
         ]
@@ -175,8 +176,8 @@ def test_prompts_that_merge_across_the_video_are_made_one_by_one(world, qwen2_5)
         def __call__(self, **inputs):
             return processor(**inputs)
 
-    example, tails = share_prompt(Wrapped(), texts, frames)
-    want, want_tails = share_prompt(processor, texts, frames)
+    example, tails = share_prompt(texts, Look([frames]), Preparation(Wrapped()))
+    want, want_tails = share_prompt(texts, Look([frames]), Preparation(processor))
     assert torch.equal(example.input_ids, want.input_ids)
     assert [t.tolist() for t in tails] == [t.tolist() for t in want_tails]
 
@@ -706,15 +707,15 @@ def test_smaller_pictures_are_other_predictions(world, tmp_path, sharp2_5, monke
     """--max-pixels reaches the model, and is among the settings that a folder holds to."""
     grids, real = [], answers.share_prompt
 
-    def share_prompt(processor, texts, frames):
-        grids.append(tuple(frames.pixels.shape[-2:]))
-        return real(processor, texts, frames)
+    def share_prompt(texts, look, preparation):
+        grids.append(tuple(look.runs[0].pixels.shape[-2:]))
+        return real(texts, look, preparation)
 
     monkeypatch.setattr(answers, "share_prompt", share_prompt)
     asked = dict(benchmark="clips", root=world / "test.jsonl", model=str(sharp2_5), limit=1, max_new_tokens=2, num_frames=4)
     run(tmp_path, **asked, out=tmp_path / "out")
     run(tmp_path, **asked, out=tmp_path / "small", max_pixels=1000)
-    assert grids == [(48, 48), (24, 24)]
+    assert grids == [(48, 48), (16, 16)]
     with pytest.raises(ValueError, match="pixels of a picture was None, is 1000"):
         run(tmp_path, **asked, out=tmp_path / "out", max_pixels=1000)
 

@@ -5,14 +5,10 @@ tests then run. Compiling needs a process of its own. The interpreter has no rig
 """
 
 import copy
-import importlib
 import math
-import multiprocessing
-import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -425,69 +421,25 @@ def test_benchmark_without_a_gpu():
     assert "No GPU" in done.stdout and done.stdout.count("eager") == 6 and done.stdout.count("public function") == 3
 
 
-# Every kernel, with the name of the block that its product sums over.
-KERNELS = {
-    contrastive: {"normalise_keywords": "", "similarity_tile": "BLOCK_D", "combine_parts": "", "coefficients": "BLOCK_K",
-                  "states_gradient": "BLOCK_K", "keywords_product": "BLOCK_N", "keywords_gradient": ""},
-    logprob: {"sum_stretches": "BLOCK_H", "logits_gradient": "BLOCK_H", "multiply": "BLOCK_K"},
-    reward: {"match_words": "BLOCK_D", "reward_group": ""},
-}  # fmt: skip
-# What is not float32 among the arguments: the data in 16 bits, indices, and numbers; all others are int32.
-DATA = {"full_ptr", "twin_ptr", "k_ptr", "unit_ptr", "g_ptr", "dfull_ptr", "dtwin_ptr", "dk_ptr", "h_ptr", "w_ptr"}
-DATA |= {"a_ptr", "b_ptr", "y_ptr", "x_ptr", "dz_ptr"}
-POINTERS = dict(slot_ptr="i64", clip_ptr="i64", shown_ptr="i64", kclip_ptr="i64", kid_ptr="i64", target_ptr="i64")
-POINTERS |= dict(kslots_ptr="u8", ok_ptr="u8", **dict.fromkeys(("first_token_ptr", "first_word_ptr"), "i32"))
-POINTERS |= dict.fromkeys(("num_reference_ptr", "first_weight_ptr", "prompt_ptr", "first_rollout_ptr", "group_ptr"), "i32")
-NUMBERS = ("inverse_temperature", "alpha", "margin")
-CONSTANTS = dict(EPS=1e-12, LARGEST=6e4, STORE=True, HAS_TWIN=True, ADD=True, KIND=2, DIVIDE=True, BLOCK_R=16, BLOCK_C=64)
+@pytest.mark.skipif(dispatch.INTERPRETED or not dispatch.HAS_TRITON, reason="needs Triton's compiler")
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_fits_a_small_card(dtype, tmp_path, monkeypatch):
+    """Each kernel becomes machine code of an RTX 3090, though none is here: no register spills, its tiles have room.
 
+    `python -m kernels.fit` does the same for all cards, in minutes.
+    """
+    from kernels import fit
 
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory) -> Iterator[ProcessPoolExecutor]:
-    """A process in which Triton compiles."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        pool.submit(os.getpid).result()  # it has started, with these variables
-    with pool:
-        yield pool
-
-
-@kernel_test
-@pytest.mark.parametrize("module, name, dtype",
-                         [(m, n, t) for m in KERNELS for n, step in KERNELS[m].items() for t in ("bf16", "fp32")
-                          if step or t == "bf16"])  # fmt: skip
-def test_compiles_for_a_gpu(module, name, dtype, compiler):
-    """Each kernel becomes machine code of an H100, though none is here, and its tiles fit into the shared memory."""
-    assert compiler.submit(shared_memory, module.__name__, name, dtype).result() <= 227 * 1024
-
-
-def shared_memory(module: str, name: str, dtype: str) -> int:
-    """Compile a kernel; the bytes of shared memory that it takes."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    module = importlib.import_module(module)
-    kernel, blocks = getattr(module, name), {KERNELS[module][name]: 64 if dtype == "bf16" else 32}
-    if name in ("normalise_keywords", "keywords_gradient"):
-        blocks["BLOCK_D"] = 4096  # a whole row
-    signature, constants, aligned = {}, {}, {}
-    for i, p in enumerate(kernel.params):
-        if p.is_constexpr:
-            constants[(i,)] = blocks.get(p.name, CONSTANTS.get(p.name, 128))
-            signature[p.name] = "constexpr"
-        elif p.name.endswith("_ptr"):
-            signature[p.name] = "*" + (dtype if p.name in DATA else POINTERS.get(p.name, "fp32"))
-        else:
-            signature[p.name] = "fp32" if p.name in NUMBERS else "i32"
-        if p.name.endswith("_ptr") or p.name in "NMKDHV":
-            aligned[(i,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": 8, "num_stages": 3}
-    done = triton.compile(ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", 90, 32), options)
-    assert done.asm["cubin"]
-    return done.metadata.shared
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled = set()
+    for launch in fit.launches(fit.DTYPES[dtype]):
+        if dtype == "fp32" or "BLOCK_K" in launch[2] or "BLOCK_H" in launch[2]:  # the others are alike in both
+            found = fit.compile_for(86, dtype, *launch)
+            assert found.fits(86), found
+        compiled.add(launch[1].__name__)
+    source = "".join((Path(m.__file__)).read_text() for m in (contrastive, logprob, reward))
+    jitted = set(re.findall(r"@triton.jit[^\n]*\ndef (\w+)", source))
+    assert jitted - compiled == {"mark", "logits_tile"}  # parts of others
 
 
 @kernel_test

@@ -14,7 +14,7 @@ import train_rl
 import train_sft
 from data import videolm
 from data.clips import Preparation, load_clips, prepare
-from data.run import memory, models, precision, sizes
+from data.run import memory, models, sizes
 
 CPU = torch.device("cpu")
 
@@ -190,31 +190,18 @@ def test_a_script_refuses_before_it_loads(tmp_path, world, qwen2_5, capsys):
     assert asdict(settings)["memory_gb"] == 0.001
 
 
-def test_attention_is_chosen_by_what_is_there(monkeypatch):
-    """No GPU: sdpa. With one: the newest flash-attn that is installed, else sdpa."""
-    assert precision.choose_attention() == "sdpa" or torch.cuda.is_available()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for version in (2, 3, 4):
-        monkeypatch.setattr(precision, f"is_flash_attn_{version}_available", lambda: False)
-    assert precision.choose_attention() == "sdpa"
-    for version in (2, 3, 4):
-        monkeypatch.setattr(precision, f"is_flash_attn_{version}_available", lambda: True)
-        assert precision.choose_attention() == f"flash_attention_{version}"
-
-
 def test_masks_count_with_the_square_of_the_length():
-    """A padding mask of stage 1, the packed mask of stage 2 and its prefixes; none where one clip alone needs none."""
+    """None in stage 1, where padding is on the right; the packed mask of stage 2, and that of prompts with their twins."""
     hf = memory.skeleton("random:qwen2.5-vl-7b")
 
-    def masks(gpu: bool = False, **load) -> float:
-        return memory.estimate(hf, memory.Load(visual_tokens=4000, **load), QLORA, gpu)["attention masks"]
+    def masks(what: str, gpu: bool = False, **load) -> float:
+        return memory.phases(hf, memory.Load(visual_tokens=4000, **load), QLORA, gpu)[what]["attention masks"]
 
-    assert masks(clips=1, text_tokens=1000) == 0
-    assert masks(clips=2, text_tokens=1000) == 2 * 5000**2 * 9  # bools, and numbers there and back
-    assert masks(clips=2, text_tokens=6000) == 4 * masks(clips=2, text_tokens=1000)
-    packed = dict(clips=1, text_tokens=1000, rollouts=8, new_tokens=500)
-    assert masks(**packed) == 9000**2 * 9 and masks(True, **packed) < 1e6  # blocks, on a GPU
-    assert masks(**packed, prompts=4) == 4 * 9000**2 * 9  # the prefix and its twin: 1000 + 2 * 4000
+    assert masks("stage 1", clips=2, text_tokens=1000) == 0
+    packed = dict(clips=1, text_tokens=1000, rollouts=8, new_tokens=500, prompts=4)
+    assert masks("update", **packed) == 9000**2 * 9  # bools, and numbers there and back
+    assert masks("update", True, **packed) < 1e6  # blocks, on a GPU
+    assert masks("rollouts", **packed) == 10000**2 * 9  # one prompt at a time
 
 
 def test_limit_of_texts_follows_from_the_context(world, qwen2_5):

@@ -555,6 +555,7 @@ def test_stage_2(case, folder, stories, qwen2_5_learned):
     before = weights(model)
     expected = reference_rl(model, processor, stories, s)
     check_logs(logged, expected)
+    assert all(line["policy/sampling_gap"] < 1e-4 for line in logged)  # sampling and update agree on every token
     if case == "relative":  # what is tested here has something to do
         assert all(line["policy/grad_norm"] > s.grad_clip for line in expected)
         assert max(line["policy/clipped"] for line in expected) > 0.05

@@ -9,7 +9,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vp
-from data import videolm
+from data import attention, videolm
 from data.clips import Preparation, load_clips, prepare
 from data.packing import Tree, pack
 from data.tiny import build_tiny
@@ -187,11 +187,8 @@ def test_packed_update_equals_separate_sequences(lm, plain, ragged, share, num_f
 def test_flex_attention_sees_the_same(lm, ragged, monkeypatch):
     """The mask for flex_attention gives the states of the one for sdpa: prefixes and rollouts (forward, uncompiled)."""
     from torch.nn.attention.flex_attention import flex_attention
-    from transformers.integrations import flex_attention as theirs
 
-    monkeypatch.setattr(
-        theirs, "compile_friendly_flex_attention", lambda q, k, v, training=False, **more: flex_attention(q, k, v, **more)
-    )
+    monkeypatch.setattr(attention, "compiled_flex", lambda: flex_attention)
     ys = [[torch.arange(n) for n in ns] for ns in ((5, 1, 7), (3, 3, 2), (8, 4, 1), (2, 6, 6))]
     with torch.no_grad():
         video = lm.encode_examples(ragged)

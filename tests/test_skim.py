@@ -52,8 +52,8 @@ def mixed_look(rng: np.random.Generator, whole_window: bool = False) -> tuple[Lo
     """Context, a window, context, a window, context, of unequal steps; and a key span: part of a window, or all of it."""
     runs, windows, last = [], [], []
     for begin, end, slots, size, number in (
-        (0.0, 10.0, 2, 24, 0), (10.0, 12.0, 3, 48, 1), (12.0, 31.0, 1, 24, 0), (31.0, 33.0, 3, 48, 2),
-        (33.0, 40.0, 2, 24, 0),
+        (0.0, 10.0, 2, 16, 0), (10.0, 12.0, 3, 48, 1), (12.0, 31.0, 1, 16, 0), (31.0, 33.0, 3, 48, 2),
+        (33.0, 40.0, 2, 16, 0),
     ):  # fmt: skip
         step = (end - begin) / (2 * slots)
         times = [begin + (i + 0.5) * step for i in range(2 * slots)]
@@ -123,8 +123,8 @@ def degraded(e: vp.Example) -> torch.Tensor:
 def test_mixed_example(mixed, preparation):
     """Sizes, seconds and sources of what is shown; timestamps stand before each slot where the family writes them."""
     e = mixed[0]
-    assert e.runs.tolist() == [[2, 2, 2], [3, 4, 4], [1, 2, 2], [3, 4, 4], [2, 2, 2]] and e.num_slots == 11
-    assert int((e.token_types == 2).sum()) == 5 * 1 + 6 * 4
+    assert e.runs.tolist() == [[2, 2, 2], [3, 6, 6], [1, 2, 2], [3, 6, 6], [2, 2, 2]] and e.num_slots == 11
+    assert int((e.token_types == 2).sum()) == 5 * 1 + 6 * 9
     assert e.keywords[0].slots.nonzero().flatten().tolist() == [3]  # 10.67 to 11.33 s
     assert e.source.tolist() == [0, 1, 2, 2, 4, *range(5, 11)]
     assert mixed[1].source.tolist() == [0, 1, 6, 7, 8, 5, 6, 7, 8, 9, 10]  # a whole window is shown as the decoy
@@ -229,7 +229,7 @@ def test_runs_of_one_size_are_what_the_processor_makes(preparation, world):
     assert torch.equal(inputs["input_ids"], want["input_ids"])
     assert torch.equal(inputs["mm_token_type_ids"], want["mm_token_type_ids"])
     assert torch.equal(shown["pixels"], want["pixel_values_videos"])
-    assert shown["grid"].tolist() == [[2, 4, 4], [5, 4, 4], [1, 4, 4]]
+    assert shown["grid"].tolist() == [[2, 6, 6], [5, 6, 6], [1, 6, 6]]
     a, b = (make_example(clip, look, preparation) for look in (whole, cut))
     assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.source, b.source)
     torch.testing.assert_close(b.slot_seconds, torch.arange(8) * 0.25)
@@ -307,7 +307,7 @@ def test_budget_is_never_exceeded():
 def test_tokens_of_real_clips(preparation, long_video, world, frames):
     """What is made of a long and of a short file has at most the tokens asked for; too few are named with the flag."""
     short = load_clips(world / "train.jsonl")[0][0].video
-    for video, budget in itertools.product((short, long_video), (4, 9, 31, 64)):
+    for video, budget in itertools.product((short, long_video), (9, 20, 31, 64)):
         how = FrameSettings(frames=frames, visual_tokens=budget).how_to_look()
         made = prepare(Clip(video, "a", "x"), replace(preparation, max_frames=64, visual_tokens=budget, skim=how))
         least = budget / 2 if video == long_video else 0
@@ -457,7 +457,7 @@ def test_curation_finds_moments_in_long_files(long_video):
 
 
 def test_scripts_train_on_windows(long_video, qwen2_5, tmp_path, monkeypatch):
-    """Two steps of each stage on a long clip, with a cache: windows at the key span, a twin, and an evaluation."""
+    """A step of each stage on a long clip, with a cache: windows at the key span, a twin, and an evaluation."""
     line = {"video": "long.mp4", "caption": "a circle. It swells up", "keywords": ["swells up"], "key_spans": [[27, 27.5]]}
     (tmp_path / "clips.jsonl").write_text(f"{json.dumps(line)}\n" * 2)
     shutil.copy(long_video, tmp_path / "long.mp4")
@@ -465,8 +465,8 @@ def test_scripts_train_on_windows(long_video, qwen2_5, tmp_path, monkeypatch):
     real = videolm.VideoLM.encode_examples
     monkeypatch.setattr(videolm.VideoLM, "encode_examples", lambda lm, e: seen.append(e) or real(lm, e))
     common = dict(
-        data=tmp_path / "clips.jsonl", eval_data=tmp_path / "clips.jsonl", frames="skim", visual_tokens=40, windows=2,
-        cache=tmp_path / "cache", workers=0, steps=2, batch_size=2, micro_batch_size=2, model=str(qwen2_5),
+        data=tmp_path / "clips.jsonl", eval_data=tmp_path / "clips.jsonl", frames="skim", visual_tokens=120, windows=2,
+        cache=tmp_path / "cache", workers=0, steps=1, batch_size=2, micro_batch_size=2, model=str(qwen2_5),
     )  # fmt: skip
     results = train_sft.main(train_sft.Settings(**common, out=tmp_path / "sft", sheets=1))
     assert results["clips"] == results["with twin"] == 2 and list((tmp_path / "sft").glob("sheet-*.png"))

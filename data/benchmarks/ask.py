@@ -344,7 +344,7 @@ def answer_batch(
 ) -> list[tuple[list[str], list[str]]]:
     """The same for several parts, all questions about each on one prefill. The full video replaces a missing twin."""
     tails = [asked.tails for asked in batch]
-    rollouts = lm.answer([asked.example for asked in batch], tails, max_new_tokens, twin)
+    rollouts = lm.answer([asked.example for asked in batch], tails, max_new_tokens, twin).to("cpu")
     most, answers = max(map(len, tails)), []
     for asked, tokens, lengths in zip(batch, rollouts.tokens, rollouts.lengths):
         said = [row[:n] for row, n in zip(tokens, lengths)]

@@ -24,6 +24,7 @@ from torch import Tensor
 import vp
 from data import packing, videolm
 from data.clips import Clip, Frames, Preparation, make_example
+from data.device import best_device
 from data.motion import Evidence
 from data.run.models import find_checkpoint
 from data.skim import motion_curve
@@ -79,13 +80,13 @@ def head_evidence(lm: videolm.VideoLM, example: vp.Example) -> list[Evidence]:
     One value a slot: the largest cosine among its tokens, above the clip's median slot. The confidence is by how much the
     best slot stands out, which is near 1 for an event that the model knows and near 0 for none.
     """
-    batch = lm.collate([example]).to(lm.base.lm_head.weight.device)
-    inputs = lm.inputs(batch, lm.encode_examples([example]))
-    out = lm.base.model(**inputs, position_ids=batch.position_ids, output_hidden_states=lm.caught, use_cache=False)
+    batch = lm.collate([example]).to(lm.device)
+    out = lm.run_language(
+        batch.input_ids, batch.token_types, batch.position_ids, lm.encode_video(batch),
+        output_hidden_states=lm.caught, use_cache=False,
+    )  # fmt: skip
     places = torch.nonzero(example.token_types == 2).squeeze(1).view(int(example.grid[0]), -1)
-    states = F.normalize(
-        lm.heads.visual(lm.states_after_l(out.hidden_states)[0][places.to(batch.grid.device)].float()), dim=-1
-    )
+    states = F.normalize(lm.heads.visual(lm.states_after_l(out.hidden_states)[0][places.to(lm.device)].float()), dim=-1)
     evidence = []
     for keyword in example.keywords:
         text = lm.base.get_input_embeddings()(keyword.ids.to(states.device)).mean(0)
@@ -103,7 +104,7 @@ def fall_evidence(lm: videolm.VideoLM, example: vp.Example, longest: int = 3, ba
     evidence is the largest fall / length ** 0.5 among the windows that hold it, one value a slot. The confidence is the
     share of the keyword's probability that hangs on its best window.
     """
-    device = lm.base.lm_head.weight.device
+    device = lm.device
     num_slots, answer = int(example.grid[0]), example.input_ids[example.prompt_length :].tolist()
     windows = [(a, n) for n in range(1, min(longest, num_slots - 1) + 1) for a in range(num_slots - n + 1)]
     video = lm.encode_examples([example])
@@ -153,7 +154,7 @@ def load_image_text(model: str):
     """A function that compares frames with texts, from a transformers CLIP or SigLIP directory or hub name."""
     from transformers import AutoModel, AutoProcessor
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     try:
         network = AutoModel.from_pretrained(model, use_safetensors=True).to(device).eval()
         processor = AutoProcessor.from_pretrained(model)

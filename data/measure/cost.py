@@ -16,6 +16,7 @@ from rich.console import Console
 import vp
 from data import videolm
 from data.clips import PROMPT, Preparation, chat, load_clips
+from data.device import best_device, wait_and_time
 from data.loader import ClipLoader
 from data.run.log import describe_environment
 from data.run.memory import PeakMemory, held_bytes
@@ -52,14 +53,14 @@ def step_seconds(model: str, data: Path, pairs: int = 30, batch_size: int = 16) 
     loader = ClipLoader(clips, Preparation(processor), workers=0)
     stream, seconds = loader.examples(), ([], [])
     for _ in range(pairs):
-        batch = lm.collate([next(stream)[1] for _ in range(batch_size)])
+        batch = lm.collate([next(stream)[1] for _ in range(batch_size)]).to(lm.device)
         for contrastive in (True, False):
-            began = time.perf_counter()
+            began = wait_and_time(lm.device)
             out = lm(batch, contrastive)
             (out.lm_loss / len(batch.label_ids) + out.contrastive_loss / len(batch.keyword_ids)).backward()
             optimizer.step()
             optimizer.zero_grad()
-            seconds[not contrastive].append(time.perf_counter() - began)
+            seconds[not contrastive].append(wait_and_time(lm.device) - began)
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 
@@ -94,7 +95,7 @@ def step_jobs(settings: CostSettings) -> dict:
     batch, hf, layer = lm.collate([example]), lm.hf, lm.contrastive_layer
     per_slot = len(example.pixels) // len(slots)
     degraded = example.pixels.view(-1, per_slot, example.pixels.shape[1])[example.source].flatten(0, 1)
-    device = lm.base.lm_head.weight.device
+    device = lm.device
     batch, degraded = batch.to(device), degraded.to(device)
 
     def gradient(loss: torch.Tensor) -> torch.Tensor:
@@ -111,7 +112,7 @@ def step_jobs(settings: CostSettings) -> dict:
     def plain() -> torch.Tensor:
         inputs = lm.inputs(batch, None) | {"output_hidden_states": True, "use_cache": False}
         del inputs["mm_encoder_outputs"]
-        full, twin = (hf(**inputs, pixel_values_videos=pixels) for pixels in (batch.pixels, degraded))
+        full, twin = (hf(**inputs, pixel_values_videos=pixels) for pixels in (batch.pixels.to(device), degraded))
         lm_loss = F.cross_entropy(full.logits.flatten(0, 1)[batch.label_rows].float(), batch.label_ids, reduction="sum")
         h, h_twin = (x.hidden_states[layer][:, : batch.prefix_length].flatten(0, 1)[batch.key_rows] for x in (full, twin))
         t = hf.get_input_embeddings()(batch.keyword_ids).detach().mean(1)
@@ -124,7 +125,7 @@ def cost_jobs(settings: CostSettings) -> dict:
     """The four measured functions and their names: each runs once when called and returns what its rival must equal."""
     lm, processor = load_model(settings.model)
     hf, example, G = lm.hf, long_example(lm, processor, settings.visual_tokens), settings.rollouts
-    device = lm.base.lm_head.weight.device
+    device = lm.device
     hf.generation_config.eos_token_id = lm.config.text_config.vocab_size  # none: every description is as long as it may be
     generator = torch.Generator().manual_seed(1)
     ys = [[torch.randint(0, 256, (settings.new_tokens,), generator=generator) for _ in range(G)]]
@@ -172,7 +173,7 @@ def cost_jobs(settings: CostSettings) -> dict:
 def question_jobs(settings: CostSettings) -> dict:
     """The same for questions about one video: a generate() each against one prefill for all."""
     lm, processor = load_model(settings.model)
-    example, device = long_example(lm, processor, settings.visual_tokens), lm.base.lm_head.weight.device
+    example, device = long_example(lm, processor, settings.visual_tokens), lm.device
     lm.hf.generation_config.eos_token_id = lm.config.text_config.vocab_size  # none: every answer is as long as it may be
     shared = int((example.input_ids == lm.config.vision_end_token_id).nonzero()[-1]) + 1
     tails = []
@@ -209,8 +210,8 @@ JOBS = {"stage-1": step_jobs, "stage-2": cost_jobs, "questions": question_jobs}
 def peak_of_job(settings: CostSettings, name: str) -> float:
     """Peak memory of one run above what was held before, NaN if not known; in a process of its own on the CPU."""
     job = JOBS[settings.what](settings)[name]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
+    device = best_device()
+    if device.type != "cpu":  # the first run compiles
         job()
     held = held_bytes(device)
     with PeakMemory(device) as peak:

@@ -12,26 +12,27 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch.distributed import ProcessGroup, get_world_size
 
 import vp
 from data.benchmarks.scoring import score_description
 from data.clips import PROMPT, Clip, ClipError, Preparation, load_clips, make_example, named, reason_of
 from data.curation.finders import skim_finder
+from data.device import autocast
 from data.loader import ClipLoader
-from data.run.memory import leave_out_long
+from data.run.memory import EVAL_TOKENS, leave_out_long
 from data.run.models import gathered, load_model
+from data.run.processes import gather
 from data.run.run import Run
 from data.run.settings import check_above_zero
 from data.run.sheets import draw_look, printable, warn
 from data.skim import SIDE, FrameSettings, look
 from data.videolm import VideoLM
 
-EVAL_TOKENS = 64  # the longest description of an evaluation in the middle of training
+EVAL_CLIPS = 32  # described at a time, as far as `VideoLM.roll_out` has room for them
 
 
 def describe_batch(
@@ -43,8 +44,10 @@ def describe_batch(
         draws = [np.random.default_rng([0, index]).random((2, max_new_tokens), np.float32) for index, _ in group]
         numbers = torch.from_numpy(np.stack(draws))
     examples = [example for _, example in group]
-    described, _ = lm.roll_out(examples, 1, 1, max_new_tokens, numbers, temperature or 1.0)
-    full, twin = (processor.batch_decode(t, skip_special_tokens=True) for t in described.tokens.unbind(1))
+    with autocast(lm.device):
+        described, _ = lm.roll_out(examples, 1, 1, max_new_tokens, numbers, temperature or 1.0, keep_video=False)
+    tokens = described.to("cpu").tokens
+    full, twin = (processor.batch_decode(t, skip_special_tokens=True) for t in tokens.unbind(1))
     return list(zip(full, twin))
 
 
@@ -74,21 +77,22 @@ def evaluate(
     lm: VideoLM,
     preparation: Preparation,
     clips: Sequence[Clip],
-    batch_size: int = 32,
+    batch_size: int = EVAL_CLIPS,
     max_new_tokens: int = EVAL_TOKENS,
     workers: int = 0,
     time_limit: float = 60.0,
     temperature: float = 0.0,
-    accelerator: Accelerator | None = None,
+    rank: int = 0,
+    peers: ProcessGroup | None = None,
 ) -> dict:
     """Describe every clip and its twin from one vision pass each, greedily or at a temperature, and average the scores.
 
     Twins are made from the truth's span if a clip has one, so that they are not as good as the finder. Clips that
     cannot be read or described are listed under "skipped" and are in no average; clips without a twin have scores on full
     only.
-    The processes of an accelerator share the clips, and all of them get the results.
+    Processes that are peers share the clips, and all of them get the results.
     """
-    rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    world_size = 1 if peers is None else get_world_size(peers)
     spans = {i: [[c.truth["span"]]] * len(c.keywords) for i, c in enumerate(clips) if "span" in (c.truth or {})}
     clips = [Clip(**vars(c) | {"key_spans": spans.get(i, c.key_spans)}) for i, c in enumerate(clips)]
     actions = {c.truth["action"] for c in clips if "action" in (c.truth or {})}
@@ -119,7 +123,7 @@ def evaluate(
     lm.train(training)
     skipped = list(loader.skipped.values())
     if world_size > 1:
-        rows, skipped = gather_object(rows), gather_object(skipped)
+        rows, skipped = gather(rows, peers), gather(skipped, peers)
         rows.sort(key=lambda row: row["index"])
     results = {
         "clips": len(rows),
@@ -174,7 +178,7 @@ def evaluate_run(run: Run, lm: VideoLM, preparation: Preparation, clips: Sequenc
     """Evaluate the model of a run on its first `limit` clips (-1: all), log it, show it, and write results.json."""
     s, clips = run.settings, clips if limit < 0 else clips[:limit]
     results = evaluate(
-        lm, preparation, clips, workers=s.workers, time_limit=s.time_limit, accelerator=run.accelerator
+        lm, preparation, clips, workers=s.workers, time_limit=s.time_limit, rank=run.rank, peers=run.peers
     )  # fmt: skip
     named = {f"eval/{part} {name}": value for part in ("full", "twin") for name, value in results[part].items()}
     run.log.write({"step": run.step} | named)
@@ -201,7 +205,7 @@ class EvalSettings(FrameSettings):
     """Where results.json and row.md go (default: the run's folder, or runs/eval)."""
     limit: int = -1
     """Score only the first so many clips (-1: all)."""
-    batch_size: int = 32
+    batch_size: int = EVAL_CLIPS
     """Clips described at a time."""
     max_new_tokens: int = 64
     """Longest description."""

@@ -4,7 +4,7 @@
     python eval.py long --what skim --video HOUR.mp4                           # seconds and memory, and of decoding all
     python eval.py long --what step                                            # a training step at equal tokens
     python eval.py long --what footage --data runs/world/test.jsonl --out runs/long-test    # one event in 1 to 64 clips
-    python eval.py long --what named --model runs/sft-long --out runs/long-test --visual-tokens 48   # is it named?
+    python eval.py long --what named --model runs/sft-long --out runs/long-test --visual-tokens 144   # is it named?
 
 See docs/long-videos.md.
 """

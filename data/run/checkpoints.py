@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from rich.markup import escape
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from data.loader import ClipLoader
 from data.run import models
 from data.run.merge import save_model
+from data.run.processes import gather
 from data.run.settings import changed_settings
 
 if TYPE_CHECKING:
@@ -246,18 +246,19 @@ class Saver:
         # How fast this process was says nothing of the one that continues.
         metrics = [{n: v for n, v in r.items() if not n.startswith("perf/")} for r in run.metrics.numbers()]
         mine = {"loader": run.loader_state, "metrics": metrics, "random": random_states()}
-        processes = gather_object([mine]) if run.num_processes > 1 else [mine]
+        every_process = gather([mine], run.peers)
         tensors, weights = optimizer_tensors(self.lm, self.optimizer), models.whole_state(self.lm)
         if run.is_main:
             state = {"step": step, "settings": vars(settings), "schedule": self.schedule.state_dict()}
-            state |= {"processes": processes, "num_processes": run.num_processes}
+            state |= {"processes": every_process, "num_processes": run.num_processes}
             state |= {"annotations": zlib.crc32(Path(settings.data).read_bytes())}
             with whole_or_nothing(settings.out, step) as partial:
                 save_model(partial, self.lm.hf, self.processor, merged, state=models.part(weights, "hf."))
                 if self.lm.heads.log_temperature.requires_grad:
                     save_file(models.part(weights, "heads."), partial / "heads.safetensors")
                 save_state(partial, tensors, state | run.state())
-        run.accelerator.wait_for_everyone()
+        if run.peers is not None:
+            torch.distributed.barrier(run.peers)
 
     def rescue(self) -> bool:
         """After an error in the middle of a step: save what the steps before it learned, if there are any."""

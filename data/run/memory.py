@@ -7,7 +7,8 @@ layer, the rollouts' cache. What it leaves out (allocator's fragments, the CUDA 
 import math
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import psutil
@@ -19,9 +20,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from data.clips import PROMPT, Clip, ClipError, Preparation, make_example, named, read_frames, split_long
 from data.run.models import LANGUAGE_LINEARS, VISION_LINEARS, find_checkpoint
 from data.run.sizes import random_config
+from data.videolm import TOKENS_AT_ONCE, TOKENS_HELD
+from kernels.logprob import STRETCH
 
 SLACK = 1.1
 GIB = 2**30
+EVAL_TOKENS = 64  # the longest description of an evaluation in the middle of training
 
 
 @dataclass
@@ -30,7 +34,8 @@ class Load:
 
     clips: of a micro-batch; visual_tokens, text_tokens: of the longest clip. rollouts: descriptions that are packed behind
     each prompt (stage 2; 0 in stage 1), twin_rollouts as many more while sampling, new_tokens long each, prompts at a
-    time. twin_layers: layers that the twin runs through. reference: a frozen second model is held.
+    time. twin_layers: layers that the twin runs through. eval_clips: described at a time in evaluations (0: none).
+    reference: a frozen second model is held.
     """
 
     clips: int
@@ -41,6 +46,7 @@ class Load:
     twin_rollouts: int = 0
     new_tokens: int = 0
     prompts: int = 0
+    eval_clips: int = 0
     reference: bool = False
 
 
@@ -88,12 +94,88 @@ def skeleton(model: str) -> nn.Module:
         return AutoModelForImageTextToText.from_config(config)
 
 
-def estimate(hf: nn.Module, load: Load, settings: Mapping, gpu: bool, num_processes: int = 1) -> dict[str, float]:
-    """Bytes of each part at its largest. hf: a skeleton; settings: quantize, lora_rank, freeze_vision,
-    gradient_checkpointing, shard, max_frames."""
+# Bytes that one layer takes at its peak, for each token, in units of a number that layers compute: of the width of its
+# MLP, and of the width of its states. Counted, operator by operator, on true architectures; see tests/memory_count.py.
+LAYER_BACKWARD, LAYER_FORWARD = (8.3, 12.0), (4.0, 8.0)
+
+
+def phases(hf: nn.Module, load: Load, settings: Mapping, gpu: bool) -> dict[str, dict[str, float]]:
+    """Bytes of each part of each kind of work, beside weights and optimizer: a training step (stage 1, or the update of
+    stage 2), the rollouts of a step, and an evaluation. Arguments as of `estimate`."""
     s, text, vision = settings, hf.config.text_config, hf.config.vision_config
-    wide = 2 if gpu and s["lora_rank"] else 4  # bytes of a weight that is not quantised, and of the residual stream
+    wide = 2 if gpu and s["lora_rank"] else 4  # bytes of a number of the residual stream
     half = 2 if gpu else 4  # bytes of what layers compute
+    D, I, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    head = getattr(text, "head_dim", None) or D // text.num_attention_heads
+    q, kv = text.num_attention_heads * head, 2 * text.num_key_value_heads * head
+    W, merge = vision.hidden_size, vision.spatial_merge_size**2
+    groups = text.num_attention_heads // text.num_key_value_heads
+    deepstack = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    features = half * D * (1 + deepstack)  # of a visual token, encoded
+    dequantised = half * I * D if s["quantize"] == "nf4" else 0  # a weight of 4 bits is made whole for each use
+
+    # A layer keeps its input, or all that its backward pass needs; one at a time is at its peak.
+    layer = (2 * wide + 2 * half) * D + half * (2 * q + kv + 3 * I) + 4 * 7 * s["lora_rank"]
+    peak = half * (LAYER_BACKWARD[0] * I + LAYER_BACKWARD[1] * D)
+    forward = half * (LAYER_FORWARD[0] * I + LAYER_FORWARD[1] * D)
+    kept = wide * D * layers if s["gradient_checkpointing"] else layer * layers
+    prompt, packed = load.visual_tokens + load.text_tokens, load.rollouts * load.new_tokens
+    tokens = load.clips * (prompt + packed)
+    twin = load.clips * load.visual_tokens * kept * load.twin_layers / layers
+
+    # The vision encoder: all clips of a micro-batch if it is trained, else some at a time and nothing kept.
+    block = half * (8 * W + 3 * vision.intermediate_size)  # of a patch
+    chunk = merge * min(load.clips * load.visual_tokens, max(load.visual_tokens, TOKENS_AT_ONCE))
+    encoder = chunk * block
+    if not s["freeze_vision"]:
+        all_blocks = half * W * vision.depth + block if s["gradient_checkpointing"] else block * vision.depth
+        encoder = load.clips * merge * load.visual_tokens * all_blocks
+    labels = load.clips * (packed or load.text_tokens)
+    logits = 2 * labels * STRETCH + 4 * labels * D if gpu else 2 * 4 * min(labels, 4096) * text.vocab_size
+    square = (prompt + packed) ** 2 * load.clips * (load.rollouts > 0)
+    step = {
+        "activations, language model": tokens * (kept + peak) + twin + dequantised,
+        "encoded videos": load.clips * load.visual_tokens * features * (1 + (load.twin_layers > 0)),
+        "logits": float(logits),
+        # sdpa makes numbers of its mask of bools, there and back; flex_attention's mask is of blocks of 128 x 128 tokens.
+        "attention masks": square * (16 / 128**2 if gpu else 1 + 2 * half),
+    }
+    if not s["freeze_vision"]:
+        step["activations, vision encoder"] = encoder
+
+    def sampling(prompts: int, branches: int, new_tokens: int, keep_videos: bool) -> dict[str, float]:
+        """Descriptions of some prompts, as `VideoLM.roll_out` makes them."""
+        forked = 2 * prompt  # a prompt and all of its twin: the event may come first
+        held = min(prompts, max(1, TOKENS_HELD // forked))
+        prefill = min(held * forked, max(forked, TOKENS_AT_ONCE))
+        width = forked + branches * new_tokens
+        videos = prompts if keep_videos else held
+        return {
+            "prefill": prefill * forward + dequantised,
+            "attention masks": prefill * forked * (16 / 128**2 if gpu else 1 + 2 * half),
+            "cache": float(held * layers * half * kv * width),
+            "masks of the cache": held * groups * branches * width * (2 + half),
+            "encoded videos": float(videos * load.visual_tokens * features),
+            "logits": 5.0 * 4 * held * branches * text.vocab_size,
+        }
+
+    found = {"update" if load.rollouts else "stage 1": step}
+    found["vision encoder"] = {"activations, vision encoder": float(encoder)}
+    if load.rollouts:
+        found["rollouts"] = sampling(load.prompts, load.rollouts + load.twin_rollouts, load.new_tokens, True)
+    if load.eval_clips:
+        found["evaluation"] = sampling(load.eval_clips, 2, EVAL_TOKENS, False)
+    return found
+
+
+def estimate(hf: nn.Module, load: Load, settings: Mapping, gpu: bool, num_processes: int = 1) -> dict[str, float]:
+    """Bytes of each part: what is always there, and the kind of work that takes most beside it.
+
+    hf: a skeleton; settings: quantize, lora_rank, freeze_vision, gradient_checkpointing, shard, max_frames.
+    """
+    s, text = settings, hf.config.text_config
+    wide = 2 if gpu and s["lora_rank"] else 4  # bytes of a weight that is not quantised
+    half = 2 if gpu else 4
     count, adapters, trained = 0.0, 0, 0
     targets = re.compile(LANGUAGE_LINEARS if s["freeze_vision"] else f"{LANGUAGE_LINEARS}|{VISION_LINEARS}")
     for name, module in hf.named_modules():
@@ -108,39 +190,15 @@ def estimate(hf: nn.Module, load: Load, settings: Mapping, gpu: bool, num_proces
         tied = text.vocab_size * text.hidden_size
         count, trained = count - tied * wide, trained - tied * (not s["lora_rank"])
     parts = num_processes if s["shard"] else 1
-    D, I, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-    head = getattr(text, "head_dim", None) or D // text.num_attention_heads
-    q, kv = text.num_attention_heads * head, 2 * text.num_key_value_heads * head
-    layer = (2 * wide + 2 * half) * D + half * (2 * q + kv + 3 * I)  # of a token, kept by one layer for its backward pass
-    layer += s["lora_rank"] * 7 * 4
-    kept = wide * D * layers + layer if s["gradient_checkpointing"] else layer * layers
-    prompt = load.visual_tokens + load.text_tokens
-    tokens = load.clips * (prompt + load.rollouts * load.new_tokens)
-    twin = load.clips * load.visual_tokens * (kept * load.twin_layers / layers)
-    patches, W = load.visual_tokens * vision.spatial_merge_size**2, vision.hidden_size
-    block = half * (8 * W + 3 * vision.intermediate_size)
-    vision_kept = block * vision.depth
-    if s["gradient_checkpointing"]:
-        vision_kept = half * W * vision.depth + block
-    if s["freeze_vision"]:
-        vision_kept = block
-    labels = load.clips * (load.rollouts * load.new_tokens or load.text_tokens)
-    cache = load.prompts * layers * half * kv * (2 * prompt + (load.rollouts + load.twin_rollouts) * load.new_tokens)
-    square = load.clips * (prompt + load.rollouts * load.new_tokens) ** 2 * (load.clips > 1 or load.rollouts > 0)
-    square = max(square, load.prompts * (load.text_tokens + 2 * load.visual_tokens) ** 2)  # of a prefix and its twin
-    # sdpa makes numbers of its mask of bools, there and back; flex_attention's mask is of blocks of 128 x 128 tokens.
-    masks = square * (16 / 128**2 if gpu and load.rollouts else 1 + 2 * half)
-    largest = max(text.vocab_size * D, I * D) * half * (parts > 1)  # gathered from the other processes
+    widest = max(text.vocab_size, text.intermediate_size) * text.hidden_size
+    largest = widest * half * (parts > 1)  # gathered from the other processes
+    work = phases(hf, load, settings, gpu)
+    most = max(work, key=lambda name: sum(work[name].values()))
     return {
         "weights": count / parts + largest,
         "adapters, gradients, optimizer": (16 * adapters + 12 * trained) / parts,
         "reference": count / parts if load.reference else 0.0,
-        "activations, language model": tokens * kept + twin,
-        "activations, vision encoder": load.clips * patches * vision_kept,
-        "logits": 2 * 4 * min(labels, 4096) * text.vocab_size,
-        "cache of the rollouts": float(cache),
-        "attention masks": float(masks),
-    }
+    } | work[most]
 
 
 def available(device: torch.device) -> float:
@@ -313,6 +371,16 @@ class Budget:
         """A table of the estimate. Raises ValueError if it does not fit; see `check_memory`."""
         self.held = held_bytes(self.device)
         return check_memory(self.architecture, self.load, self.settings, self.device, self.limit_gb, self.num_processes)
+
+    @contextmanager
+    def explained(self, rescue: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Inside, running out of memory ends in ValueError that says what would help. rescue: saves what was trained, and
+        returns whether there was anything."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            error.__traceback__ = None  # it holds the activations
+            raise ValueError(self.explain(rescue())) from None
 
     def explain(self, saved: bool) -> str:
         """What to say if memory runs out all the same. saved: whether what was trained could be saved."""

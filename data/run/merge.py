@@ -12,6 +12,7 @@ from accelerate.hooks import attach_align_device_hook
 from rich.console import Console
 from torch import Tensor, nn
 
+from data.device import best_device, compute_dtype
 from data.old_names import add_old_names
 from data.run.models import load_pretrained
 
@@ -94,8 +95,7 @@ class MergeSettings:
 
 def run_merge(settings: MergeSettings, console: Console) -> Path:
     """The command `python eval.py merge`."""
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    hf, processor = load_pretrained(settings.model, dtype, settings.quantize)
+    hf, processor = load_pretrained(settings.model, compute_dtype(best_device()), settings.quantize)
     if (settings.out / "config.json").exists():
         raise ValueError(f"--out {settings.out}: there is a model already; give another folder")
     save_model(settings.out, hf, processor, merged=True, adapter=False)

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data import positions, videolm
+from data.device import best_device, compute_dtype
 from data.run.precision import choose_attention, nf4_config
 
 Quantize = Literal["none", "nf4"]
@@ -126,9 +127,8 @@ def refuse_other_weights(source: str | Path, found: Mapping) -> None:
 
 def load_plain(model: str) -> tuple[torch.nn.Module, object]:
     """A Hugging Face model on the best device at hand, and its processor."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    hf, processor = load_pretrained(model, dtype)
+    device = best_device()
+    hf, processor = load_pretrained(model, compute_dtype(device))
     choose_threads(hf, device)
     return hf.to(device).eval(), processor
 
@@ -136,7 +136,7 @@ def load_plain(model: str) -> tuple[torch.nn.Module, object]:
 def load_model(model: str) -> tuple[videolm.VideoLM, object]:
     """A VideoLM on the best device at hand, and its processor."""
     hf, processor = load_plain(model)
-    return videolm.VideoLM(hf), processor
+    return videolm.VideoLM(hf).to(hf.device), processor  # the contrastive heads, too
 
 
 def load_trainable(
@@ -151,7 +151,7 @@ def load_trainable(
     """
     if quantize == "nf4" and not lora_rank:
         raise ValueError("--quantize nf4: 4-bit weights cannot be trained themselves; give --lora-rank, such as 16")
-    dtype = torch.bfloat16 if device.type == "cuda" and lora_rank else torch.float32
+    dtype = compute_dtype(device) if lora_rank else torch.float32
     hf, _ = load_pretrained(resumed if resumed and not lora_rank else model, dtype, quantize, device)
     if hasattr(hf, "get_base_model"):
         raise ValueError(f"--model {model} is an adapter; fold it in first: python eval.py merge {model}")
@@ -187,7 +187,7 @@ def shard(lm: nn.Module, device: torch.device) -> None:
     stay whole.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    mixed = MixedPrecisionPolicy(compute_dtype(device), torch.float32)
     for block in [*lm.base.model.visual.blocks, *lm.base.model.language_model.layers]:
         fully_shard(block, mesh=mesh, mp_policy=mixed)
     fully_shard(lm, mesh=mesh, mp_policy=mixed, ignored_params=set(lm.heads.parameters()))

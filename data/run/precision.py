@@ -4,18 +4,25 @@ import torch
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
+from data.device import best_device, compute_dtype
+
 
 def choose_attention() -> str:
-    """The fastest attention at hand, as transformers names it: flash-attn 4, 3 or 2 on a GPU that has it, else sdpa.
+    """The fastest attention that is installed and that this GPU can run, as transformers names it.
+
+    flash-attn 4 is made for Hopper and Blackwell, 3 for Hopper, 2 for Ampere and all since; else sdpa.
 
     Branches behind a shared prefix (stage 2) need a mask that flash-attn does not know: VideoLM runs them with
     flex_attention on a GPU and sdpa elsewhere, whatever is chosen here.
     """
-    if torch.cuda.is_available():
-        available = {4: is_flash_attn_4_available, 3: is_flash_attn_3_available, 2: is_flash_attn_2_available}
-        for version, at_hand in available.items():
-            if at_hand():
-                return f"flash_attention_{version}"
+    if compute_dtype(best_device()) == torch.bfloat16 and torch.cuda.is_available():
+        generation, _ = torch.cuda.get_device_capability()
+        if generation in (9, 10, 11) and is_flash_attn_4_available():
+            return "flash_attention_4"
+        if generation == 9 and is_flash_attn_3_available():
+            return "flash_attention_3"
+        if is_flash_attn_2_available():
+            return "flash_attention_2"
     return "sdpa"
 
 

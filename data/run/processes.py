@@ -1,7 +1,10 @@
 """The processes that share a run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -9,15 +12,48 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from data.device import best_device
+
+T = TypeVar("T")
+
 
 def start_processes(tracker: str | None = None, folder: Path | None = None) -> Accelerator:
     """This process among those that `torchrun` or `accelerate launch` started, or alone. Raises ValueError for a tracker
     that is not installed."""
-    cuda, project = torch.cuda.is_available(), folder if tracker else None
-    accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no", log_with=tracker, project_dir=project)
+    project = folder if tracker else None
+    accelerator = Accelerator(cpu=best_device().type == "cpu", log_with=tracker, project_dir=project)
     if tracker and not accelerator.log_with:
         raise ValueError(f"--tracker {tracker}: it is not installed; pip install {tracker}")
     return accelerator
+
+
+# Of waits between processes. One of them may save, merge or evaluate for hours; the backend of GPUs gives up after minutes.
+PATIENCE = timedelta(days=7)
+
+
+def new_peers(num_processes: int) -> dist.ProcessGroup | None:
+    """All processes as a group of CPUs, None for one alone. Counts, records and long waits go through it: no device is
+    waited for, none is given another's tensors, and nobody loses patience."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE) if num_processes > 1 else None
+
+
+@contextmanager
+def first_process_first(rank: int, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """The first process runs what is inside, then the others do."""
+    if group is not None and rank > 0:
+        dist.barrier(group)
+    yield
+    if group is not None and rank == 0:
+        dist.barrier(group)
+
+
+def gather(values: Sequence[T], group: dist.ProcessGroup | None) -> list[T]:
+    """The values of all processes, in their order. Plain numbers and texts: a tensor would come with its device."""
+    if group is None:
+        return list(values)
+    parts: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, list(values), group=group)
+    return [value for part in parts for value in part]
 
 
 def agree(values: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:

@@ -12,12 +12,13 @@ from dataclasses import asdict
 from typing import TypeVar
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from data import device
 from data.clips import Clip, ClipError, Preparation, load_clips
 from data.loader import ClipLoader
 from data.run import checkpoints, memory, processes
@@ -26,6 +27,7 @@ from data.run.models import num_parameters
 from data.run.precision import choose_attention
 from data.run.settings import TrainSettings
 from data.run.sheets import warn
+from kernels.check import replace_unfit
 
 T = TypeVar("T")
 
@@ -87,9 +89,8 @@ class Run:
         self.accelerator = processes.start_processes(settings.tracker, settings.out)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.rank, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
-        # Counts and decisions travel between CPUs, so that nobody waits for a device.
-        self.peers = distributed.new_group(backend="gloo") if self.num_processes > 1 else None
-        with self.accelerator.main_process_first():
+        self.peers = processes.new_peers(self.num_processes)
+        with processes.first_process_first(self.rank, self.peers):
             self.settings = resolve(settings)
         set_seed(self.settings.seed)
         self.console = Console(quiet=not self.is_main, emoji=False)
@@ -159,6 +160,10 @@ class Run:
             f"{num_parameters(lm) / 1e6:.2f} M parameters trained; attention: {choose_attention()}; "
             f"{self.num_processes} process(es)"
         )
+        if self.device.type == "cuda" and device.compute_dtype(self.device) == torch.float32:
+            self.console.print("[yellow]this card has no bfloat16 (compute capability below 8.0): computing in float32")
+        for name, why in replace_unfit(self.device).items():
+            warn(self.console, "kernel not taken", f"{name}, its reference stands in: {why}")
         for note in self.resumed.notes:
             self.console.print(note, highlight=False)
         for problem in self.eval_problems + self.problems:
@@ -176,7 +181,9 @@ class Run:
         self.tokens = self.num_steps = 0  # since `mark`
         self.peak, self.held = memory.PeakMemory(self.device), budget.held
         live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else nullcontext()
-        with self.peak, live as self.live:
+        # Other processes wait elsewhere: there is no saving together with them.
+        explained = budget.explained(lambda: self.num_processes == 1 and saver.rescue())
+        with self.peak, live as self.live, explained:
             try:
                 yield
             except TooManyBadSteps:
@@ -185,11 +192,6 @@ class Run:
             except ClipError:  # too many clips are lost
                 saver.rescue()
                 raise
-            except torch.OutOfMemoryError as error:
-                error.__traceback__ = None  # it holds the activations
-                # Other processes wait elsewhere: there is no saving together with them.
-                saved = self.num_processes == 1 and saver.rescue()
-                raise ValueError(budget.explain(saved)) from None
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to make. After SIGTERM the step under way is the last."""
@@ -224,8 +226,8 @@ class Run:
         return [total / self.num_processes for total in self.agree(*counts)]
 
     def autocast(self) -> AbstractContextManager:
-        """bf16 on a GPU, nothing on a CPU."""
-        return self.accelerator.autocast()
+        """bf16 on a GPU that has it, nothing on a CPU."""
+        return device.autocast(self.device)
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Named scalars, averaged over processes, on the device."""
@@ -254,7 +256,7 @@ class Run:
 
         Raises TooManyBadSteps.
         """
-        records = gather_object(list(records)) if self.num_processes > 1 else records
+        records = processes.gather(records, self.peers)
         metrics = {"step": self.step} | means(records) | more
         metrics["data/skipped"] = sum(self.agree(len(loader.skipped)))
         self.log.write(metrics)

@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 
 import tyro
 
+from data.device import best_device
 from data.files import changes
 from data.skim import FrameSettings
 
@@ -108,6 +109,11 @@ class TrainSettings(FrameSettings):
 
     def check(self) -> None:
         """Raise ValueError for what no run can be made of."""
+        if self.preset != "tiny" and best_device().type == "cpu":
+            raise ValueError(
+                f"--preset {self.preset}: torch finds no GPU here (python eval.py doctor tells more), and on a CPU a step "
+                "would take minutes to hours; give --preset tiny with the settings that you want"
+            )
         self.check_frames()
         if self.frames == "skim" and self.windows < 2:
             raise ValueError("--windows: got 1; training needs 2 or more, of which one shows no event")
