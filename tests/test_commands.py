@@ -19,6 +19,7 @@ import pytest
 
 import data.world
 from data.measure import cost
+from data.run import settings
 from data.tiny import build_text_encoder
 from tests.commands import HERE, Command, run
 from tests.test_answers import dress
@@ -36,6 +37,7 @@ from tests.test_processes import launch
 # Part of a command -> why it is not run here.
 NOT_RUN = {
     "--model random:qwen2.5-vl-7b": "the model has 7 billion weights: it needs a GPU, or hours",
+    "eval.py card": "it measures a GPU",
     "eval.py report": "it trains for hours, by commands that are run here themselves",
 }
 TRAIN = "--steps 2 --batch-size 2 --micro-batch-size 1 --workers 0 --eval-every -1 --max-bad-share 0.5"
@@ -50,7 +52,7 @@ SMALLER = {
     "-m data.curation.curate": "--workers 0 --samples 1",
 }
 # What the commands of a page need, those of earlier pages have made.
-ORDER = ("README", "long-videos", "long-runs", "data", "benchmarks", "results")
+ORDER = ("README", "long-videos", "long-runs", "data", "benchmarks", "results", "gpu")
 
 
 def commands() -> list[str]:
@@ -114,12 +116,14 @@ def make_home(home: Path, world: Path, checkpoint: Path) -> None:
 
 
 def small_world() -> None:
-    """In a command's process: the embedded world is the one of the home folder, and peaks of memory are not measured."""
+    """In a command's process: the embedded world is the one of the home folder, peaks of memory are not measured, and the
+    presets for GPUs are not refused."""
 
     @contextlib.contextmanager
     def here(*_, **__):
         yield SimpleNamespace(starmap=lambda function, rows, chunksize: [function(*row) for row in rows])
 
+    settings.best_device = lambda: SimpleNamespace(type="a GPU")
     data.world.embedded_world = lambda *_: (Path("runs/world/train.jsonl"), Path("runs/world/test.jsonl"))
     cost.multiprocessing = SimpleNamespace(get_context=lambda _: SimpleNamespace(Pool=here))
 
@@ -148,6 +152,8 @@ def test_every_command_of_the_pages_runs(tmp_path, world, qwen2_5):
         if words[0].endswith(".py"):
             words[0] = str(HERE / words[0])
         if program == "torchrun":  # itself once; the second command has the same launcher
+            preset = words.index("--preset")  # refused without a GPU: in its place what it sets
+            words[preset : preset + 2] = ["--lora-rank", "64", "--freeze-vision", "--gradient-checkpointing"]
             torchrun(words, tmp_path) if not launched else launch("train_sft", 2, words[1:], tmp_path)
             launched.append(line)
             continue
