@@ -54,17 +54,20 @@ def twin_sources(key_slots: Tensor, windows: Tensor | None = None) -> Tensor | N
         return None
     place = torch.arange(len(key_slots))
     windows, source = torch.zeros_like(place) if windows is None else windows, place.clone()
+    # A video that was not skimmed is one window: one turn of this loop, and src(t) as above.
     for window in windows[key_slots].unique().tolist():
         own = windows == window
         lost, kept = place[own & key_slots], place[own & ~key_slots]  # ascending
         if len(kept):  # argmin prefers the earlier of two that are equally near
             source[lost] = kept[(lost[:, None] - kept[None, :]).abs().argmin(1)]
             continue
+        # Nothing of this window is left to show: the nearest other window takes its place,
         others = place[(windows > 0) & ~own & ~key_slots] if window else lost[:0]
         if not len(others):
             return None
         nearest = windows[others[(others - lost.float().mean()).abs().argmin()]]
         shown = others[windows[others] == nearest]
+        # its slots spread over those that are lost.
         source[lost] = shown[torch.arange(len(lost)) * len(shown) // len(lost)]
     return source
 
@@ -91,6 +94,7 @@ def span_slots(
         step = 1.0
     ends = torch.cat([begins[1:], begins[-1:] + max(step, 1e-6) * frames_per_slot])
     if last is not None:
+        # A window ends where it was cut out: its last slot does not last until the next window.
         stop = torch.tensor(last, dtype=torch.float64)
         ends = torch.cat([ends[:-1].minimum(stop[:-1]), stop[-1:]])
     slots = torch.zeros(len(begins), dtype=torch.bool)
@@ -147,6 +151,7 @@ class Example:
     def by_slot(self, visual: Tensor) -> list[Tensor]:
         """Something of each visual token, or of each patch, in their order (V, ...), cut into slots."""
         slots, height, width = self.runs.unbind(1)
+        # As many tokens, or patches, as the area of the slot, up to a factor that all slots share.
         areas = (height * width).repeat_interleave(slots)
         return list(visual.split((areas * len(visual) // areas.sum()).tolist()))
 
@@ -304,6 +309,7 @@ def score_rollouts(
     y = nn.utils.rnn.pad_sequence(list(rollouts), batch_first=True)  # (R, L, D), pads are 0
     wide = torch.promote_types(y.dtype, torch.float32)
     y = F.normalize(y.to(wide), dim=-1)
+    # Repetitions count as 0, and so does padding.
     w = nn.utils.rnn.pad_sequence(list(weights), batch_first=True).to(y)
     if y.shape[1] == 0:
         return y.new_zeros(len(y)), y.new_zeros(len(y))
@@ -312,7 +318,9 @@ def score_rollouts(
         return (y @ F.normalize(words.to(wide), dim=-1).T).clamp(min=0)  # (R, L, words)
 
     quality = y.new_zeros(len(y))
+    # Without a reference there is nothing to be like; keywords still count.
     if len(reference):
+        # (R, L, T): every token of every rollout against every token of the reference.
         s = similarity(reference)
         precision = (s.amax(2) * w).sum(1) / lengths.clamp(min=1)
         recall = (s.amax(1) * reference_weights.to(s)).mean(1)
@@ -364,6 +372,7 @@ def rewards_and_advantages(
         r = q + alpha * c
     # pooled asks: better than what is said of either video, on average?
     group = torch.cat([r, q_twin + alpha * c_twin]) if kind == "pooled" else r
+    # Equation (4): whatever is the same for the whole group is taken out.
     advantage = r - group.mean()
     advantage = torch.where(advantage.abs() < 1e-6, 0.0, advantage)  # rounding, which the division would blow up
     if divide:

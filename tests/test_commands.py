@@ -16,11 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
 import data.world
-import eval as evaluation
-from data.measure import cost, report
+from data.measure import cost
+from data.run import settings
 from data.tiny import build_text_encoder
 from tests.commands import HERE, Command, run
 from tests.test_answers import dress
@@ -33,9 +32,14 @@ from tests.test_benchmarks import (
     make_vru_accident,
     write,
 )
+from tests.test_processes import launch
 
 # Part of a command -> why it is not run here.
-NOT_RUN = {"--model random:qwen2.5-vl-7b": "the model has 7 billion weights: it needs a GPU, or hours"}
+NOT_RUN = {
+    "--model random:qwen2.5-vl-7b": "the model has 7 billion weights: it needs a GPU, or hours",
+    "eval.py card": "it measures a GPU",
+    "eval.py report": "it trains for hours, by commands that are run here themselves",
+}
 TRAIN = "--steps 2 --batch-size 2 --micro-batch-size 1 --workers 0 --eval-every -1 --max-bad-share 0.5"
 # What makes a command small, by its first words.
 SMALLER = {
@@ -45,11 +49,10 @@ SMALLER = {
     "eval.py describe": "--max-new-tokens 4",
     "eval.py run": "--max-new-tokens 2 --workers 0 --limit 2",
     "eval.py cost": "--visual-tokens 32 --new-tokens 2 --rollouts 2 --repeats 1",
-    "eval.py report": "--seeds 0",
     "-m data.curation.curate": "--workers 0 --samples 1",
 }
 # What the commands of a page need, those of earlier pages have made.
-ORDER = ("README", "long-videos", "long-runs", "data", "benchmarks", "results")
+ORDER = ("README", "long-videos", "long-runs", "data", "benchmarks", "results", "gpu")
 
 
 def commands() -> list[str]:
@@ -83,19 +86,22 @@ def make_home(home: Path, world: Path, checkpoint: Path) -> None:
     shutil.copy(home / "videos/0.mp4", home / "VIDEO.mp4")
     lines_file(home / "clips.jsonl", *(clip | {"video": f"videos/{clip['video']}"} for clip in clips))
     lines_file(home / "known.jsonl", *clips)
-    rows = "".join(f'{clip["video"]},"{clip["caption"]}"\n' for clip in clips)
+    captions = [f"Something red waits. It jumps off the wall number {i}." for i in range(len(clips))]
+    rows = "".join(f"{clip['video']},{caption}\n" for clip, caption in zip(clips, captions))
     write(home / "captions.csv", f"video,caption\n{rows}")
-    turns = [[{"from": "human", "value": "<video>\nWhat happens?"}, {"from": "gpt", "value": clip["caption"]}]
-             for clip in clips]  # fmt: skip
+    turns = [[{"from": "human", "value": "<video>\nWhat happens?"}, {"from": "gpt", "value": caption}]
+             for caption in captions]  # fmt: skip
     write(home / "conversations.json", [{"video": c["video"], "conversations": t} for c, t in zip(clips, turns)])
     for name in ("Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL-7B-Instruct"):
         shutil.copytree(checkpoint, home / "Qwen" / name)
-    captions = [clip["caption"] for clip in clips]
     build_text_encoder(home / "sentence-transformers/all-MiniLM-L6-v2", captions)
     makers = {"mvbench": make_mvbench, "video-mme": make_video_mme, "motionbench": make_motionbench}
     folders = {"mvbench": "MVBench", "video-mme": "Video-MME", "motionbench": "MotionBench"}
     for name, make in makers.items():
-        dress(name, make, home / folders[name], world)
+        for link in dress(name, make, home / folders[name], world).rglob("*.mp4"):
+            if link.is_symlink():
+                shutil.copy(link.resolve(), link.with_suffix(".copy"))
+                link.with_suffix(".copy").replace(link)
     videos = sorted(p.relative_to(home / "MotionBench") for p in (home / "MotionBench").rglob("*.mp4"))
     lines_file(home / "spans.jsonl", *({"video": str(v), "key_spans": [[[1.25, 1.5]]]} for v in videos))
     facts = make_vru_accident(home / "VRU-Accident", random.Random(0))
@@ -110,12 +116,14 @@ def make_home(home: Path, world: Path, checkpoint: Path) -> None:
 
 
 def small_world() -> None:
-    """In a command's process: the embedded world is the one of the home folder, and peaks of memory are not measured."""
+    """In a command's process: the embedded world is the one of the home folder, peaks of memory are not measured, and the
+    presets for GPUs are not refused."""
 
     @contextlib.contextmanager
     def here(*_, **__):
         yield SimpleNamespace(starmap=lambda function, rows, chunksize: [function(*row) for row in rows])
 
+    settings.best_device = lambda: SimpleNamespace(type="a GPU")
     data.world.embedded_world = lambda *_: (Path("runs/world/train.jsonl"), Path("runs/world/test.jsonl"))
     cost.multiprocessing = SimpleNamespace(get_context=lambda _: SimpleNamespace(Pool=here))
 
@@ -128,7 +136,7 @@ def torchrun(words: list[str], home: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_command_of_the_pages_runs(tmp_path, world, qwen2_5, monkeypatch):
+def test_every_command_of_the_pages_runs(tmp_path, world, qwen2_5):
     """In one folder, one after the other, as a reader would."""
     make_home(tmp_path, world, qwen2_5)
     launched = []
@@ -141,13 +149,12 @@ def test_every_command_of_the_pages_runs(tmp_path, world, qwen2_5, monkeypatch):
         words += shlex.split(SMALLER.get(name, ""))
         if "--key-spans" in words:  # the videos of this benchmark are not those that were curated
             words += ["--key-spans", "spans.jsonl"]
-        if name == "eval.py report":
-            run_report(words, tmp_path, monkeypatch)
-            continue
         if words[0].endswith(".py"):
             words[0] = str(HERE / words[0])
-        if program == "torchrun" and not launched:  # once; the second has the same launcher
-            torchrun(words, tmp_path)
+        if program == "torchrun":  # itself once; the second command has the same launcher
+            preset = words.index("--preset")  # refused without a GPU: in its place what it sets
+            words[preset : preset + 2] = ["--lora-rank", "64", "--freeze-vision", "--gradient-checkpointing"]
+            torchrun(words, tmp_path) if not launched else launch("train_sft", 2, words[1:], tmp_path)
             launched.append(line)
             continue
         if "--resume" in words:  # the folder now holds the run of another command, which it would refuse to continue
@@ -157,21 +164,6 @@ def test_every_command_of_the_pages_runs(tmp_path, world, qwen2_5, monkeypatch):
         if "eval.py score" in line and "vru.jsonl" in line:  # the two results that the next page compares
             for part in "ab":
                 shutil.copy(tmp_path / "runs/sft/vru.official.json", tmp_path / f"{part}.official.json")
-
-
-def run_report(words: list[str], home: Path, monkeypatch) -> None:
-    """`eval.py report`, whose many runs are made small as well."""
-
-    def small(command: list[str], check: bool) -> None:
-        script = Path(command[1]).name
-        more = SMALLER[script] if script in SMALLER else SMALLER["eval.py evaluate"]
-        run(*command[1:], *shlex.split(more), cwd=home, before=small_world)
-
-    with monkeypatch.context() as patch:
-        patch.chdir(home)
-        patch.setattr(report, "subprocess", SimpleNamespace(run=small))
-        patch.setattr(report, "step_seconds", lambda *_: (1.0, 1.0))
-        evaluation.main(words[1:], Console(quiet=True))
 
 
 def test_what_is_not_run_is_there():

@@ -213,7 +213,8 @@ def look_at_part(part: Part, preparation: Preparation) -> tuple[Look, Tensor | N
         seconds = seconds or lengths[0]
     spans = [[a + offset, b + offset] for a, b in part.spans]
     slots = vp.span_slots(spans, look.timestamps, preparation.frames_per_slot, look.last)
-    return look, vp.twin_sources(slots, look.windows), seconds / look.duration if seconds else None
+    duration = look.runs[0].duration  # every run of frames has that of the whole
+    return look, vp.twin_sources(slots, look.windows), seconds / duration if seconds else None
 
 
 def read_part(part: Part, benchmark: Benchmark, frames_per_slot: int) -> tuple[Frames, Tensor | None, float | None]:
