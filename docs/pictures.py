@@ -132,7 +132,7 @@ def count_imports(root: Path) -> tuple[dict[str, list[str]], Counter]:
     """The files of each part, and how many files of a part import something of another one."""
     files = {part: sorted(root.glob(pattern)) for part, (pattern, *_) in PARTS.items()}
     files["scripts"].remove(root / "vp.py")
-    files = {part: [p for p in paths if p.stem not in ("__init__", "bench")] for part, paths in files.items()}
+    files = {part: [p for p in paths if p.stem not in ("__init__", "bench", "check", "fit")] for part, paths in files.items()}
     counts = Counter()
     for part, paths in files.items():
         for path in paths:
