@@ -88,7 +88,8 @@ def compile_for(card: int, dtype: str, name: str, kernel, constants: dict, given
         value = given.get(p.name)
         if p.is_constexpr or isinstance(value, int):
             signature[p.name], constant[(i,)] = "constexpr", constants[p.name] if p.is_constexpr else value
-        elif p.name.endswith("_ptr"):
+            continue
+        if p.name.endswith("_ptr"):
             signature[p.name] = "*" + (value or (dtype if p.name in {*DATA, *given} else POINTERS.get(p.name, "fp32")))
         else:
             signature[p.name] = "fp32" if p.name in NUMBERS else "i32"
