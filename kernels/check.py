@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import vp
-from kernels import contrastive, logprob
+from kernels import contrastive, dispatch, logprob
 from kernels.dispatch import INTERPRETED, REPLACED, takes_kernel
 
 TOLERANCE = 1e-3
@@ -162,6 +162,8 @@ def replace_unfit(device: torch.device | str, comparisons: dict[str, Callable] |
     The loss and the reward are given float32 there, the head what products are computed in.
     """
     REPLACED.clear()
+    if dispatch.INTERPRETED:  # nothing is compiled
+        return {}
     probe = torch.empty(0, device=device)
     for name, function in (comparisons or COMPARISONS).items():
         if not takes_kernel(None, probe, name=name):

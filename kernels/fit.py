@@ -7,6 +7,7 @@ takes, by card and dtype. Needs Triton, whose own assembler tells these numbers;
 import argparse
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ def compile_for(card: int, dtype: str, name: str, kernel, constants: dict, given
         value = given.get(p.name)
         if p.is_constexpr or isinstance(value, int):
             signature[p.name], constant[(i,)] = "constexpr", constants[p.name] if p.is_constexpr else value
-        elif p.name.endswith("_ptr"):
+            continue
+        if p.name.endswith("_ptr"):
             signature[p.name] = "*" + (value or (dtype if p.name in {*DATA, *given} else POINTERS.get(p.name, "fp32")))
         else:
             signature[p.name] = "fp32" if p.name in NUMBERS else "i32"
@@ -112,14 +114,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cards", type=int, nargs="+", default=list(CARDS), help="compute capabilities, as 86")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--only", default="", help="kernels whose name holds this")
+    parser.add_argument("--only", nargs="+", default=[""], help="kernels whose name holds one of these")
     arguments = parser.parse_args()
     print("| kernel | dtype | " + " | ".join(f"sm_{card}" for card in arguments.cards) + " |")
     print("|---" * (2 + len(arguments.cards)) + "|")
     unfit = 0
     for dtype in arguments.dtypes:
         for name, kernel, constants, given in launches(DTYPES[dtype]):
-            if arguments.only not in name:
+            if not any(part in name for part in arguments.only):
                 continue
             cells = []
             for card in arguments.cards:
@@ -129,6 +131,7 @@ def main() -> None:
                 cells.append(f"{found.registers}, {found.shared / 1024:.0f} KB{wrong}")
             print(f"| {name} | {dtype} | " + " | ".join(cells) + " |", flush=True)
     print(f"\nRegisters of a thread, shared memory of a block; {unfit} of these spill or do not fit.")
+    sys.exit(unfit > 0)
 
 
 if __name__ == "__main__":

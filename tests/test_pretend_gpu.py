@@ -185,8 +185,8 @@ STAGE_2 = {
     "sentence_transformers/": 2,  # a batch of texts: the library copies ids and mask,
     "transformers/masking_utils.py": 1,  # and asks whether any is masked
     "tolist: data/texts.py": 1,  # ids of all texts, to leave out the special ones
-    "vp.py": 6,  # three a prompt: the reference of the reward; its kernel has none
-    "on_host": 1,  # the rewards
+    "vp.py": 12,  # three a comparison, of two prompts and their twins: the reward's reference; its kernel has none
+    "on_host": 2,  # the rewards of full videos, and those of twins
 }
 
 
