@@ -169,7 +169,7 @@ def _in_process(job: Callable, arguments: tuple, answer) -> None:
 
 
 def timed(job: Callable, *arguments) -> tuple[object, float, float, int]:
-    """Run a job in a process of its own: its result, seconds, CPU seconds, and the most bytes that it and its children hold."""
+    """Run a job in a process of its own: its result, seconds, CPU seconds, and the most bytes it holds, children too."""
     context = multiprocessing.get_context("spawn")
     answer = context.SimpleQueue()
     process = context.Process(target=_in_process, args=(job, arguments, answer))
