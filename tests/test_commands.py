@@ -49,6 +49,7 @@ SMALLER = {
     "eval.py describe": "--max-new-tokens 4",
     "eval.py run": "--max-new-tokens 2 --workers 0 --limit 2",
     "eval.py cost": "--visual-tokens 32 --new-tokens 2 --rollouts 2 --repeats 1",
+    "eval.py long": "--lengths 1 2",
     "-m data.curation.curate": "--workers 0 --samples 1",
 }
 # What the commands of a page need, those of earlier pages have made.

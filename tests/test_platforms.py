@@ -76,7 +76,7 @@ def threads(monkeypatch) -> list[int]:
 def test_training_without_proc(no_proc, threads, script, world, qwen2_5, tmp_path, capsys):
     """Both scripts stopped at once without /proc, since they read a peak of memory there. Now no figure is shown; the tiny
     model has one thread, which the log tells."""
-    more = {"sheets": 0} if script is train_sft else {"num_rollouts": 2, "num_twin_rollouts": 1, "max_new_tokens": 2}
+    more = {"sheets": 0} if script is train_sft else {"num_rollouts": 2, "num_twin_rollouts": 2, "max_new_tokens": 2}
     more |= dict(steps=1, batch_size=2, micro_batch_size=2, workers=0, log_every=1)
     script.main(script.Settings(model=str(qwen2_5), data=world / "train.jsonl", out=tmp_path / "o", **more))
     shown = " ".join(capsys.readouterr().out.split())
@@ -329,7 +329,7 @@ def test_speed_after_resume_is_that_of_this_process(script, world, qwen2_5, tmp_
         more = {"sheets": 0}
     else:
         clock = Clock()
-        more = {"num_rollouts": 2, "num_twin_rollouts": 1, "max_new_tokens": 2, "show_every": -1}
+        more = {"num_rollouts": 2, "num_twin_rollouts": 2, "max_new_tokens": 2, "show_every": -1}
     for module in (run, runs):
         monkeypatch.setattr(module, "time", clock)
     more |= dict(steps=8, batch_size=2, micro_batch_size=2, workers=0, log_every=4, save_every=6, out=tmp_path / "o")

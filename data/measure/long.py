@@ -59,7 +59,7 @@ class LongSettings(FrameSettings):
     quiet: bool = False
     """recall: footage of the parts of other clips in which nothing is marked, instead of whole clips with their events."""
     limit: int = -1
-    """footage, named: the first so many clips (-1: all)."""
+    """recall, footage, named: the first so many clips (-1: all)."""
     seconds: float = 120.0
     """skim: how much of the file is decoded whole, for comparison; the time is multiplied."""
     seed: int = 0
@@ -130,7 +130,7 @@ def measure_recall(s: LongSettings, console: Console) -> list[dict]:
     for length in s.lengths:
         for name, way in ways.items():
             found, duration, tokens, began = [], [], [], time.perf_counter()
-            for i, clip in enumerate(clips):
+            for i, clip in enumerate(clips if s.limit < 0 else clips[: s.limit]):
                 others = [c for c in clips if c.video != clip.video]
                 hidden, event = hide(clip, others, length, s.quiet, random.Random(f"{s.seed} {i} {length}"))
                 look = way.look(hidden)
@@ -138,9 +138,10 @@ def measure_recall(s: LongSettings, console: Console) -> list[dict]:
                 duration.append(look.runs[0].duration)
                 tokens.append(look_tokens(look, way))
             mean = {k: sum(f[k] for f in found) / len(found) for k in found[0]}
-            seconds = (time.perf_counter() - began) / len(clips)
-            rows.append({"length": length, "seconds": statistics.mean(duration), "frames chosen": name, **mean,
-                         "tokens": statistics.mean(tokens), "seconds to read": seconds})  # fmt: skip
+            seconds = (time.perf_counter() - began) / len(found)
+            row = {"length": length, "seconds": statistics.mean(duration), "frames chosen": name, **mean}
+            rows.append(row | {"tokens": statistics.mean(tokens), "seconds to read": seconds})
+            console.print(rows[-1], highlight=False)
     return rows
 
 
@@ -159,15 +160,16 @@ def look_tokens(look: Look, preparation: Preparation) -> int:
 
 
 def _in_process(job: Callable, arguments: tuple, answer) -> None:
-    began = time.perf_counter()
+    who, began = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN), time.perf_counter()
+    before = sum(x.ru_utime + x.ru_stime for x in map(resource.getrusage, who))
     found = job(*arguments)
-    seconds = time.perf_counter() - began
-    used = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    answer.put((found, seconds, used[0] * 1024, used[1] * 1024))
+    seconds, used = time.perf_counter() - began, [resource.getrusage(x) for x in who]
+    cpu = sum(x.ru_utime + x.ru_stime for x in used) - before
+    answer.put((found, seconds, cpu, sum(x.ru_maxrss for x in used) * 1024))
 
 
-def timed(job: Callable, *arguments) -> tuple[object, float, int, int]:
-    """Run a job in a process of its own: its result, its seconds, and the most bytes that it and its children held."""
+def timed(job: Callable, *arguments) -> tuple[object, float, float, int]:
+    """Run a job in a process of its own: its result, seconds, CPU seconds, and the most bytes it holds, children too."""
     context = multiprocessing.get_context("spawn")
     answer = context.SimpleQueue()
     process = context.Process(target=_in_process, args=(job, arguments, answer))
@@ -210,15 +212,16 @@ def measure_skim(s: LongSettings, console: Console) -> list[dict]:
         raise ValueError("--what skim: give --video FILE")
     clip = Clip(s.video, "", str(s.video))
     duration = read_clip(clip, lambda video: part_of(clip, video)[1])
-    (count, windows), seconds, peak, children = timed(skim_file, s.video, s.skim_fps, s.windows, s.window_seconds)
-    rows = [{"what": f"skim, {count} pictures, {len(windows)} windows", "seconds": seconds,
-             "peak GiB": (peak + children) / 2**30, "times": 1.0}]  # fmt: skip
+    (count, windows), seconds, cpu, peak = timed(skim_file, s.video, s.skim_fps, s.windows, s.window_seconds)
+    what = f"skim of {duration:.0f} s: {count} pictures, {len(windows)} windows"
+    rows = [{"what": what, "seconds": seconds, "CPU seconds": cpu, "peak GiB": peak / 2**30, "CPU, times": 1.0}]
     part = min(s.seconds, duration)
     for name, pixels in (("all frames decoded", False), ("all frames decoded, and made arrays", True)):
-        count, taken, peak, _ = timed(decode_all, s.video, part, pixels)
-        whole = taken * duration / part
-        rows.append({"what": f"{name} ({count} frames in {taken:.1f} s, times {duration / part:.1f})", "seconds": whole,
-                     "peak GiB": peak / 2**30, "times": whole / seconds})  # fmt: skip
+        count, *taken, peak = timed(decode_all, s.video, part, pixels)
+        seconds, whole = (x * duration / part for x in taken)
+        what = f"{name}: {count} of {part:.0f} s, times {duration / part:.1f}"
+        rows.append({"what": what, "seconds": seconds, "CPU seconds": whole, "peak GiB": peak / 2**30})
+        rows[-1]["CPU, times"] = whole / cpu
     return rows
 
 
