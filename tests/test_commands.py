@@ -131,9 +131,9 @@ def small_world() -> None:
 
 def torchrun(words: list[str], home: Path) -> None:
     """A command in two processes, as `torchrun` starts them, from a Python of its own."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-endpoint", "localhost:0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]  # any free port
     environment = {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([*launcher, *words], env=environment, cwd=home, capture_output=True, text=True)
+    done = subprocess.run([*launcher, *words], env=environment, cwd=home, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
