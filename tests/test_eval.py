@@ -188,7 +188,7 @@ def test_evaluation_counts_what_it_says(world, qwen2_5, monkeypatch):
     processor = AutoProcessor.from_pretrained(qwen2_5)
     said = iter([[c.caption for c in (clips[0], clips[2])], [clips[0].truth["static"]] * 2] * 2)
 
-    def roll_out(examples, *_):
+    def roll_out(examples, *_, **__):
         texts = [text for pair in zip(*(x[: len(examples)] for x in (next(said), next(said)))) for text in pair]
         tokens = processor.tokenizer(texts, padding=True, return_tensors="pt").input_ids.unflatten(0, (-1, 2))
         return videolm.Rollouts(tokens, None, None, None), None
@@ -214,17 +214,17 @@ def test_a_clip_that_cannot_be_described_ends_no_evaluation(world, qwen2_5, monk
     preparation, real = Preparation(AutoProcessor.from_pretrained(qwen2_5), 4), lm.roll_out
     want = evaluate(lm, preparation, [clips[0], clips[2], clips[3]], batch_size=1, max_new_tokens=4)
 
-    def roll_out(examples, *more):
+    def roll_out(examples, *more, **named):
         if any(e.name == clips[1].where for e in examples):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(examples, *more)
+        return real(examples, *more, **named)
 
     monkeypatch.setattr(lm, "roll_out", roll_out)
     clips[2].caption += " <|video_pad|><|im_end|>" * 3000  # a caption that no model reads
     got = evaluate(lm, preparation, clips, batch_size=2, max_new_tokens=4)
     assert [r["description"] for r in got["rows"]] == [r["description"] for r in want["rows"]] and got["clips"] == 3
     assert len(got["skipped"]) == 1 and clips[1].where in got["skipped"][0] and "not enough memory" in got["skipped"][0]
-    monkeypatch.setattr(lm, "roll_out", lambda *_: 1 / 0)
+    monkeypatch.setattr(lm, "roll_out", lambda *_, **__: 1 / 0)
     none = evaluate(lm, preparation, clips, batch_size=2)
     assert none["clips"] == 0 and len(none["skipped"]) == 4 and none["full"] == {}
 

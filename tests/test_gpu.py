@@ -227,8 +227,7 @@ def test_variants_of_flex_attention(monkeypatch):
             attend(B, blocks, branches, train)
         assert counters["stats"]["unique_graphs"] <= 8, dict(counters["stats"])
         torch._dynamo.reset()
-        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-        with pytest.raises(Exception, match="fullgraph"):
+        with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(Exception, match="fullgraph"):
             for B, train in ((1, False), (2, True), (3, False)):
                 attend(B, 2, 3, train)
     finally:

@@ -58,7 +58,7 @@ def test_eval_and_describe(trained, world):
     assert results["clips"] == 6 and len(results["rows"]) == 6
     assert (trained / "row.md").read_text().startswith("| model | clips |")
     shown = run(HERE / "eval.py", "describe", world / "test/000/000000.mp4", "--model", trained, cwd=trained).stdout
-    assert "frames at 0.00 0.12" in shown
+    assert "frames at 0.12 0.38" in shown  # eight frames, as in the run
 
 
 def test_same_seed_same_weights(tmp_path, world, qwen2_5):
@@ -163,7 +163,7 @@ def test_sigterm_saves_and_ends_well(tmp_path, world, qwen2_5, script):
     """A polite kill ends the run after the step with a checkpoint and exit code 0."""
     data = ["--model", qwen2_5, "--data", world / "train.jsonl", "--out", "o", "--workers", 0, "--steps", 100_000]
     if script == "train_rl":
-        data += ["--num-rollouts", 2, "--num-twin-rollouts", 1, "--max-new-tokens", 4]
+        data += ["--num-rollouts", 2, "--num-twin-rollouts", 2, "--max-new-tokens", 4]
     small = ["--batch-size", 2, "--micro-batch-size", 2, "--log-every", 1]
     command = Command(HERE / f"{script}.py", *data, *small, cwd=tmp_path)
     command.wait_for("step ")
@@ -213,7 +213,7 @@ def test_odd_clips_end_no_run(odd_clips, qwen2_5, tmp_path, capsys, monkeypatch)
     assert "lone surrogate" in shown and f"{odd_clips}:20: field 'start'" in shown and "aspect ratio" in shown
     sheets = ["sheet-000-a-bold.png", "sheet-001-a-bold.png", f"sheet-002-{'v' * 40}.png"]
     assert sorted(p.name for p in (tmp_path / "sft").glob("sheet*")) == sheets
-    few = dict(steps=2, max_new_tokens=4, num_rollouts=2, num_twin_rollouts=1, eval_before=False)
+    few = dict(steps=2, max_new_tokens=4, num_rollouts=2, num_twin_rollouts=2, eval_before=False)
     settings = train_rl.Settings(model=str(tmp_path / "sft"), out=tmp_path / "rl", **few, **more)
     assert train_rl.main(settings)["clips"] == 17 and (tmp_path / "rl/rollouts.html").exists()
     limits = dict(max_text_tokens=20, limit=2, max_new_tokens=2, workers=0)
