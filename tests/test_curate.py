@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torchcodec.encoders import VideoEncoder
 
 from data import motion
 from data.clips import Clip, ClipError, Frames, load_clips
 from data.curation import curate
 from data.curation.page import group_of
-from data.world import WorldSettings, write_clip
+from data.world import draw_clip
 from tests.commands import Command, run
 from tests.test_clips import write_video
 
@@ -52,9 +53,10 @@ def test_every_line_is_kept_or_rejected_with_a_reason(world, tmp_path):
     good = world_lines(world, 8)
     (world / "empty.mp4").write_bytes(b"")
     shutil.copy(world / good[1]["video"], world / "copy.mp4")
-    still = json.loads(write_clip((WorldSettings(world / "still", quiet=1.0), "test", 37)))[
-        "video"
-    ]  # everything in it rests
+    frames = draw_clip("test", 3, quiet=0.0)[0]
+    frames[:4] = frames[0]  # nothing happens in the first two slots
+    video = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+    VideoEncoder(video, frame_rate=8).to_file(world / "still.mp4", crf=12)
     odd = {
         "malformed": "{not json",
         "unreadable": good[0] | {"video": "empty.mp4", "caption": "Something else vanishes: a cross."},
@@ -62,7 +64,7 @@ def test_every_line_is_kept_or_rejected_with_a_reason(world, tmp_path):
         "duplicate clip": good[1] | {"video": "copy.mp4", "caption": "Other words: it turns black."},
         "event fills the clip": good[3] | {"key_spans": [[0.0, 2.0]], "caption": "It vanishes all the time."},
         "twin looks like the full video": good[4]
-        | {"video": f"still/{still}", "key_spans": [[0.0, 0.1]], "caption": "It turns black."},
+        | {"video": "still.mp4", "key_spans": [[0.0, 0.1]], "caption": "It turns black."},
     }
     path = write(world / "odd.jsonl", [*good[:7], *odd.values()])
     clips, rejected = curated(path, tmp_path / "out")
