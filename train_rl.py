@@ -85,7 +85,7 @@ class Settings(TrainSettings):
     """Sampling temperature."""
     max_new_tokens: int = by_preset(40, 128, 128)
     """Longest description."""
-    steps: int = by_preset(450, 500, 500)
+    steps: int = by_preset(200, 500, 500)
     """Batches of rollouts."""
     batch_size: int = by_preset(8, 8, 16)
     """Prompts a step, over all micro-batches and processes."""
