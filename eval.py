@@ -35,7 +35,7 @@ import tyro
 from rich.console import Console
 
 from data.benchmarks.commands import RunSettings, ScoreSettings, run_benchmark, run_score
-from data.clips import ClipError
+from data.files import ClipError
 from data.measure.card import CardSettings, run_card
 from data.measure.cost import CostSettings, run_cost
 from data.measure.doctor import DoctorSettings, run_doctor

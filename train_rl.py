@@ -1,9 +1,9 @@
 """Stage 2: GRPO with a relative reward. The model describes the full video and its twin; the full one must do better.
 
 For each clip: encode the video once, prefill the prompt once (it forks into full video and twin at the first
-replaced slot), sample G descriptions of each, score them against the caption, reward those of the full video
-for what they say of the event beyond what the twin's say, and update on [prompt][y_1]...[y_G] packed into one
-sequence.
+replaced slot), and sample descriptions of both. Those of the full video are rewarded for what they say of the
+event beyond what the twin's say, those of the twin for keeping silent about it. One update pass has them all,
+packed into one sequence behind the prompt that they share.
 
     python train_rl.py                                                # from runs/sft, embedded world, CPU
     python train_rl.py --reward similarity                            # caption similarity alone: watch the event go
@@ -30,8 +30,9 @@ from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
 import vp
-from data.clips import Clip, Preparation
+from data.batches import Rollouts
 from data.device import to_device
+from data.examples import Preparation
 from data.loader import ClipLoader
 from data.measure.evaluate import EVAL_CLIPS, evaluate_run, show_progress
 from data.packing import Packed
@@ -43,7 +44,8 @@ from data.run.settings import TrainSettings, by_preset, parse_settings
 from data.run.sheets import RolloutGroup, RolloutPage
 from data.texts import Comparison, TextEncoder, embed_texts
 from data.tiny import build_text_encoder
-from data.videolm import Rollouts, VideoLM
+from data.video import Clip
+from data.videolm import VideoLM
 from data.words import still_part
 from data.world import embedded_world
 
@@ -438,8 +440,8 @@ def main(settings: Settings) -> dict | None:
     # What a step will need is known before anything is loaded.
     load = memory.Load(
         s.micro_batch_size, *memory.longest(clips, preparation), rollouts=G, twin_rollouts=s.num_twin_rollouts,
-        prompts=num_prompts, new_tokens=s.max_new_tokens, reference=s.beta > 0 and not s.lora_rank,
-        eval_clips=min(len(eval_clips), EVAL_CLIPS),
+        twin_branch=s.twin_branch, prompts=num_prompts, new_tokens=s.max_new_tokens,
+        reference=s.beta > 0 and not s.lora_rank, eval_clips=min(len(eval_clips), EVAL_CLIPS),
     )  # fmt: skip
     budget = memory.Budget(architecture, load, vars(s), run.device, s.memory_gb, run.num_processes)
     with budget.explained():

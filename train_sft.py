@@ -27,7 +27,8 @@ import data  # isort: skip  # noqa: F401  first of all: Ctrl-C ends with one wor
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from data.clips import Preparation
+from data.batches import Batch
+from data.examples import Preparation
 from data.loader import ClipLoader
 from data.measure.evaluate import EVAL_CLIPS, evaluate_run, show_progress
 from data.run import checkpoints, memory, models
@@ -36,7 +37,7 @@ from data.run.run import Run, counted
 from data.run.settings import TrainSettings, by_preset, parse_settings
 from data.run.sheets import draw_sheets
 from data.tiny import BASE, build_tiny
-from data.videolm import Batch, VideoLM
+from data.videolm import VideoLM
 from data.world import embedded_world
 
 # What may change when a run is resumed: nothing that a result depends on.

@@ -34,42 +34,22 @@ from kernels.reward import REWARDS, fused_rewards
 # --- The twin (method, section 1) ---------------------------------------------------------------------------------------
 
 
-def twin_sources(key_slots: Tensor, windows: Tensor | None = None) -> Tensor | None:
+def twin_sources(key_slots: Tensor) -> Tensor | None:
     """Which slot the twin shows in each place: src(t) = t outside the key slots, else the nearest slot outside them.
 
-    key_slots: (S,) bool. Returns (S,) long, ties going to the earlier neighbour, or None if there is no twin:
-    no key slot, or nothing but key slots. windows (S,) long, of a long video that was skimmed: the window
-    that each slot belongs to, 0 for the context between them. Slots of windows and of the context differ in
-    size, so a key slot is shown as the nearest one of its own window, or of the context. A window of nothing
-    but key slots is shown as the nearest other window, slot for slot.
+    key_slots: (S,) bool. Returns (S,) long, ties going to the earlier neighbour, or None if there is no twin: no key
+    slot, or nothing but key slots.
 
     >>> twin_sources(torch.tensor([0, 0, 1, 1, 1, 0], dtype=torch.bool)).tolist()
     [0, 1, 1, 1, 5, 5]
-    >>> windows = torch.tensor([0, 1, 1, 0, 2, 2])
-    >>> twin_sources(torch.tensor([1, 1, 1, 0, 0, 0], dtype=torch.bool), windows).tolist()
-    [3, 4, 5, 3, 4, 5]
     """
     # Without a key slot the twin would be the full video; with nothing else there is nothing to show instead.
     if not key_slots.any() or key_slots.all():
         return None
-    place = torch.arange(len(key_slots))
-    windows, source = torch.zeros_like(place) if windows is None else windows, place.clone()
-    # A video that was not skimmed is one window: one turn of this loop, and src(t) as above.
-    for window in windows[key_slots].unique().tolist():
-        own = windows == window
-        lost, kept = place[own & key_slots], place[own & ~key_slots]  # ascending
-        if len(kept):  # argmin prefers the earlier of two that are equally near
-            source[lost] = kept[(lost[:, None] - kept[None, :]).abs().argmin(1)]
-            continue
-        # Nothing of this window is left to show: the nearest other window takes its place,
-        others = place[(windows > 0) & ~own & ~key_slots] if window else lost[:0]
-        if not len(others):
-            return None
-        nearest = windows[others[(others - lost.float().mean()).abs().argmin()]]
-        shown = others[windows[others] == nearest]
-        # its slots spread over those that are lost.
-        source[lost] = shown[torch.arange(len(lost)) * len(shown) // len(lost)]
-    return source
+    kept = torch.nonzero(~key_slots).squeeze(1)  # ascending, so argmin prefers the earlier of two equally near
+    # A kept slot is nearest to itself, so that it shows itself.
+    distance = (torch.arange(len(key_slots))[:, None] - kept[None, :]).abs()
+    return kept[distance.argmin(1)]
 
 
 def span_slots(

@@ -3,13 +3,17 @@
 It is a tiny Qwen2.5-VL that describes still scenes: it has seen quiet clips of the world, and never an event. So
 fine-tuning on the world teaches what fine-tuning of a real model teaches: to notice what happens.
 
-    python -m data.base            # writes data/base.safetensors again (fp16), minutes on a CPU core
+    python -m data.base --out base.safetensors      # the same again, in minutes on a CPU core
 
-Most steps show one slot of a clip, which is cheap and enough to learn the shapes; the last ones show whole clips.
+Most steps show one slot of a clip, which is cheap and enough to learn the shapes; the last ones show whole clips, so that
+text behind a video of that length has been seen. On another processor the numbers are rounded in another way, so the file
+is not the same byte for byte.
 """
 
 import hashlib
 import json
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +23,16 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
-from transformers import get_cosine_schedule_with_warmup
+from transformers import AutoModelForImageTextToText, AutoProcessor, get_cosine_schedule_with_warmup
 
-from data.clips import Preparation, make_example
+from data.examples import Preparation, make_example
 from data.tiny import BASE, build_tiny
 from data.video import PROMPT, Clip, Frames
 from data.videolm import VideoLM
 from data.world import FPS, NUM_FRAMES, draw_clip
+from vp import Example
+
+WORLD = 1_000_000  # seed of the clips: of no world that is ever fine-tuned on
 
 
 @dataclass
@@ -50,9 +57,9 @@ class BaseSettings:
     """Seed of weights, clips and order."""
 
 
-def quiet_example(index: int, times, preparation: Preparation):
-    """A quiet clip of the world, some frames of it, as an example; no file is written."""
-    frames, line = draw_clip("train", index, seed=1_000_000, quiet=1.0, times=times)
+def quiet_example(index: int, times: Sequence[int], preparation: Preparation) -> Example:
+    """A quiet clip of the world, the frames `times` of it, as an example; no file is written."""
+    frames, line = draw_clip("train", index, seed=WORLD, quiet=1.0, times=times)
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
     shown = Frames(pixels, [t / FPS for t in times], NUM_FRAMES / FPS, FPS, 2 / FPS)  # every second frame
     return make_example(Clip(Path("quiet"), line["caption"], f"quiet {index}", PROMPT), shown, preparation)
@@ -60,14 +67,12 @@ def quiet_example(index: int, times, preparation: Preparation):
 
 def main(s: BaseSettings) -> None:
     """Train and write the base."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     console = Console()
-    torch.set_num_threads(1)
-    torch.manual_seed(s.seed)
-    folder = build_tiny(Path("runs/base"), seed=s.seed, base=None)
-    lm = VideoLM(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32))
-    preparation = Preparation(AutoProcessor.from_pretrained(folder), NUM_FRAMES)
+    torch.set_num_threads(1)  # two threads would round in another way
+    with tempfile.TemporaryDirectory() as folder:
+        build_tiny(Path(folder), seed=s.seed)
+        lm = VideoLM(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32))
+        preparation = Preparation(AutoProcessor.from_pretrained(folder), NUM_FRAMES)
     rng = np.random.default_rng(s.seed)
     starts = rng.integers(0, NUM_FRAMES - 2, s.clips)
     parts = [quiet_example(i, (start, start + 2), preparation) for i, start in enumerate(track(starts, "drawing parts"))]
@@ -91,7 +96,8 @@ def main(s: BaseSettings) -> None:
             console.print(f"step {step + 1} of {num_steps}: caption loss {loss.item():.4f}")
     tokenizer = preparation.processor.tokenizer
     tokens = json.dumps(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
-    weights = {name: w.detach().half().contiguous() for name, w in lm.hf.named_parameters()}  # tied ones once
+    # Tied weights once, in half the size. The tokens tell which row of the embedding is whose.
+    weights = {name: w.detach().half().contiguous() for name, w in lm.hf.named_parameters()}
     save_file(weights, s.out, metadata={"format": "pt", "tokens": tokens})
     console.print(
         f"{s.out}: {s.out.stat().st_size / 2**20:.1f} MiB, sha256 {hashlib.sha256(s.out.read_bytes()).hexdigest()}"

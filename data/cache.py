@@ -17,7 +17,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data.skim import Look
+from data.files import write_whole
+from data.look import Look
 from data.video import Clip, Frames, list_frames
 
 VERSION = 1  # of what a file holds; raise it with every change of how frames are chosen, read or made small
@@ -35,9 +36,7 @@ def content_hash(path: Path, folder: Path) -> str:
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     note.parent.mkdir(parents=True, exist_ok=True)
-    partial = note.with_suffix(f".{os.getpid()}")
-    partial.write_text(digest.hexdigest())
-    os.replace(partial, note)
+    write_whole(note, digest.hexdigest())
     return digest.hexdigest()
 
 
@@ -48,7 +47,7 @@ def cached(folder: Path, clip: Clip, settings: object, make: Callable[[], Look])
     path = folder / name[:2] / f"{name}.safetensors"
     try:
         return read_look(path)
-    except (OSError, SafetensorError, KeyError, ValueError):  # not there, or not whole
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # not there, not whole, or another's
         found = make()
         write_look(path, found)
         return found

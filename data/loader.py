@@ -15,7 +15,10 @@ import torch
 from pebble import ProcessExpired, ProcessPool
 
 import vp
-from data.clips import Clip, ClipError, Preparation, named, prepare
+from data.clips import named
+from data.examples import Preparation, prepare
+from data.files import ClipError
+from data.video import Clip
 
 _make: Callable | None = None  # of a worker process: sent once, not with every clip
 

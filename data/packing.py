@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from data.device import to_device
+from vp import Example
 
 BLOCK = 128  # tokens of a side of flex_attention's blocks
 
@@ -163,3 +164,119 @@ def pack(trees: Sequence[Tree], pad_id: int, multiple: int = 1) -> Packed:
         visual_index=torch.cat([part for tree in trees for part in tree.visual]),
         rows=torch.cat([b * width + torch.tensor(tree.wanted, dtype=torch.long) for b, tree in enumerate(trees)]),
     )
+
+
+# --- The trees of prompts, questions and rollouts ------------------------------------------------------------------------
+
+
+def twin_tokens(example: Example, visual: Tensor) -> Tensor:
+    """Which of an example's visual tokens (V,), given by their numbers, its twin shows in the place of each."""
+    if example.source is None:
+        return visual
+    slots = example.by_slot(visual)
+    return torch.cat([slots[s] for s in example.source.tolist()])
+
+
+def number_visual_tokens(examples: Sequence[Example]) -> list[Tensor]:
+    """The numbers of each example's visual tokens among those of all, in the order in which they are encoded."""
+    counts = [int((e.token_types == 2).sum()) for e in examples]
+    return list(torch.arange(sum(counts)).split(counts))
+
+
+def grow_prompt(e: Example, positions: Tensor, shown: Tensor) -> tuple[Tree, int]:
+    """A prompt in one branch. positions (3, prompt_length); shown (V,): the encoded visual tokens in it."""
+    tree, n = Tree(), e.prompt_length
+    return tree, tree.grow(-1, e.input_ids[:n], e.token_types[:n], positions, shown)
+
+
+def grow_fork(e: Example, positions: Tensor, shown: Tensor) -> tuple[Tree, int, int]:
+    """A prompt that forks at the first replaced slot: its tree, the branch of the full video and that of the twin; see
+    `grow_prompt`. Without a twin the two are one branch."""
+    if e.source is None:
+        tree, full = grow_prompt(e, positions, shown)
+        return tree, full, full
+    tree, n = Tree(), e.prompt_length
+    ids, types, replaced = e.input_ids[:n], e.token_types[:n], twin_tokens(e, shown)
+    first = int((replaced != shown).nonzero()[0])  # the first visual token that is replaced
+    fork = int(torch.nonzero(types == 2)[first])
+    shared = tree.grow(-1, ids[:fork], types[:fork], positions[:, :fork], shown[:first])
+    full, twin = (
+        tree.grow(shared, ids[fork:], types[fork:], positions[:, fork:], video[first:]) for video in (shown, replaced)
+    )
+    return tree, full, twin
+
+
+def prefix_trees(
+    examples: Sequence[Example], positions: Sequence[Tensor], questions: Sequence[Sequence[Tensor]] | None = None,
+    most: int = 0,
+) -> list[Tree]:  # fmt: skip
+    """Prompts that fork into the full video and the twin; positions (3, prompt_length) of each.
+
+    questions: for each clip the tokens, at least one, of each text that may follow its prompt; each becomes a branch of the
+    full video, and one of the twin. Wanted are the last token of the full video's and of the twin's prompt; with
+    questions, that of each question about the full video, then about the twin, Q the most that any clip has, or `most`
+    (the last question fills up what a clip lacks). If a clip has no twin, the full video takes its place.
+    """
+    trees, most = [], max(most, *map(len, questions)) if questions else 0
+    for b, (e, at, shown) in enumerate(zip(examples, positions, number_visual_tokens(examples))):
+        tree, full, twin = grow_fork(e, at, shown)
+        tips = [tree.tip[full], tree.tip[twin]]
+        if questions:
+            about_full = [tree.tip[tree.grow_text(full, q)] for q in questions[b]]
+            about_twin = about_full
+            if e.source is not None:
+                about_twin = [tree.tip[tree.grow_text(twin, q)] for q in questions[b]]
+            lacking = most - len(questions[b])
+            tips = [*about_full, *about_full[-1:] * lacking, *about_twin, *about_twin[-1:] * lacking]
+        tree.want(*tips)
+        trees.append(tree)
+    return trees
+
+
+@dataclass
+class RolloutTrees:
+    """Trees of prompts with their rollouts; targets: the tokens (L_g,) of each rollout, in order."""
+
+    trees: list[Tree] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+
+    def grow(self, tree: Tree, prompt: int, y: Tensor) -> None:
+        """A rollout behind a prompt. Wanted are the states that predict its tokens: each by the token before it."""
+        places = tree.places(tree.grow_text(prompt, y))
+        tree.want(tree.tip[prompt], *places[:-1])
+        self.targets.append(y)
+
+    def pack(self, pad_id: int, multiple: int = 1) -> "Packed":
+        """All of them as one batch, with the token that each wanted row predicts, and the rollout that it belongs to."""
+        lengths = torch.tensor([len(y) for y in self.targets])
+        rollout = torch.arange(len(lengths)).repeat_interleave(lengths)
+        return replace(pack(self.trees, pad_id, multiple), targets=torch.cat(self.targets), rollout=rollout)
+
+
+def rollout_trees(
+    examples: Sequence[Example], positions: Sequence[Tensor], rollouts: Sequence[Sequence[Tensor]],
+    num_full: int | None = None, share_prefix: bool = True,
+) -> RolloutTrees:  # fmt: skip
+    """[prompt][y_1]...[y_G] of each clip, in which each rollout sees the prompt and itself.
+
+    rollouts: for each clip its rollouts, tokens (L_g,) each. The first num_full of them (None: all) are of the full video,
+    the others of its twin: they see the twin's prompt. Without share_prefix, each rollout has a sequence of its own.
+    """
+    found = RolloutTrees()
+    for e, at, shown, ys in zip(examples, positions, number_visual_tokens(examples), rollouts):
+        of_full = ys if num_full is None else ys[:num_full]
+        of_twin = ys[len(of_full) :]
+        if share_prefix:
+            tree, full, twin = grow_fork(e, at, shown) if of_twin else (*grow_prompt(e, at, shown), -1)
+            for y in of_full:
+                found.grow(tree, full, y)
+            for y in of_twin:
+                found.grow(tree, twin, y)
+            found.trees.append(tree)
+            continue
+        for some, video in ((of_full, shown), (of_twin, twin_tokens(e, shown))):
+            for y in some:
+                tree, prompt = grow_prompt(e, at, video)
+                found.grow(tree, prompt, y)
+                found.trees.append(tree)
+    return found

@@ -113,7 +113,9 @@ def load_base(model: torch.nn.Module, tokenizer: Qwen2Tokenizer, base: Path) -> 
     for row, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
         if token in known:
             rows[row] = weights[embedding][known[token]]
-    model.load_state_dict(weights | {embedding: rows}, strict=False)
+    wrong = model.load_state_dict(weights | {embedding: rows}, strict=False)
+    if wrong.unexpected_keys or set(wrong.missing_keys) - {"lm_head.weight"}:  # the head is the embedding
+        raise ValueError(f"{base}: made for another tiny model ({wrong}); make it again with python -m data.base")
 
 
 def build_tiny(out: Path, family: Family = "qwen2_5_vl", seed: int = 0, base: Path | None = None) -> Path:

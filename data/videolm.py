@@ -1,10 +1,9 @@
 """VideoLM: the one adapter over a Hugging Face video-language model."""
 
 import copy
-import itertools
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -12,195 +11,23 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, LogitsProcessor
 
 from data.attention import RoomyLayer, add_deepstack, choose_by_mask, vision_layout
+from data.batches import (
+    TOKENS_AT_ONCE,
+    TOKENS_HELD,
+    Batch,
+    Rollouts,
+    SFTOutput,
+    Video,
+    by_clip,
+    forked_length,
+    in_chunks,
+    index_keywords,
+)
 from data.device import Clock, compute_dtype, to_device
-from data.packing import BLOCK, Packed, Tree, move, pack
+from data.packing import BLOCK, Packed, pack, prefix_trees, rollout_trees, twin_tokens
 from data.positions import rope_index, use_published_positions
-from kernels.contrastive import ids_shown
 from kernels.logprob import cross_entropy_from_states, log_probs_from_states, sampling_log_probs, selected_log_probs
-from vp import ContrastiveHeads, Example, KeyTokens, choose
-
-
-@dataclass
-class Rollouts:
-    """Sampled descriptions of B clips, R each, those of the full video first, then those of the twin.
-
-    tokens (B, R, L), padded behind the end-of-text token; logp (B, R, L), of each when it was sampled; lengths (B, R),
-    tokens of each with its end; finished (B, R) bool, whether it ended by itself. clock: where the time went.
-    """
-
-    tokens: Tensor
-    logp: Tensor
-    lengths: Tensor
-    finished: Tensor
-    clock: Clock | None = None
-
-    def to(self, device: torch.device | str) -> "Rollouts":
-        """The same rollouts on another device."""
-        return move(self, device)
-
-    @staticmethod
-    def join(parts: Sequence["Rollouts"], pad_id: int) -> "Rollouts":
-        """The rollouts of all clips of several."""
-        width = max(part.tokens.shape[2] for part in parts)
-
-        def widen(x: Tensor, value: int) -> Tensor:
-            return F.pad(x, (0, width - x.shape[2]), value=value)
-
-        return Rollouts(
-            tokens=torch.cat([widen(part.tokens, pad_id) for part in parts]),
-            logp=torch.cat([widen(part.logp, 0) for part in parts]),
-            lengths=torch.cat([part.lengths for part in parts]),
-            finished=torch.cat([part.finished for part in parts]),
-            clock=Clock.join([part.clock for part in parts]),
-        )
-
-
-@dataclass
-class Video:
-    """Encoded videos. pooler_output: of each clip its visual tokens (V_b, D); deepstack_features: those of Qwen3-VL's first
-    layers likewise, for each layer, or None. The names are transformers'."""
-
-    pooler_output: list[Tensor]
-    deepstack_features: list[list[Tensor]] | None = None
-
-    def layers(self) -> list[list[Tensor]]:
-        """The visual tokens, then those for each of the first layers."""
-        return [self.pooler_output, *(self.deepstack_features or [])]
-
-    def change(self, function: Callable[[list[Tensor]], list[Tensor]]) -> "Video":
-        """The same change to all of `layers`."""
-        first, *more = [function(list(layer)) for layer in self.layers()]
-        return Video(first, None if self.deepstack_features is None else more)
-
-    @staticmethod
-    def join(videos: Sequence["Video"]) -> "Video":
-        """All clips of several."""
-        first, *more = [[x for layer in parts for x in layer] for parts in zip(*(video.layers() for video in videos))]
-        return Video(first, None if videos[0].deepstack_features is None else more)
-
-
-def in_chunks(sizes: Sequence[int], most: int) -> list[slice]:
-    """Neighbours together, as long as their sizes add up to no more than `most`; at least one.
-
-    >>> in_chunks([3, 3, 5, 9, 1], most=7)
-    [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None), slice(4, 5, None)]
-    """
-    chunks, start, total = [], 0, 0
-    for i, size in enumerate(sizes):
-        if i > start and total + size > most:
-            chunks.append(slice(start, i))
-            start, total = i, 0
-        total += size
-    return [*chunks, slice(start, len(sizes))]
-
-
-# Without gradients, tokens that go through a model at once: no card is faster with more, and memory grows with them.
-TOKENS_AT_ONCE = 8192
-# Tokens of prompts, full video and twin, whose keys and values are held at once while their texts are sampled.
-TOKENS_HELD = 65536
-
-
-@dataclass
-class SFTOutput:
-    """Losses of one micro-batch, summed over its caption tokens and its keywords; nothing has been read from the device."""
-
-    lm_loss: Tensor
-    contrastive_loss: Tensor
-    metrics: dict[str, Tensor]
-
-
-@dataclass
-class Batch:
-    """Padded clips with every index worked out beforehand, so that the training loop never waits for the device.
-
-    input_ids, attention_mask, token_types (B, T); position_ids (3, B, T) or None; pixels, grid (all runs, 3) and
-    seconds_per_slot of each run, as in `Example`; num_runs: of each clip. label_rows (L,): rows of the flattened (B*T)
-    sequence that predict label_ids.
-    twin_index (V,): the visual token that the twin shows in the place of each. prefix_length: tokens up to the last
-    visual one. key_rows (N,): key-slot tokens as rows of the flattened (B*prefix_length) prefix. keyword_ids (K, W)
-    padded with keyword_mask (K, W). key_tokens: who asks for whom.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    token_types: Tensor
-    position_ids: Tensor | None
-    pixels: Tensor
-    grid: Tensor
-    seconds_per_slot: Tensor
-    num_runs: list[int]
-    label_rows: Tensor
-    label_ids: Tensor
-    twin_index: Tensor
-    prefix_length: int
-    key_rows: Tensor
-    keyword_ids: Tensor
-    keyword_mask: Tensor
-    key_tokens: KeyTokens
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device, copied without waiting. Pixels and grid stay on the host: the grid is read
-        there, and of the pixels, which are many, the vision encoder takes some at a time."""
-        moved = move(replace(self, pixels=self.pixels[:0]), device)
-        return replace(moved, pixels=self.pixels, grid=self.grid)
-
-
-def twin_tokens(example: Example, visual: Tensor) -> Tensor:
-    """Which of an example's visual tokens (V,), given by their numbers, its twin shows in the place of each."""
-    if example.source is None:
-        return visual
-    slots = example.by_slot(visual)
-    return torch.cat([slots[s] for s in example.source.tolist()])
-
-
-def by_clip(video: Video, num_runs: Sequence[int]) -> Video:
-    """Encoded videos with one entry a clip: the encoder gives one for each run of slots of one size."""
-    if all(n == 1 for n in num_runs):
-        return video
-
-    def join(parts: list[Tensor]) -> list[Tensor]:
-        rest = iter(parts)
-        return [torch.cat(list(itertools.islice(rest, n))) for n in num_runs]
-
-    return video.change(join)
-
-
-def index_keywords(
-    examples: Sequence[Example], visual_places: Sequence[Sequence[Tensor]], prefix_length: int
-) -> tuple[Tensor, Tensor, KeyTokens]:
-    """Key-slot tokens and keywords of a batch, those of clips without a twin left out.
-
-    visual_places: for each clip and slot the places of its tokens in the sequence. Returns key_rows (N,), keyword_ids
-    (K, W) padded with -1, and who asks for whom; see `Batch`.
-    """
-    shown = [[k for k in e.keywords if e.source is not None and k.slots.any()] for e in examples]  # by clip
-    keywords = [keyword for of_clip in shown for keyword in of_clip]
-    key_rows, clip, slot = [], [], []
-    for b, (places, of_clip) in enumerate(zip(visual_places, shown)):
-        is_key = torch.stack([keyword.slots for keyword in of_clip]).any(0).tolist() if of_clip else []
-        for s, key in enumerate(is_key):
-            if key:
-                key_rows.append(b * prefix_length + places[s])
-                clip.append(torch.full_like(places[s], b))
-                slot.append(torch.full_like(places[s], s))
-    keyword_slots = torch.zeros(len(keywords), max(len(p) for p in visual_places), dtype=torch.bool)
-    for j, keyword in enumerate(keywords):
-        keyword_slots[j, : len(keyword.slots)] = keyword.slots
-    number = {text: i for i, text in enumerate(dict.fromkeys(keyword.text for keyword in keywords))}
-    ids = [keyword.ids for keyword in keywords]
-    none = torch.empty(0, dtype=torch.long)
-    asks = dict(
-        clip=torch.cat([none, *clip]),
-        slot=torch.cat([none, *slot]),
-        keyword_clip=torch.tensor([b for b, of_clip in enumerate(shown) for _ in of_clip], dtype=torch.long),
-        keyword_id=torch.tensor([number[keyword.text] for keyword in keywords], dtype=torch.long),
-        keyword_slots=keyword_slots,
-    )
-    return (
-        torch.cat([none, *key_rows]),
-        nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1) if ids else torch.full((0, 1), -1),
-        KeyTokens(**asks, shown=ids_shown(**asks)),
-    )
+from vp import ContrastiveHeads, Example, choose
 
 
 def embed_patches_by_product(patch_embed: nn.Module) -> None:
@@ -504,100 +331,28 @@ class VideoLM(nn.Module):
             self.copies[key] = torch.tensor(ids, device=self.device)
         return self.copies[key]
 
-    def grow_prompt(self, e: Example, offset: int, twin: bool = True) -> tuple[Tree, int, int]:
-        """A prompt that forks at the first replaced slot: its tree, the branch of the full video and that of the twin.
-
-        offset: how many of the encoded visual tokens belong to the clips before it. The two are one branch if the clip has
-        no twin, or none is asked for.
-        """
-        n, visual = e.prompt_length, torch.nonzero(e.token_types == 2).squeeze(1)
-        ids, types, positions = e.input_ids[:n], e.token_types[:n], self.prompt_positions(e)
-        shown, tree = offset + torch.arange(len(visual)), Tree()
-        if e.source is None or not twin:
-            full = tree.grow(-1, ids, types, positions, shown)
-            return tree, full, full
-        replaced = twin_tokens(e, shown)
-        first = int((replaced != shown).nonzero()[0])  # the first visual token that is replaced
-        fork = int(visual[first])
-        shared = tree.grow(-1, ids[:fork], types[:fork], positions[:, :fork], shown[:first])
-        full, twin = (
-            tree.grow(shared, ids[fork:], types[fork:], positions[:, fork:], video[first:]) for video in (shown, replaced)
-        )
-        return tree, full, twin
-
     def pack_prefixes(
         self, examples: Sequence[Example], questions: Sequence[Sequence[Tensor]] | None = None, most: int = 0
     ) -> Packed:
-        """Prompts that fork at the first replaced slot into the full video and the twin.
-
-        questions: for each clip the tokens, at least one, of each text that may follow its prompt; each becomes a branch
-        of the full video, and one of the twin. rows (2B,): the last token of the full video's and of the twin's prompt,
-        clip by clip; with questions (2QB,): that of each question about the full video, then about the twin, Q the most
-        that any clip has, or `most` (the last question fills up what a clip lacks). If a clip has no twin, the full video's
-        rows take the place of the twin's.
-        """
-        trees, offset = [], 0
-        most = max(most, *map(len, questions)) if questions else 0
-        for b, e in enumerate(examples):
-            tree, full, twin = self.grow_prompt(e, offset)
-            offset += int((e.token_types == 2).sum())
-            tips = [tree.tip[full], tree.tip[twin]]
-            if questions:
-                about_full = [tree.tip[tree.grow_text(full, q)] for q in questions[b]]
-                about_twin = about_full
-                if e.source is not None:
-                    about_twin = [tree.tip[tree.grow_text(twin, q)] for q in questions[b]]
-                lacking = most - len(questions[b])  # the last question fills up
-                tips = [*about_full, *about_full[-1:] * lacking, *about_twin, *about_twin[-1:] * lacking]
-            tree.want(*tips)
-            trees.append(tree)
-        return self.pack(trees)
+        """Prompts that fork into full video and twin, and again into questions; see `prefix_trees`."""
+        return pack(prefix_trees(examples, self.prompt_positions(examples), questions, most), self.pad_id, self.block)
 
     def pack_rollouts(
         self, examples: Sequence[Example], rollouts: Sequence[Sequence[Tensor]], num_full: int | None = None
     ) -> Packed:
-        """[prompt][y_1]...[y_G] of each clip, in which each rollout sees the prompt and itself.
+        """Prompts with their rollouts, of the full video and of the twin; see `rollout_trees`."""
+        positions = self.prompt_positions(examples)
+        return rollout_trees(examples, positions, rollouts, num_full, self.shares_prefix).pack(self.pad_id, self.block)
 
-        rollouts: for each clip its rollouts, tokens (L_g,) each. The first num_full of them (None: all) are of the full
-        video, the others of its twin: they see the twin's prompt. Where the model cannot share a prefix, each rollout gets
-        a sequence of its own.
-        """
-        trees, targets, rollout, offset = [], [], [], 0
-        for e, ys in zip(examples, rollouts):
-            of_twin = [num_full is not None and g >= num_full for g in range(len(ys))]
-            for group in [range(len(ys))] if self.shares_prefix else [[g] for g in range(len(ys))]:
-                if self.shares_prefix:
-                    tree, full, twin = self.grow_prompt(e, offset, any(of_twin))
-                else:
-                    tree, full = self.grow_alone(e, offset, of_twin[group[0]])
-                    twin = full
-                for g in group:
-                    prompt, y = twin if of_twin[g] else full, ys[g]
-                    places = tree.places(tree.grow_text(prompt, y))
-                    tree.want(tree.tip[prompt], *places[:-1])  # the token before each token predicts it
-                    rollout.append(torch.full((len(y),), len(targets)))
-                    targets.append(y)
-                trees.append(tree)
-            offset += int((e.token_types == 2).sum())
-        return replace(self.pack(trees), targets=torch.cat(targets), rollout=torch.cat(rollout))
+    @property
+    def block(self) -> int:
+        """What lengths of packed sequences are rounded up to: for flex_attention, so that it is compiled for no others."""
+        return BLOCK if self.flex else 1
 
-    def pack(self, trees: Sequence[Tree]) -> Packed:
-        """Trees as one batch; for flex_attention in whole blocks, so that its kernel is compiled for no other lengths."""
-        return pack(trees, self.pad_id, BLOCK if self.flex else 1)
-
-    def grow_alone(self, e: Example, offset: int, twin: bool) -> tuple[Tree, int]:
-        """A prompt in one branch, of the full video or of the twin; see `grow_prompt`."""
-        n, num_visual = e.prompt_length, int((e.token_types == 2).sum())
-        shown = offset + torch.arange(num_visual)
-        if twin:
-            shown = twin_tokens(e, shown)
-        tree = Tree()
-        return tree, tree.grow(-1, e.input_ids[:n], e.token_types[:n], self.prompt_positions(e), shown)
-
-    def prompt_positions(self, e: Example) -> Tensor:
-        """M-RoPE positions of an example's prompt: (3, prompt_length)."""
-        n = e.prompt_length
-        return self.positions([e], e.input_ids[None, :n], e.token_types[None, :n])[:, 0]
+    def prompt_positions(self, examples: Sequence[Example]) -> list[Tensor]:
+        """M-RoPE positions of each example's prompt: (3, prompt_length)."""
+        prompts = [(e.input_ids[: e.prompt_length], e.token_types[: e.prompt_length]) for e in examples]
+        return [self.positions([e], ids[None], types[None])[:, 0] for e, (ids, types) in zip(examples, prompts)]
 
     def run_packed(self, packed: Packed, video: Video, cache: Cache | None = None) -> Tensor:
         """States (M, D) of the wanted rows, from one pass in which nothing shared is run twice; fills `cache`."""
@@ -782,11 +537,6 @@ class VideoLM(nn.Module):
             groups = self.group_prefixes(examples[some], video, questions[some], most)
             rollouts.append(self.sample(groups, torch.arange((1 + twin) * most), max_new_tokens))
         return Rollouts.join(rollouts, self.pad_id)
-
-
-def forked_length(example: Example) -> int:
-    """Tokens of a prompt with its twin, at most."""
-    return example.prompt_length * (1 if example.source is None else 2)
 
 
 class Chooser(LogitsProcessor):

@@ -28,6 +28,8 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from data.files import write_whole
+
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {
     "red": (225, 40, 40),
@@ -108,13 +110,6 @@ def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> 
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
-def event_sentence(actor: str, action: str) -> str:
-    """The sentence of a caption that tells the event."""
-    if os.environ.get("ORDER") == "natural":
-        return f"The {actor} {action}."
-    return f"Something {action}: the {actor}."
-
-
 def draw_clip(
     split: str, index: int, seed: int = 0, habit: float = 0.8, quiet: float = 0.2, times: Sequence[int] = range(NUM_FRAMES)
 ) -> tuple[np.ndarray, dict]:
@@ -189,7 +184,9 @@ def draw_clip(
     line = {"video": f"{split}/{index // 1000:03d}/{index:06d}.mp4", "caption": static, "keywords": []}
     truth = {"static": static, "kind": "quiet", "usual": ACTIONS[floor]}
     if not is_quiet:
-        line |= {"caption": f"{static} {event_sentence(names[0], ACTIONS[action])}", "keywords": [ACTIONS[action]]}
+        # The event comes before its actor, so that it cannot be guessed from the actor's name.
+        sentence = f"Something {ACTIONS[action]}: the {names[0]}."
+        line |= {"caption": f"{static} {sentence}", "keywords": [ACTIONS[action]]}
         truth |= {"kind": "usual" if is_usual else "rare", "actor": names[0], "action": ACTIONS[action]}
         truth["span"] = [start / FPS, (start + length) / FPS]
     return frames, line | {"truth": truth}
@@ -224,9 +221,7 @@ def make_world(settings: WorldSettings) -> Path:
             "Choose another --out, or delete the folder."
         )
     if not stamp_file.exists():
-        partial = folder / f".world-{os.getpid()}.json"
-        partial.write_text(json.dumps(stamp))
-        os.replace(partial, stamp_file)  # two runs may start at once
+        write_whole(stamp_file, json.dumps(stamp))  # two runs may start at once
     for split, count in zip(SPLITS, (settings.train, settings.test, settings.held_out)):
         annotations = folder / f"{split}.jsonl"
         if annotations.exists() and sum(1 for _ in annotations.open()) == count:
@@ -235,9 +230,7 @@ def make_world(settings: WorldSettings) -> Path:
         with multiprocessing.get_context("spawn").Pool(settings.workers or os.cpu_count()) as pool:
             lines = pool.imap(write_clip, jobs, chunksize=32)
             text = "".join(line + "\n" for line in track(lines, f"drawing the world ({split})", len(jobs)))
-        partial = annotations.with_suffix(".partial")
-        partial.write_text(text)
-        os.replace(partial, annotations)
+        write_whole(annotations, text)
     return folder
 
 

@@ -19,8 +19,10 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from data.clips import Preparation, load_clips, prepare, read_frames
+from data.clips import load_clips
+from data.examples import Preparation, prepare
 from data.tiny import build_tiny
+from data.video import read_frames
 from data.videolm import VideoLM
 from data.world import WorldSettings, make_world
 

@@ -73,7 +73,7 @@ def text_inputs(
 
 
 @dataclass
-class Comparison:
+class Errors:
     """A kernel's error against float64, and that of eager PyTorch, both relative to the largest entry."""
 
     kernel: str
@@ -93,7 +93,7 @@ def largest_error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     return max(float("inf") if e != e else e for e in errors)
 
 
-def compare_contrastive(dtype: torch.dtype, device: torch.device | str) -> Comparison:
+def compare_contrastive(dtype: torch.dtype, device: torch.device | str) -> Errors:
     """Loss and all gradients."""
     size = (3, 2, 7, 20) if INTERPRETED else (9, 2, 37, 300)
     *inputs, tokens = contrastive_inputs(*size, dtype, device)
@@ -106,7 +106,7 @@ def compare_contrastive(dtype: torch.dtype, device: torch.device | str) -> Compa
     return compare("contrastive", dtype, loss(inputs, use_kernel=True), loss(inputs, use_kernel=False), loss(wide))
 
 
-def compare_log_probs(dtype: torch.dtype, device: torch.device | str) -> Comparison:
+def compare_log_probs(dtype: torch.dtype, device: torch.device | str) -> Errors:
     """Log-probabilities, entropies, gradients of states and head."""
     size = (9, 20, 70) if INTERPRETED else (137, 300, 2111)
     states, weight, targets, banned, _ = head_inputs(*size, dtype, device)
@@ -121,7 +121,7 @@ def compare_log_probs(dtype: torch.dtype, device: torch.device | str) -> Compari
     return compare("log-probs", dtype, logp(both, use_kernel=True), logp(both, use_kernel=False), logp(wide))
 
 
-def compare_reward(dtype: torch.dtype, device: torch.device | str) -> Comparison:
+def compare_reward(dtype: torch.dtype, device: torch.device | str) -> Errors:
     """Scores, rewards and advantages."""
     size = (2, 2, 9, 5, 20) if INTERPRETED else (5, 3, 150, 77, 130)
     batch = text_inputs(*size, dtype, True, device)
@@ -140,15 +140,15 @@ def compare_reward(dtype: torch.dtype, device: torch.device | str) -> Comparison
     return compare("reward", dtype, rewards(batch, True), rewards(batch, False), rewards(exact, False))
 
 
-def compare(name: str, dtype: torch.dtype, kernel: list, eager: list, exact: list) -> Comparison:
+def compare(name: str, dtype: torch.dtype, kernel: list, eager: list, exact: list) -> Errors:
     """Both errors."""
-    return Comparison(name, str(dtype)[6:], largest_error(kernel, exact), largest_error(eager, exact))
+    return Errors(name, str(dtype)[6:], largest_error(kernel, exact), largest_error(eager, exact))
 
 
 COMPARISONS = {"contrastive": compare_contrastive, "log-probs": compare_log_probs, "reward": compare_reward}
 
 
-def compare_all(device: torch.device | str) -> Iterator[Comparison]:
+def compare_all(device: torch.device | str) -> Iterator[Errors]:
     """Each kernel in each dtype that it may be given. The interpreter has no right bfloat16."""
     for dtype in (torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])):
         for function in COMPARISONS.values():

@@ -14,7 +14,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vp
 from data import videolm
-from data.clips import Preparation, load_clips, prepare
+from data.clips import load_clips
+from data.examples import Preparation, prepare
 from data.tiny import build_tiny
 from data.world import WorldSettings, write_clip
 

@@ -161,7 +161,9 @@ def count(case: Case, layers: int | None = None) -> tuple[float, float, pretend_
     clips = case.clips if case.what in ("stage 1", "update") else 1
     load = memory.Load(clips, visual, TEXT, twin_layers=depth // 2 * (case.what == "stage 1"))
     if case.what != "stage 1":
-        load = memory.Load(clips, visual, TEXT, rollouts=G, twin_rollouts=G_TWIN, new_tokens=NEW, prompts=case.clips)
+        load = memory.Load(
+            clips, visual, TEXT, rollouts=G, twin_rollouts=G_TWIN, twin_branch=True, new_tokens=NEW, prompts=case.clips
+        )  # fmt: skip
     if case.what == "evaluation":
         load = memory.Load(clips, visual, TEXT, eval_clips=case.clips)
     phases = memory.phases(lm.base, load, case.settings, gpu=True)

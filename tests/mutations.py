@@ -84,7 +84,7 @@ FAULTS = [
     Fault("the twin is the full video", LM, "self.gather_video(video, batch.twin_index)", "video", CONTRASTIVE),
     Fault("text vectors carry gradients", LM, "(batch.keyword_ids).detach()", "(batch.keyword_ids)", CONTRASTIVE),
     Fault("twins never shown as quiet clips", SFT, "twin_captions=s.twin_captions,", "twin_captions=0.0,", TWIN_CAPTIONS),
-    Fault("quiet clips keep the event's pixels", "data/clips.py",
+    Fault("quiet clips keep the event's pixels", "data/examples.py",
           "pixels=torch.cat([patches[slot] for slot in example.source.tolist()])", "pixels=example.pixels", TWIN_CAPTIONS),
     # Stage 2.
     Fault("KL weight fixed at 0", RL, "s.clip_low, s.clip_high, s.beta", "s.clip_low, s.clip_high, 0.0", RELATIVE),
@@ -145,8 +145,8 @@ FAULTS = [
     Fault("claims on the twin rewarded", "vp.py", '"recall", -alpha, divide', '"recall", alpha, divide', RELATIVE),
     Fault("alpha ignored on the twin", RL, "s.alpha, s.divide_by_spread)))", "1.0, s.divide_by_spread)))", RELATIVE),
     # The method itself.
-    Fault("a tie goes to the later neighbour", "vp.py", "kept[(lost[:, None] - kept[None, :]).abs().argmin(1)]",
-          "kept.flip(0)[(lost[:, None] - kept.flip(0)[None, :]).abs().argmin(1)]", CONTRASTIVE),
+    Fault("a tie goes to the later neighbour", "vp.py", "return kept[distance.argmin(1)]",
+          "return kept.flip(0)[distance.flip(1).argmin(1)]", CONTRASTIVE),
     Fault("no twin negatives in equation (1)", "vp.py", "allowed = torch.cat([allowed, positive], 1)",
           "allowed = F.pad(allowed, (0, len(twin)))", CONTRASTIVE),
     Fault("no margin on the quality in equation (2)", "vp.py", "no_worse = q[:, None] > q_twin[None, :] - margin",

@@ -35,10 +35,13 @@ from data.benchmarks import probes
 from data.benchmarks.ask import common_prefix, group_questions, make_asked, read_part, share_prompt
 from data.benchmarks.formats import Question
 from data.benchmarks.questions import Benchmark, load_benchmark, prompt
-from data.clips import Clip, ClipError, Preparation, load_clips, read_frames
+from data.clips import load_clips
+from data.examples import Preparation
+from data.files import ClipError
+from data.look import Look
 from data.measure import cost
-from data.skim import Look
 from data.tiny import build_tiny, train_tokenizer
+from data.video import Clip, read_frames
 from eval import RunSettings, ScoreSettings, run_benchmark, run_score
 from tests import commands
 from tests.helpers import degraded, plain_inputs, published_positions

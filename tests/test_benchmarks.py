@@ -20,7 +20,7 @@ from data.benchmarks.formats import split_options
 from data.benchmarks.predictions import read_predictions
 from data.benchmarks.questions import ABOUT, NAMES, Benchmark, compare, load_benchmark, prompt, score, scoring, submission
 from data.benchmarks.scoring import intervals, permutation_test, read_letter, read_yes_no
-from data.clips import ClipError
+from data.files import ClipError
 from data.texts import EmbeddedText
 from data.tiny import build_text_encoder
 from tests.commands import run

@@ -21,24 +21,14 @@ from torchcodec.encoders import VideoEncoder
 from transformers import AutoProcessor
 
 import data.clips as clips_module
-from data.clips import (
-    Clip,
-    ClipError,
-    Frames,
-    Preparation,
-    chat,
-    load_clips,
-    make_example,
-    prepare,
-    process,
-    read_frames,
-    split_long,
-)
+from data.clips import load_clips, split_long
+from data.examples import Preparation, chat, make_example, prepare, process
+from data.files import ClipError
 from data.loader import ClipLoader
 from data.run.sizes import random_processor
 from data.tiny import build_tiny
 from data.user_text import SEAM, encode, encode_plain
-from data.video import sample_times
+from data.video import Clip, Frames, read_frames, sample_times
 
 GOOD = {"video": "a.mp4", "caption": "A man jumps off a wall.", "keywords": ["jumps off"], "key_spans": [[0.5, 0.9]]}
 

@@ -17,9 +17,11 @@ from rich.console import Console
 from torchcodec.encoders import VideoEncoder
 
 from data import motion
-from data.clips import Clip, ClipError, Frames, load_clips
+from data.clips import load_clips
 from data.curation import curate
 from data.curation.page import group_of
+from data.files import ClipError
+from data.video import Clip, Frames
 from data.world import draw_clip
 from tests.commands import Command, run
 from tests.test_clips import write_video

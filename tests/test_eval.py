@@ -12,12 +12,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import eval as evaluation
 from data import videolm
+from data.batches import Rollouts
 from data.benchmarks.scoring import event_recall, names, score_description, similarity
-from data.clips import Clip, Preparation, load_clips
+from data.clips import load_clips
+from data.examples import Preparation
 from data.measure import cost
 from data.measure.evaluate import DescribeSettings, EvalSettings, evaluate, markdown_row, run_describe, run_evaluation
 from data.run.models import load_model
 from data.texts import EmbeddedText
+from data.video import Clip
 from data.world import ACTIONS
 
 ALL = set(ACTIONS)
@@ -191,7 +194,7 @@ def test_evaluation_counts_what_it_says(world, qwen2_5, monkeypatch):
     def roll_out(examples, *_, **__):
         texts = [text for pair in zip(*(x[: len(examples)] for x in (next(said), next(said)))) for text in pair]
         tokens = processor.tokenizer(texts, padding=True, return_tensors="pt").input_ids.unflatten(0, (-1, 2))
-        return videolm.Rollouts(tokens, None, None, None), None
+        return Rollouts(tokens, None, None, None), None
 
     monkeypatch.setattr(lm, "roll_out", roll_out)
     results = evaluate(lm, Preparation(processor), clips, batch_size=2)

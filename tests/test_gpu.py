@@ -82,8 +82,8 @@ def test_kernels_that_do_not_do_are_replaced(monkeypatch):
 
     comparisons = {
         "contrastive": broken,
-        "log-probs": lambda *_: check.Comparison("log-probs", "bfloat16", 0.5, 0.01),
-        "reward": lambda *_: check.Comparison("reward", "float32", 0.02, 0.02),
+        "log-probs": lambda *_: check.Errors("log-probs", "bfloat16", 0.5, 0.01),
+        "reward": lambda *_: check.Errors("reward", "float32", 0.02, 0.02),
     }
     try:
         found = check.replace_unfit("cpu", comparisons)

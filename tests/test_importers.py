@@ -14,9 +14,10 @@ import torch
 import tyro
 from rich.console import Console
 
-from data.clips import Clip, ClipError, load_clips, read_frames
+from data.clips import load_clips
 from data.curation.importers import IMPORTERS, Format, Settings, run_import
-from data.files import PathError, inside_root
+from data.files import ClipError, PathError, inside_root
+from data.video import Clip, read_frames
 
 HERE = Path(__file__).parent.parent
 

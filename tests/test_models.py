@@ -13,7 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import train_rl
 import train_sft
 from data import videolm
-from data.clips import Preparation, load_clips, prepare
+from data.clips import load_clips
+from data.examples import Preparation, prepare
 from data.run import memory, models, sizes
 
 CPU = torch.device("cpu")
@@ -87,7 +88,7 @@ def test_random_models_train(monkeypatch, world, family, quantize):
         ours = hf.get_base_model().state_dict().get(name)
         if ours is not None and ours.shape == p.shape:
             assert ours.float().std() == pytest.approx(p.std().item(), rel=0.2, abs=1e-3), name
-    from data.clips import Preparation, load_clips, prepare
+    from data.examples import Preparation, prepare
 
     examples = [prepare(clip, Preparation(processor, 8)) for clip in load_clips(world / "train.jsonl")[0][:2]]
     lm = videolm.VideoLM(hf)

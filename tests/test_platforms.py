@@ -25,8 +25,9 @@ import data
 import train_rl
 import train_sft
 from data import loader, videolm
-from data.clips import Preparation, load_clips, prepare
+from data.clips import load_clips
 from data.curation import curate
+from data.examples import Preparation, prepare
 from data.measure import cost
 from data.run import log as runs
 from data.run import memory, merge, models, processes, run, sizes

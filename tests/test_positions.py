@@ -10,8 +10,9 @@ from transformers import AutoModelForImageTextToText
 
 import vp
 from data import videolm
-from data.clips import Frames, make_example
+from data.examples import make_example
 from data.positions import rope_index, use_published_positions
+from data.video import Frames
 from tests.helpers import plain_inputs, published_positions
 
 QWEN2_5 = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2, tokens_per_second=2))

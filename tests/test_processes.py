@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.clips import Preparation, load_clips
+from data.clips import load_clips
+from data.examples import Preparation
 from data.loader import ClipLoader
 from tests.commands import HERE, Command
 

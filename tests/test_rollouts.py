@@ -10,7 +10,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vp
 from data import attention, videolm
-from data.clips import Preparation, load_clips, prepare
+from data.batches import Rollouts
+from data.clips import load_clips
+from data.examples import Preparation, prepare
 from data.packing import Tree, pack
 from data.tiny import build_tiny
 from tests.helpers import degraded, plain_inputs
@@ -72,7 +74,7 @@ def test_rollouts_equal_whole_passes(lm, plain, ragged, greedy):
             assert bool(got.finished[b, r]) == (tokens[-1] in lm.end_ids)
 
 
-def same(a: videolm.Rollouts, b: videolm.Rollouts) -> None:
+def same(a: Rollouts, b: Rollouts) -> None:
     """Rollouts that agree."""
     n = min(a.tokens.shape[2], b.tokens.shape[2])
     assert torch.equal(a.tokens[:, :, :n], b.tokens[:, :, :n])
@@ -100,10 +102,10 @@ def test_rollouts_do_not_depend_on_their_batch(lm, ragged):
     numbers = uniforms(ragged, 4)
     got, _ = lm.roll_out(ragged, 2, 2, LENGTH, numbers)
     back, _ = lm.roll_out(ragged[::-1], 2, 2, LENGTH, numbers.flip(0))
-    same(got, videolm.Rollouts(*(getattr(back, n).flip(0) for n in ("tokens", "logp", "lengths", "finished"))))
+    same(got, Rollouts(*(getattr(back, n).flip(0) for n in ("tokens", "logp", "lengths", "finished"))))
     for b, e in enumerate(ragged):
         alone, _ = lm.roll_out([e], 2, 2, LENGTH, numbers[b : b + 1])
-        same(videolm.Rollouts(*(getattr(got, n)[b : b + 1] for n in ("tokens", "logp", "lengths", "finished"))), alone)
+        same(Rollouts(*(getattr(got, n)[b : b + 1] for n in ("tokens", "logp", "lengths", "finished"))), alone)
 
 
 def test_vision_and_prefix_run_once(lm, ragged):
@@ -144,7 +146,7 @@ def test_rows_stop_and_banned_tokens_never_come(lm, ragged):
     assert special <= set(lm.banned.tolist()) and not special & set(lm.end_ids.tolist())
 
 
-def trimmed(rollouts: videolm.Rollouts, num_full: int) -> list[list[torch.Tensor]]:
+def trimmed(rollouts: Rollouts, num_full: int) -> list[list[torch.Tensor]]:
     """The full video's rollouts without padding."""
     return [[y[:n] for y, n in zip(ys[:num_full], ns)] for ys, ns in zip(rollouts.tokens, rollouts.lengths.tolist())]
 

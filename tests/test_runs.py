@@ -14,10 +14,12 @@ from PIL import Image
 from transformers import AutoProcessor
 
 import vp
-from data.clips import Preparation, load_clips, prepare, read_frames
+from data.clips import load_clips
+from data.examples import Preparation, prepare
 from data.run import log as runs
 from data.run.settings import changed_settings
 from data.run.sheets import contact_sheet
+from data.video import read_frames
 
 HERE = Path(__file__).parent.parent
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import eval as evaluation
 import train_rl
 import train_sft
-from data.clips import ClipError
+from data.files import ClipError
 from data.run.settings import parse_settings
 from tests.commands import HERE, Command, run
 from tests.test_clips import write_video

@@ -11,9 +11,11 @@ from PIL import Image
 from rich.console import Console
 from transformers import AutoProcessor
 
-from data.clips import Clip, Preparation, load_clips
+from data.clips import load_clips
+from data.examples import Preparation
 from data.run import sheets
 from data.run.sheets import RolloutGroup, draw_sheets, rollout_page, rollout_table, shade, warn
+from data.video import Clip
 
 EVIL = "<script>alert(1)</script> \x1b[31m red\x00 \n turns black"
 GROUP = RolloutGroup(

@@ -14,19 +14,23 @@ import torch
 from rich.console import Console
 from torchcodec.encoders import VideoEncoder
 
-import data.clips
+import data.examples
 import data.skim
 import data.video
 import train_rl
 import train_sft
 import vp
 from data import videolm
-from data.clips import Clip, ClipError, load_clips, make_example, prepare, process_look
+from data.clips import load_clips
 from data.curation import curate
+from data.examples import make_example, prepare, process_look
+from data.files import ClipError
+from data.look import Look, share_out, twin_sources
 from data.measure import evaluate as evaluation
 from data.measure import long
-from data.skim import FrameSettings, Look, Skim, choose_windows, lay_windows, motion_curve, share_out, skim
-from data.video import Frames, read_clip
+from data.run.settings import FrameSettings
+from data.skim import Skim, choose_windows, lay_windows, motion_curve, skim
+from data.video import Clip, Frames, read_clip
 
 LENGTH = 5  # tokens of a rollout
 
@@ -222,10 +226,10 @@ def test_runs_of_one_size_are_what_the_processor_makes(preparation, world):
     parts = [replace(frames, pixels=frames.pixels[at], timestamps=frames.timestamps[at]) for at in cuts]
     clip.key_spans = [[clip.truth["span"]]]
     cut = Look(parts, torch.zeros(8, dtype=torch.long), [*whole.timestamps[2::2], whole.runs[0].duration], sized=True)
-    text = data.clips.chat(preparation.processor, clip.prompt, 3)
+    text = data.examples.chat(preparation.processor, clip.prompt, 3)
     inputs, shown = process_look(preparation.processor, text, cut, preparation)
-    plain_text = data.clips.chat(preparation.processor, clip.prompt)
-    want = data.clips.process(preparation.processor, [plain_text], [frames])
+    plain_text = data.examples.chat(preparation.processor, clip.prompt)
+    want = data.examples.process(preparation.processor, [plain_text], [frames])
     assert torch.equal(inputs["input_ids"], want["input_ids"])
     assert torch.equal(inputs["mm_token_type_ids"], want["mm_token_type_ids"])
     assert torch.equal(shown["pixels"], want["pixel_values_videos"])
@@ -253,7 +257,7 @@ def test_twin_sources_keep_the_size(seed):
     rng = np.random.default_rng(seed)
     windows = torch.tensor([w for w, n in ((0, 3), (1, 4), (0, 2), (2, 3), (3, 2), (0, 3)) for _ in range(n)])
     key = torch.from_numpy(rng.random(len(windows)) < (0.3, 0.6)[seed % 2])
-    source = vp.twin_sources(key, windows)
+    source = twin_sources(key, windows)
     if key[windows > 0].all() or key[windows == 0].all():
         assert source is None
         return
@@ -429,7 +433,7 @@ def test_cache_gives_the_same_examples(preparation, long_video, world, tmp_path,
     kept = replace(plain, cache=tmp_path)
     wanted, first = prepare(clip, plain, (0, 0, 3)), prepare(clip, kept, (0, 0, 3))
     with monkeypatch.context() as patch:
-        patch.setattr(data.clips, "look", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(data.examples, "look", lambda *_: pytest.fail("decoded again"))
         second, other_epoch = prepare(clip, kept, (0, 0, 3)), prepare(clip, kept, (0, 1, 3))
     for made in (first, second, other_epoch):
         for name in ("input_ids", "pixels", "grid", "source", "slot_seconds"):

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import vp
-from data.clips import load_clips, read_frames
+from data.clips import load_clips
 from data.key_slots import find_key_slots
+from data.video import read_frames
 from data.world import draw_clip
 
 

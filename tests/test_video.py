@@ -16,8 +16,10 @@ from torchcodec.encoders import VideoEncoder
 
 import vp
 from data import video
-from data.clips import Clip, ClipError, Frames, load_clips, parse_line, read_frames
+from data.clips import load_clips, parse_line
 from data.curation.fingerprints import fingerprint
+from data.files import ClipError
+from data.video import Clip, Frames, read_frames
 
 MOMENTS = [0.125 + 0.25 * i for i in range(16)]  # the middles of 16 shares of 4 s
 

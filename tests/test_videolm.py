@@ -9,8 +9,10 @@ from transformers import AutoModelForImageTextToText
 
 from data import videolm
 from data.attention import attend_in_chunks
-from data.clips import Preparation, make_example, prepare, read_frames
+from data.batches import Batch
+from data.examples import Preparation, make_example, prepare
 from data.run.merge import MergedWeights
+from data.video import read_frames
 from tests.helpers import degraded, plain_forward, plain_inputs
 
 
@@ -110,7 +112,7 @@ def test_states_of_full_and_early_exit_twin(lm, ragged, monkeypatch):
     assert (full - twin).abs().max() > 1e-3
 
 
-def gradients(lm: videolm.VideoLM, batch: videolm.Batch) -> list[torch.Tensor]:
+def gradients(lm: videolm.VideoLM, batch: Batch) -> list[torch.Tensor]:
     """Loss and every gradient of one step."""
     lm.zero_grad()
     out = lm(batch)

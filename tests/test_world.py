@@ -6,7 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.clips import load_clips, read_frames
+from data.clips import load_clips
+from data.video import read_frames
 from data.world import ACTIONS, COLOURS, FPS, NUM_FRAMES, SHAPES, WorldSettings, draw_clip, held_out, make_world
 
 

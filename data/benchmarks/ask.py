@@ -38,27 +38,16 @@ from data.benchmarks.formats import Question
 from data.benchmarks.predictions import Lines, Notes, open_run
 from data.benchmarks.questions import Benchmark, compare, prompt, score
 from data.benchmarks.report import markdown_table, percent
-from data.clips import (
-    Clip,
-    ClipError,
-    Frames,
-    Preparation,
-    chat,
-    named,
-    parse_record,
-    process,
-    process_look,
-    read_frames,
-    read_record,
-    reason_of,
-)
-from data.files import inside_root, read_lines
+from data.clips import named, parse_record, read_record, reason_of
+from data.examples import Preparation, chat, process, process_look
+from data.files import ClipError, inside_root, read_lines
 from data.foreign import check_annotations
 from data.loader import ClipLoader
+from data.look import Look, twin_sources
 from data.run.sheets import printable
-from data.skim import Look, Skim
+from data.skim import Skim
 from data.user_text import encode, encode_rendered
-from data.video import part_of, read_clip
+from data.video import Clip, Frames, part_of, read_clip, read_frames
 
 SHARING = ("qwen2_5_vl", "qwen3_vl")  # the families that VideoLM is tested with and whose prefixes can be shared
 NOT_SKIMMED = "windows and context can be shown to Qwen2.5-VL and Qwen3-VL only, and not as a pair; leave --frames out"
@@ -214,7 +203,7 @@ def look_at_part(part: Part, preparation: Preparation) -> tuple[Look, Tensor | N
     spans = [[a + offset, b + offset] for a, b in part.spans]
     slots = vp.span_slots(spans, look.timestamps, preparation.frames_per_slot, look.last)
     duration = look.runs[0].duration  # every run of frames has that of the whole
-    return look, vp.twin_sources(slots, look.windows), seconds / duration if seconds else None
+    return look, twin_sources(slots, look.windows), seconds / duration if seconds else None
 
 
 def read_part(part: Part, benchmark: Benchmark, frames_per_slot: int) -> tuple[Frames, Tensor | None, float | None]:

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from data.benchmarks import ask, predictions, probes, questions
 from data.benchmarks.report import read_results, show_comparison, show_scores
-from data.clips import ClipError
+from data.files import ClipError
 from data.run.log import describe_environment
 from data.run.models import load_plain
-from data.skim import FrameSettings
+from data.run.settings import FrameSettings
 
 
 @dataclass

@@ -13,8 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.benchmarks.scoring import LETTERS
-from data.clips import ClipError, load_clips
-from data.files import PathError, Refuse, inside_root, is_seconds, path_below, read_json, read_objects, with_any_ending
+from data.clips import load_clips
+from data.files import (
+    ClipError,
+    PathError,
+    Refuse,
+    inside_root,
+    is_seconds,
+    path_below,
+    read_json,
+    read_objects,
+    with_any_ending,
+)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from torch import nn
 
 from data.benchmarks.formats import TEMPCOMPASS, video_name
 from data.benchmarks.questions import Benchmark, prompt
-from data.clips import ClipError
-from data.files import Pairs, changes, read_json, read_lines, write_whole
+from data.files import ClipError, Pairs, changes, read_json, read_lines, write_whole
 from data.run.log import describe_environment
 from data.run.sheets import printable
 

@@ -23,7 +23,7 @@ from data.benchmarks.ask import Lines, Part, covered
 from data.benchmarks.questions import tabulate
 from data.benchmarks.report import markdown_table, percent
 from data.benchmarks.scoring import names
-from data.clips import ClipError
+from data.files import ClipError
 
 
 def own_clips(parts: Sequence[Part], probe: str) -> list[Part]:

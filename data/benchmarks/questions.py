@@ -27,8 +27,7 @@ import numpy as np
 from data.benchmarks import scoring
 from data.benchmarks.formats import CRASH, FORMATS, MOTIONBENCH, MVBENCH, TEMPCOMPASS, TVBENCH, Question
 from data.benchmarks.scoring import LETTERS
-from data.clips import ClipError
-from data.files import PathError, inside_root
+from data.files import ClipError, PathError, inside_root
 
 NAMES = tuple(FORMATS)
 DESCRIBED = ("vru-accident-captions", "dream-1k", "clips")

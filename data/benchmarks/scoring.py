@@ -18,7 +18,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from scipy import stats
 
-from data.clips import Clip
+from data.video import Clip
 from data.words import SENTENCE_END, fold, names, split_words
 
 LETTERS = string.ascii_uppercase

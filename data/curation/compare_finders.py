@@ -12,12 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 import vp
-from data.clips import ClipError, load_clips, named, read_frames
+from data.clips import load_clips, named
 from data.curation.curate import Models
 from data.curation.curate import Settings as CurateSettings
 from data.curation.finders import combine, image_text_evidence, peak_level, spans_of
+from data.files import ClipError
 from data.key_slots import find_key_slots
 from data.motion import Evidence, motion_evidence, shrink
+from data.video import read_frames
 
 
 @dataclass

@@ -37,7 +37,7 @@ from torch import Tensor
 
 import vp
 from data import motion
-from data.clips import Clip, ClipError, Frames, Preparation, make_example, named, parse_line, read_frames, reason_of
+from data.clips import named, parse_line, reason_of
 from data.curation import finders
 from data.curation.fingerprints import Seen, file_hash, fingerprint, plain_hash
 from data.curation.keywords import (
@@ -49,12 +49,13 @@ from data.curation.keywords import (
     words_of_longest_sentence,
 )
 from data.curation.page import group_of, records_of, report
-from data.files import VIDEO_ENDINGS, changes, list_files, write_whole
+from data.examples import Preparation, make_example
+from data.files import VIDEO_ENDINGS, ClipError, changes, list_files, write_whole
 from data.foreign import check_annotations
 from data.loader import worker_context
 from data.run.sheets import printable
 from data.skim import choose_windows, motion_curve, skim
-from data.video import Folder, Footage, Video, part_of, read_clip
+from data.video import Clip, Folder, Footage, Frames, Video, part_of, read_clip, read_frames
 from data.words import fold
 
 LONGEST_CAPTION = 20_000  # characters; spaCy takes a megabyte of memory for every thousand

@@ -23,12 +23,13 @@ from torch import Tensor
 
 import vp
 from data import packing, videolm
-from data.clips import Clip, Frames, Preparation, make_example
 from data.device import best_device
+from data.examples import Preparation, make_example
 from data.motion import Evidence
 from data.run.models import find_checkpoint
 from data.skim import motion_curve
 from data.user_text import space_out
+from data.video import Clip, Frames
 
 
 def spans_of(
@@ -188,7 +189,7 @@ def skim_finder(
     finder: str, look_for: str | None, lm: videolm.VideoLM, preparation: Preparation, model: str,
     clip_model: str | None = None, chunk: int = 32,
 ) -> Callable[[Tensor, Sequence[float]], Tensor]:  # fmt: skip
-    """What says where something happens in a skim, for `data.skim.look`: (pictures (N, C, h, w), seconds) -> curve (N,).
+    """What says where something happens in a skim, for `data.look.look`: (pictures (N, C, h, w), seconds) -> curve (N,).
 
     motion: pictures alone. clip, self: how well pictures show `look_for`, by an image-text model or by this model itself
     (with the heads of stage 1, if `model` is a run that has them), a chunk of pictures at a time.

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.clips import Clip
-from data.video import list_frames
+from data.video import Clip, list_frames
 
 
 def difference_hash(picture: Tensor) -> int:

@@ -36,10 +36,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from data.chats import Unusable, chat_clip, video_path, without_mark
-from data.clips import FIELDS, ClipError, parse_line
+from data.clips import FIELDS, parse_line
 from data.files import (
     COMMON_ENDINGS,
     VIDEO_ENDINGS,
+    ClipError,
     PathError,
     Refuse,
     bare_name,

@@ -14,8 +14,9 @@ import torch
 
 import vp
 from data import motion
-from data.clips import Frames, parse_line, read_frames
+from data.clips import parse_line
 from data.run.sheets import contact_sheet
+from data.video import Frames, read_frames
 
 DURATIONS = (3.0, 6.0, 12.0, 30.0, 60.0, math.inf)
 

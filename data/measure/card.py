@@ -61,8 +61,8 @@ def what_fits(names: Sequence[str] = tuple(SIZES)) -> str:
             visual, layers = slots * per_slot, hf.config.text_config.num_hidden_layers
             one = memory.Load(micro, visual, TEXT, twin_layers=layers // 2, eval_clips=32)
             two = memory.Load(
-                update_prompts, visual, TEXT, rollouts=G, twin_rollouts=G_TWIN, new_tokens=NEW, prompts=prompts,
-                eval_clips=32,
+                update_prompts, visual, TEXT, rollouts=G, twin_rollouts=G_TWIN, twin_branch=True, new_tokens=NEW,
+                prompts=prompts, eval_clips=32,
             )  # fmt: skip
             needs = [memory.SLACK * sum(memory.estimate(hf, load, s, gpu=True).values()) / GIB for load in (one, two)]
             cells += [f"{need:.1f}" for need in needs]
@@ -109,7 +109,7 @@ def update(lm: videolm.VideoLM, examples: list[vp.Example]) -> int:
     """Log-probabilities of a micro-batch's rollouts, forward and backward. Returns the tokens of the packed sequences."""
     with torch.no_grad(), autocast(lm.device):
         video = lm.encode_examples(examples)
-    packed = lm.pack_rollouts(examples, [[torch.arange(NEW)] * G for _ in examples]).to(lm.device)
+    packed = lm.pack_rollouts(examples, [[torch.arange(NEW)] * (G + G_TWIN) for _ in examples], G).to(lm.device)
     with autocast(lm.device):
         logp, _ = lm.log_probs(packed, video)
     advantage = torch.linspace(-1, 1, len(logp), device=lm.device)
@@ -156,7 +156,7 @@ def run_preset(preset: str, settings: CardSettings, speed: float) -> list[dict]:
     layers = lm.config.text_config.num_hidden_layers
     weights = models.num_parameters(lm.base.model.language_model)
     packed = memory.Load(
-        update_prompts, visual, TEXT, rollouts=G, twin_rollouts=G_TWIN, new_tokens=NEW, prompts=prompts
+        update_prompts, visual, TEXT, rollouts=G, twin_rollouts=G_TWIN, twin_branch=True, new_tokens=NEW, prompts=prompts
     )  # fmt: skip
     work = {
         "stage 1": (stage_1, micro, memory.Load(micro, visual, TEXT, twin_layers=layers // 2), 6),

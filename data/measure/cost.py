@@ -15,13 +15,15 @@ from rich.console import Console
 
 import vp
 from data import videolm
-from data.clips import PROMPT, Preparation, chat, load_clips
+from data.clips import load_clips
 from data.device import best_device, wait_and_time
+from data.examples import Preparation, chat
 from data.loader import ClipLoader
 from data.run.log import describe_environment
 from data.run.memory import PeakMemory, held_bytes
 from data.run.models import load_model
 from data.tiny import build_tiny
+from data.video import PROMPT
 
 
 @dataclass

@@ -26,7 +26,7 @@ from data import videolm
 from data.device import best_device, compute_dtype
 from data.measure.cost import long_example
 from data.run.precision import choose_attention
-from kernels.check import COMPARISONS, Comparison
+from kernels.check import COMPARISONS, Errors
 from kernels.dispatch import HAS_TRITON, INTERPRETED, takes_kernel
 
 GIB = 2**30
@@ -82,7 +82,7 @@ def find_tools() -> list[Finding]:
     return findings
 
 
-def try_kernel(name: str, compare: Callable[..., Comparison], device: torch.device) -> Finding:
+def try_kernel(name: str, compare: Callable[..., Errors], device: torch.device) -> Finding:
     """A kernel against its reference, with the time of compiling and running it."""
     if not (INTERPRETED or takes_kernel(None, torch.empty(0, device=device))):
         return Finding(f"kernel: {name}", "not tried: it needs an NVIDIA GPU from Ampere on")

@@ -19,17 +19,21 @@ from torch.distributed import ProcessGroup, get_world_size
 
 import vp
 from data.benchmarks.scoring import score_description
-from data.clips import PROMPT, Clip, ClipError, Preparation, load_clips, make_example, named, reason_of
+from data.clips import load_clips, named, reason_of
 from data.curation.finders import skim_finder
 from data.device import autocast
+from data.examples import Preparation, make_example
+from data.files import ClipError
 from data.loader import ClipLoader
+from data.look import look
 from data.run.memory import EVAL_TOKENS, leave_out_long
 from data.run.models import gathered, load_model
 from data.run.processes import gather
 from data.run.run import Run
-from data.run.settings import check_above_zero
+from data.run.settings import FrameSettings, check_above_zero
 from data.run.sheets import draw_look, printable, warn
-from data.skim import SIDE, FrameSettings, look
+from data.skim import SIDE
+from data.video import PROMPT, Clip
 from data.videolm import VideoLM
 
 EVAL_CLIPS = 32  # described at a time, as far as `VideoLM.roll_out` has room for them

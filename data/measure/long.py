@@ -26,12 +26,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from data.clips import Clip, ClipError, Preparation, load_clips, make_example, read_frames
+from data.clips import load_clips
+from data.examples import Preparation, make_example
+from data.files import ClipError
+from data.look import Look
 from data.measure.evaluate import evaluate
 from data.run.models import load_model
-from data.skim import FrameSettings, Look, choose_windows, motion_curve, skim
+from data.run.settings import FrameSettings
+from data.skim import choose_windows, motion_curve, skim
 from data.tiny import build_tiny
-from data.video import Frames, Video, decode_packets, part_of, read_clip
+from data.video import Clip, Frames, Video, decode_packets, part_of, read_clip, read_frames
 
 TEMPORARY = Path("runs/tiny")
 

@@ -101,7 +101,7 @@ def table_row(title: str, results: Sequence[dict[str, dict]], seconds: Sequence[
     """A line of a table: every column over the seeds."""
     cells = []
     for _, split, part, name in COLUMNS:
-        values = [r[split][part][name] for r in results if name in r[split][part]]
+        values = [r[split][part][name] for r in results if name in r.get(split, {}).get(part, {})]
         cells.append(spread(values) if values else "-")
     cells.append(f"{sum(seconds) / len(seconds):.0f}" if seconds else "-")
     return f"| {title} | " + " | ".join(cells) + " |"
@@ -122,6 +122,7 @@ def run_report(settings: ReportSettings, console: Console) -> str:
             out = s.out / re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") / f"seed-{seed}"
             begin = [] if start is None else ["--model", str(start[seed])]
             more = ["--seed", str(seed), "--out", str(out), "--resume", "--eval-every", "-1"]
+            more += ["--no-eval-before"] * bool(runs)  # of the first run it is enough
             run_once([script, *begin, *more, *data, *arguments, *steps], out / "results.json", console)
             results.append(scores(out, splits, console))
             seconds.append(float((out / "cpu_seconds.json").read_text()))
@@ -136,17 +137,13 @@ def run_report(settings: ReportSettings, console: Console) -> str:
     for title, arguments in VARIANTS[1].items():
         if s.stage in ("both", 1) or title == DEFAULT[1]:
             train(title, "train_sft.py", arguments)
-        if title == "captions alone" and s.stage in ("both", 1):  # the base model, which the runs have built by now
-            out = s.out / "base"
-            for split, file in splits.items():
-                command = ["eval.py", "--model", "runs/tiny", "--data", str(file), "--workers", "0"]
-                run_once([*command, "--out", str(out / split)], out / split / "results.json", console)
-            base = {split: json.loads((out / split / "results.json").read_text()) for split in splits}
-            lines.insert(2, table_row("the base, before any fine-tuning", [base], []))
+    first = next(iter(runs.values()))[s.seeds[0]]  # it has evaluated the base that all runs begin with
+    before = json.loads((first / "results.json").read_text())["before"]
+    lines.insert(2, table_row("the base, before any fine-tuning", [{"test": before}], []))
     start = runs[DEFAULT[1]]
     if s.stage in ("both", 2):
         for title, arguments in (VARIANTS[2] | (ABLATIONS if s.ablation else {})).items():
-            train(title, "train_rl.py", ["--no-eval-before", *arguments], start)
+            train(title, "train_rl.py", arguments, start)
     if s.stage == "lora":
         for title, arguments in VARIANTS["lora"].items():
             train(title, "train_sft.py", arguments, start)

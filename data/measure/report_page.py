@@ -28,6 +28,9 @@ def claimed(results: Mapping) -> float:
 
 def draw_habits(runs: Mapping[str, Mapping[int, Path]], path: Path) -> Path:
     """A point a run: rare events named, against events claimed that are not there; an arrow from stage 1 to stage 2."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7.5, 4.6))

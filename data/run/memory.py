@@ -17,10 +17,13 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from data.clips import PROMPT, Clip, ClipError, Preparation, make_example, named, read_frames, split_long
+from data.batches import TOKENS_AT_ONCE, TOKENS_HELD
+from data.clips import named, split_long
+from data.examples import Preparation, make_example
+from data.files import ClipError
 from data.run.models import LANGUAGE_LINEARS, VISION_LINEARS, find_checkpoint
 from data.run.sizes import random_config
-from data.videolm import TOKENS_AT_ONCE, TOKENS_HELD
+from data.video import PROMPT, Clip, read_frames
 from kernels.logprob import STRETCH
 
 SLACK = 1.1
@@ -34,7 +37,8 @@ class Load:
 
     clips: of a micro-batch; visual_tokens, text_tokens: of the longest clip. rollouts: descriptions that are packed behind
     each prompt (stage 2; 0 in stage 1), twin_rollouts as many more while sampling, new_tokens long each, prompts at a
-    time. twin_layers: layers that the twin runs through. eval_clips: described at a time in evaluations (0: none).
+    time. twin_branch: the update packs the twin's descriptions, too, and the twin's prompt. twin_layers: layers that the
+    twin runs through in stage 1. eval_clips: described at a time in evaluations (0: none).
     reference: a frozen second model is held.
     """
 
@@ -44,6 +48,7 @@ class Load:
     twin_layers: int = 0
     rollouts: int = 0
     twin_rollouts: int = 0
+    twin_branch: bool = False
     new_tokens: int = 0
     prompts: int = 0
     eval_clips: int = 0
@@ -119,8 +124,10 @@ def phases(hf: nn.Module, load: Load, settings: Mapping, gpu: bool) -> dict[str,
     peak = half * (LAYER_BACKWARD[0] * I + LAYER_BACKWARD[1] * D)
     forward = half * (LAYER_FORWARD[0] * I + LAYER_FORWARD[1] * D)
     kept = wide * D * layers if s["gradient_checkpointing"] else layer * layers
-    prompt, packed = load.visual_tokens + load.text_tokens, load.rollouts * load.new_tokens
-    tokens = load.clips * (prompt + packed)
+    prompt = load.visual_tokens + load.text_tokens
+    packed = (load.rollouts + load.twin_rollouts * load.twin_branch) * load.new_tokens
+    sequence = prompt * (1 + load.twin_branch) + packed  # the event may come first: then the twin shares nothing
+    tokens = load.clips * sequence
     twin = load.clips * load.visual_tokens * kept * load.twin_layers / layers
 
     # The vision encoder: all clips of a micro-batch if it is trained, else some at a time and nothing kept.
@@ -132,7 +139,7 @@ def phases(hf: nn.Module, load: Load, settings: Mapping, gpu: bool) -> dict[str,
         encoder = load.clips * merge * load.visual_tokens * all_blocks
     labels = load.clips * (packed or load.text_tokens)
     logits = 2 * labels * STRETCH + 4 * labels * D if gpu else 2 * 4 * min(labels, 4096) * text.vocab_size
-    square = (prompt + packed) ** 2 * load.clips * (load.rollouts > 0)
+    square = sequence**2 * load.clips * (load.rollouts > 0)
     step = {
         "activations, language model": tokens * (kept + peak) + twin + dequantised,
         "encoded videos": load.clips * load.visual_tokens * features * (1 + (load.twin_layers > 0)),

@@ -19,7 +19,9 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from data import device
-from data.clips import Clip, ClipError, Preparation, load_clips
+from data.clips import load_clips
+from data.examples import Preparation
+from data.files import ClipError
 from data.loader import ClipLoader
 from data.run import checkpoints, memory, processes
 from data.run.log import RunLog, describe_environment, progress_table
@@ -27,6 +29,7 @@ from data.run.models import num_parameters
 from data.run.precision import choose_attention
 from data.run.settings import TrainSettings
 from data.run.sheets import warn
+from data.video import Clip
 from kernels.check import replace_unfit
 
 T = TypeVar("T")

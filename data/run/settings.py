@@ -1,5 +1,6 @@
 """Settings that both train scripts share, and how the command line is read."""
 
+import math
 import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import tyro
 
 from data.device import best_device
 from data.files import changes
-from data.skim import FrameSettings
+from data.skim import Skim
 
 PRESETS = ("tiny", "gpu-24gb", "gpu-80gb")
 Settings = TypeVar("Settings", bound="TrainSettings")
@@ -28,11 +29,39 @@ def flag(name: str) -> str:
 
 
 def check_above_zero(settings: object, *names: str) -> None:
-    """Raise ValueError for the first of the named fields that is given and not above 0 (NaN is not)."""
+    """Raise ValueError for the first of the named fields that is given and not above 0 (NaN and infinity are not)."""
     for name in names:
         value = getattr(settings, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{flag(name)}: got {value}; give a number above 0")
+
+
+@dataclass(kw_only=True)
+class FrameSettings:
+    """Which frames of a clip are shown: settings of both train scripts and of eval.py."""
+
+    frames: Literal["uniform", "skim"] = "uniform"
+    """skim: look at a long video once, small, and then closely where something happens; see docs/long-videos.md."""
+    visual_tokens: int | None = None
+    """Visual tokens of a clip, at most, shared out among windows and what lies between (default: those of the frames)."""
+    windows: int = 4
+    """--frames skim: moments looked at closely, at most."""
+    window_seconds: float = 2.0
+    """--frames skim: seconds of each."""
+    window_fps: float = 8.0
+    """--frames skim: frames a second looked at in a window, at most."""
+    skim_fps: float = 2.0
+    """--frames skim: frames a second of the first look; an event that is shorter than one of them may be missed."""
+
+    def check_frames(self) -> None:
+        """Raise ValueError for what no frames can be chosen by."""
+        check_above_zero(self, "visual_tokens", "windows", "window_seconds", "window_fps", "skim_fps")
+
+    def how_to_look(self, at_key_spans: bool = False) -> Skim | None:
+        """How long videos are looked at; at_key_spans: in training."""
+        if self.frames == "uniform":
+            return None
+        return Skim(self.windows, self.window_seconds, self.skim_fps, self.window_fps, at_key_spans=at_key_spans)
 
 
 @dataclass

@@ -15,8 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 import vp
-from data.clips import Clip, Frames, Preparation, make_example, named
-from data.skim import Look
+from data.clips import named
+from data.examples import Preparation, make_example
+from data.look import Look
+from data.video import Clip, Frames
 
 FULL_COLOUR, TWIN_COLOUR = "#1a9850", "#d73027"
 
