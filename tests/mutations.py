@@ -35,7 +35,7 @@ RELATIVE, POOLED, RECALL, SIMILARITY = "stage_2[relative]", "stage_2[pooled]", "
 
 @dataclass
 class Fault:
-    """Text of a file that is replaced, and the test that should turn red."""
+    """Text of a file that is replaced, and what should turn red: a case of test_reference_loops.py, or another test's path."""
 
     name: str
     file: str
@@ -46,7 +46,7 @@ class Fault:
     @property
     def test(self) -> str:
         """As pytest names it."""
-        return f"tests/test_reference_loops.py::test_{self.case}"
+        return self.case if "::" in self.case else f"tests/test_reference_loops.py::test_{self.case}"
 
 
 FAULTS = [
@@ -85,7 +85,8 @@ FAULTS = [
     Fault("text vectors carry gradients", LM, "(batch.keyword_ids).detach()", "(batch.keyword_ids)", CONTRASTIVE),
     Fault("twins never shown as quiet clips", SFT, "twin_captions=s.twin_captions,", "twin_captions=0.0,", TWIN_CAPTIONS),
     Fault("quiet clips keep the event's pixels", "data/examples.py",
-          "pixels=torch.cat([patches[slot] for slot in example.source.tolist()])", "pixels=example.pixels", TWIN_CAPTIONS),
+          "pixels=torch.cat([patches[slot] for slot in example.source.tolist()])", "pixels=example.pixels",
+          "tests/test_twin.py::test_a_twin_as_a_quiet_clip"),
     # Stage 2.
     Fault("KL weight fixed at 0", RL, "s.clip_low, s.clip_high, s.beta", "s.clip_low, s.clip_high, 0.0", RELATIVE),
     Fault("reference is the policy of now", RL, "reference.log_probs(update.packed", "lm.log_probs(update.packed",
@@ -150,7 +151,7 @@ FAULTS = [
     Fault("no twin negatives in equation (1)", "vp.py", "allowed = torch.cat([allowed, positive], 1)",
           "allowed = F.pad(allowed, (0, len(twin)))", CONTRASTIVE),
     Fault("no margin on the quality in equation (2)", "vp.py", "no_worse = q[:, None] > q_twin[None, :] - margin",
-          "no_worse = q[:, None] > q_twin[None, :] - 9", RELATIVE),
+          "no_worse = q[:, None] > q_twin[None, :] - 9", "tests/test_reward.py::test_wins_against_a_loop"),
     Fault("clipped ratio not taken in equation (5)", "vp.py", "-torch.minimum(unclipped, clipped)", "-unclipped", RELATIVE),
     Fault("KL of the wrong direction in equation (5)", "vp.py", "        x = ref_logp - logp\n",
           "        x = logp - ref_logp\n", RELATIVE),

@@ -570,4 +570,8 @@ def test_faults_can_be_planted():
     cases = {f"stage_1[{case}]" for case in SFT_CASES} | {f"stage_2[{case}]" for case in RL_CASES}
     for fault in FAULTS:
         assert (HERE / fault.file).read_text().count(fault.old) == 1, f"{fault.file}: {fault.name}"
-        assert fault.case in cases
+        if "::" in fault.case:
+            file, name = fault.case.split("::")
+            assert f"def {name}(" in (HERE / file).read_text()
+        else:
+            assert fault.case in cases

@@ -1,11 +1,15 @@
 """Twin construction, key spans and the model-free finder, against loops written by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from transformers import AutoProcessor
 
 import vp
 from data.clips import load_clips
+from data.examples import Preparation, make_example, prepare, show_twin
 from data.key_slots import find_key_slots
 from data.video import read_frames
 from data.world import draw_clip
@@ -89,3 +93,21 @@ def test_finder_sees_one_flash(size):
     pixels = torch.full((16, 3, *size), 50, dtype=torch.uint8)
     pixels[9, :, : size[0] // 2] = 250
     assert find_key_slots(pixels).nonzero().flatten().tolist() == [4]
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_twin_as_a_quiet_clip(index, world, qwen2_5):
+    """Its patches are those of the degraded video, its caption is the still part, and it has no twin of its own."""
+    clip = load_clips(world / "train.jsonl")[0][index]
+    clip = replace(clip, key_spans=[[clip.truth["span"]]])
+    processor = AutoProcessor.from_pretrained(qwen2_5)
+    preparation = Preparation(processor, 16)
+    shown = show_twin(prepare(clip, preparation), clip, processor.tokenizer)
+    frames = read_frames(clip, 16)
+    source = vp.twin_sources(vp.span_slots([clip.truth["span"]], frames.timestamps))
+    degraded = frames.pixels.unflatten(0, (-1, 2))[source].flatten(0, 1)
+    still = replace(clip, caption=clip.truth["static"], keywords=[], key_spans=None)
+    want = make_example(still, replace(frames, pixels=degraded), preparation)
+    torch.testing.assert_close(shown.pixels, want.pixels)
+    assert torch.equal(shown.input_ids, want.input_ids) and torch.equal(shown.token_types, want.token_types)
+    assert shown.source is None and shown.keywords == []
