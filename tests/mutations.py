@@ -35,7 +35,7 @@ RELATIVE, POOLED, RECALL, SIMILARITY = "stage_2[relative]", "stage_2[pooled]", "
 
 @dataclass
 class Fault:
-    """Text of a file that is replaced, and what should turn red: a case of test_reference_loops.py, or another test's path."""
+    """Text of a file that is replaced, and what should turn red: a case of test_reference_loops.py, or any test."""
 
     name: str
     file: str
