@@ -43,7 +43,7 @@ from transformers import (
 
 from data.old_names import add_old_names
 from data.words import WORD
-from data.world import ACTIONS, COLOURS, PIXELS, SHAPES
+from data.world import ACTIONS, COLOURS, LOOKS, PIXELS, SHAPES
 
 Family = Literal["qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 BASE = Path(__file__).parent / "base.safetensors"  # made by data/base.py
@@ -79,7 +79,7 @@ class TinySettings:
 
 def train_tokenizer() -> Qwen2Tokenizer:
     """Byte-level BPE on the world's language: a word of the world is one token, and any other text falls to bytes."""
-    words = [*ACTIONS, *COLOURS, *SHAPES, "a and the something user assistant system"]
+    words = [*ACTIONS, *COLOURS, *SHAPES, *LOOKS.values(), "a and the something user assistant system"]
     corpus = [f" {w}" for phrase in words for w in phrase.split()] * 4
     corpus += ["Describe the video.", "A Something the . , :", "0 1 2 3 4 5 6 7 8 9 seconds"] * 4
     bpe = Tokenizer(models.BPE())

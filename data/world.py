@@ -48,6 +48,15 @@ ACTIONS = (
     "turns striped",
     "lights a halo",
 )
+# What some actions look like in a still picture, in the words of the tiny base model, which has seen such looks but none
+# that comes and goes. See data/base.py.
+LOOKS = {
+    "swells up": "large",
+    "vanishes": "faint",
+    "flashes white": "white",
+    "turns black": "black",
+    "turns striped": "barred",
+}
 # The floor's number is that of its usual action.
 FLOORS = (
     (128, 128, 128),
@@ -110,6 +119,77 @@ def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> 
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
+@dataclass
+class Thing:
+    """One shape of a scene of F frames."""
+
+    shape: str
+    colour: str
+    x: np.ndarray
+    """(F,) middle, pixels."""
+    y: np.ndarray
+    """(F,) middle, pixels."""
+    radius: float
+    """Pixels."""
+    action: str | None
+    """What it does, or looks like."""
+    strength: np.ndarray
+    """(F,) how much of it, frame by frame, 0 to 1."""
+
+
+def render(things: Sequence[Thing], floor: int, num_frames: int, rng: np.random.Generator) -> np.ndarray:
+    """Frames (F, PIXELS, PIXELS, 3) uint8 of a scene. The first thing is the one in front."""
+    ramp = np.linspace(-1, 1, PIXELS)[:, None] * rng.uniform(-10, 10)
+    ground = np.asarray(FLOORS[floor], float) + rng.uniform(-6, 6) + ramp[..., None]  # (H, 1, 3)
+    ys, xs = (np.mgrid[:PIXELS, :PIXELS] + 0.5).astype(np.float32)
+    video = np.broadcast_to(ground, (num_frames, PIXELS, PIXELS, 3)).astype(np.float32)
+    for thing in reversed(things):
+        action, strength = thing.action, thing.strength.astype(np.float32)[:, None, None]  # (F, 1, 1)
+        x, y = (v.astype(np.float32)[:, None, None] for v in (thing.x, thing.y))
+        size = np.float32(thing.radius) * (1 + np.float32(0.7) * strength * (action == "swells up"))
+        dx, dy = xs - x, ys - y  # (F, H, W)
+        light = None
+        if action == "lights a halo":
+            light = 1.5 - np.abs(np.hypot(dx, dy) - 1.5 * size)
+        elif action == "shoots a beam":
+            light = 2.0 - np.abs(dx)  # from edge to edge, behind the shape
+        elif action == "throws sparks":
+            light = 3.0 - np.hypot(np.abs(dx) - 1.2 * size, np.abs(dy) - 1.2 * size)  # one at each corner
+        if light is not None:
+            video += (np.clip(light, 0, 1) * strength)[..., None] * (np.float32([0, 240, 255]) - video)
+        paint = np.broadcast_to(np.float32(COLOURS[thing.colour]), video.shape)
+        stripes = (ys.astype(int) // 3 % 2 * np.float32(250))[..., None]
+        other = {"flashes white": np.float32(250), "turns black": np.float32(8), "turns striped": stripes}.get(action)
+        if other is not None:
+            paint = paint + strength[..., None] * (other - paint)
+        alpha = coverage(thing.shape, dx, dy, size) * (1 - strength * (action == "vanishes"))
+        video += alpha[..., None] * (paint - video)
+    video += 3 * rng.standard_normal(video.shape, np.float32)
+    return np.clip(video, 0, 255).astype(np.uint8)
+
+
+def in_cells(moves: np.ndarray, times: np.ndarray, rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray, float]]:
+    """x and y (F,) and radius of each thing, in pixels: it drifts slowly about the middle of one of four cells or rests."""
+    num_things = len(moves)
+    cell = rng.permutation(4)[:num_things]
+    middle = PIXELS / 4 + PIXELS / 2 * np.stack([cell % 2, cell // 2], 1) + rng.uniform(-1.5, 1.5, (num_things, 2))
+    heading = rng.uniform(0, 2 * np.pi, num_things)
+    velocity = moves[:, None] * rng.uniform(0.2, 0.4) * np.stack([np.cos(heading), np.sin(heading)], 1)
+    radius = rng.uniform(7.5, 9.0, num_things)
+    places = [middle[i] + velocity[i] * (times - NUM_FRAMES / 2)[:, None] for i in range(num_things)]  # (F, 2) each
+    return [(*place.T, size) for place, size in zip(places, radius)]
+
+
+def listed(names: Sequence[str]) -> str:
+    """A sentence that lists things.
+
+    >>> listed(["blue circle", "red cross"])
+    'A blue circle and a red cross.'
+    """
+    parts = [f"a {name}" for name in names]
+    return (", ".join(parts[:-1]) + " and " + parts[-1] + ".").capitalize()
+
+
 def draw_clip(
     split: str, index: int, seed: int = 0, habit: float = 0.8, quiet: float = 0.2, times: Sequence[int] = range(NUM_FRAMES)
 ) -> tuple[np.ndarray, dict]:
@@ -128,59 +208,23 @@ def draw_clip(
         action = floor if is_usual else int((floor + rng.integers(1, len(ACTIONS))) % len(ACTIONS))
         if held_out(shape, colour, action) == (split == "held-out"):
             break
-    num_objects = int(rng.integers(2, 4))
-    other_colours = rng.choice([c for c in range(len(colours)) if c != colour], num_objects - 1, replace=False)
-    objects = [(shape, colour)] + [(int(rng.integers(len(shapes))), c) for c in other_colours]
-    moves = rng.random(num_objects) < 0.5
-    order = sorted(range(num_objects), key=lambda i: colours[objects[i][1]])  # a caption lists objects by colour
+    num_things = int(rng.integers(2, 4))
+    other_colours = rng.choice([c for c in range(len(colours)) if c != colour], num_things - 1, replace=False)
+    kinds = [(shape, colour)] + [(int(rng.integers(len(shapes))), c) for c in other_colours]
+    moves = rng.random(num_things) < 0.5
     start = int(rng.integers(2, NUM_FRAMES - 4))
     length = int(rng.integers(2, 4))
-
-    # Each object drifts, slowly and straight, about the middle of one of four cells.
-    cell = rng.permutation(4)[:num_objects]
-    middle = PIXELS / 4 + PIXELS / 2 * np.stack([cell % 2, cell // 2], 1) + rng.uniform(-1.5, 1.5, (num_objects, 2))
-    heading = rng.uniform(0, 2 * np.pi, num_objects)
-    velocity = moves[:, None] * rng.uniform(0.2, 0.4) * np.stack([np.cos(heading), np.sin(heading)], 1)
-    radius = rng.uniform(7.5, 9.0, num_objects)
-
-    ramp = np.linspace(-1, 1, PIXELS)[:, None] * rng.uniform(-10, 10)
-    ground = np.asarray(FLOORS[floor], float) + rng.uniform(-6, 6) + ramp[..., None]  # (H, 1, 3)
-    ys, xs = (np.mgrid[:PIXELS, :PIXELS] + 0.5).astype(np.float32)
-    time = np.asarray(times)
+    time = np.asarray(times, int)
     event = (start <= time) & (time < start + length) & (not is_quiet)  # (F,)
-    video = np.broadcast_to(ground, (len(time), PIXELS, PIXELS, 3)).astype(np.float32)
-    for i in order[::-1]:
-        x, y = (middle[i] + velocity[i] * (time - NUM_FRAMES / 2)[:, None]).T  # (F,) each
-        size = np.full(len(time), radius[i])
-        paint = np.tile(np.asarray(COLOURS[colours[objects[i][1]]], np.float32), (len(time), 1))
-        name = ACTIONS[action] if i == 0 else ""
-        if name == "swells up":
-            size = np.where(event, 1.7 * size, size)
-        elif name in ("flashes white", "turns black"):
-            paint[event] = 250 if name == "flashes white" else 8
-        x, y, size = (v.astype(np.float32)[:, None, None] for v in (x, y, size))
-        during = event[:, None, None].astype(np.float32)
-        dx, dy = xs - x, ys - y  # (F, H, W)
-        alpha = coverage(shapes[objects[i][0]], dx, dy, size) * (1 - during * (name == "vanishes"))
-        picture = np.broadcast_to(paint[:, None, None], video.shape)
-        if name == "turns striped":
-            picture = np.where(event[:, None, None, None], (ys.astype(int) // 3 % 2 * 250.0)[None, :, :, None], picture)
-        light = None
-        if name == "lights a halo":
-            light = 1.5 - np.abs(np.hypot(dx, dy) - 1.5 * size)
-        elif name == "shoots a beam":
-            light = 2.0 - np.abs(dx)  # from edge to edge, behind the shape
-        elif name == "throws sparks":
-            light = 3.0 - np.hypot(np.abs(dx) - 1.2 * size, np.abs(dy) - 1.2 * size)  # one at each corner
-        if light is not None:
-            video += (np.clip(light, 0, 1) * during)[..., None] * (np.float32([0, 240, 255]) - video)
-        video += alpha[..., None] * (picture - video)
-    video += 3 * rng.standard_normal(video.shape, np.float32)
-    frames = np.clip(video, 0, 255).astype(np.uint8)
+    things = [
+        Thing(shapes[s], colours[c], x, y, radius, ACTIONS[action] if i == 0 else None, event)
+        for i, ((s, c), (x, y, radius)) in enumerate(zip(kinds, in_cells(moves, time, rng)))
+    ]
+    names = [f"{thing.colour} {thing.shape}" for thing in things]
+    things.sort(key=lambda thing: thing.colour)
+    frames = render(things, floor, len(time), rng)
 
-    names = [f"{colours[c]} {shapes[s]}" for s, c in objects]
-    parts = [f"a {names[i]}" for i in order]
-    static = (", ".join(parts[:-1]) + " and " + parts[-1] + ".").capitalize()
+    static = listed(sorted(names))  # by colour: no two have the same
     line = {"video": f"{split}/{index // 1000:03d}/{index:06d}.mp4", "caption": static, "keywords": []}
     truth = {"static": static, "kind": "quiet", "usual": ACTIONS[floor]}
     if not is_quiet:
