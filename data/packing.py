@@ -1,7 +1,7 @@
 """Packing: sequences in which branches share what comes before them, so that nothing is run twice.
 
-A *branch* is a run of tokens that sees itself and its ancestors, and no other branch; its positions go on from its parent's
-end. A prompt forks into the full video and its twin at the first replaced slot, and may fork again into questions or into
+A *branch* is a run of tokens that sees itself and its ancestors, and no other branch; its positions begin where its parent
+ends. A prompt forks into the full video and its twin at the first replaced slot, and may fork again into questions or into
 rollouts:
 
     [shared prefix]--[rest of the prompt, full video]--[rollout 1 of the full video]

@@ -378,7 +378,7 @@ class VideoLM(nn.Module):
         self, groups: Sequence[tuple[Packed, Video]], kind: Tensor, max_new_tokens: int,
         uniform: Tensor | None = None, temperature: float = 1.0,
     ) -> Rollouts:  # fmt: skip
-        """Go on from the wanted rows of forked prefixes, R rollouts a clip, from one prefill of each group of clips.
+        """Continue from the wanted rows of forked prefixes, R rollouts a clip, from one prefill of each group of clips.
 
         kind: (R,) which of its clip's wanted rows each rollout grows from: of full video and twin, or of its questions.
         uniform: (B, R, max_new_tokens) numbers in [0, 1) that decide the tokens; None: greedy. A step feeds one token of

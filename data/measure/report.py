@@ -23,7 +23,7 @@ class ReportSettings:
     """Train every variant of both stages on the embedded world with several seeds, and write the README's tables."""
 
     stage: Literal["both", 1, 2, "lora"] = "both"
-    """1: captions alone, without the twin, with it. 2: from where stage 1 with the twin ends. lora: stage 1 goes on from
+    """1: captions alone, without the twin, with it. 2: from where stage 1 with the twin ends. lora: stage 1 continues from
     there with adapters, in full precision and in 4 bits."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; each gives every variant its own order of clips."""

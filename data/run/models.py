@@ -146,7 +146,7 @@ def load_trainable(
     """The model to train, with adapters, frozen parts and checkpointing as asked.
 
     Without adapters all weights train in float32 (under bf16 autocast on a GPU). With adapters the frozen weights are bf16
-    on a GPU, or 4-bit, and the adapters float32. resumed: a checkpoint of the same run to go on from. Raises ValueError
+    on a GPU, or 4-bit, and the adapters float32. resumed: a checkpoint of the same run to continue from. Raises ValueError
     for 4 bits without adapters.
     """
     if quantize == "nf4" and not lora_rank:
