@@ -6,9 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from data.base import still_scene
 from data.clips import load_clips
 from data.video import read_frames
-from data.world import ACTIONS, COLOURS, FPS, NUM_FRAMES, SHAPES, WorldSettings, draw_clip, held_out, make_world
+from data.world import ACTIONS, COLOURS, FPS, LOOKS, NUM_FRAMES, SHAPES, WorldSettings, draw_clip, held_out, make_world
 
 
 def combination(line: dict) -> tuple[str, str, str]:
@@ -119,3 +120,23 @@ def test_worlds_are_not_mixed(tmp_path):
     with pytest.raises(ValueError, match=r'"seed": 0.*asked for.*"seed": 1'):
         make_world(WorldSettings(tmp_path / "w", train=2, test=2, held_out=0, seed=1, workers=1))
     assert len([json.loads(line) for line in (tmp_path / "w/train.jsonl").open()]) == 2
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_the_base_sees_no_event(index):
+    """In its scenes no look comes or goes, and no caption has a word of an action."""
+    frames, caption = still_scene(index, range(NUM_FRAMES))
+    smooth = np.abs(np.diff(frames.astype(float), axis=0)).mean((1, 2, 3))
+    assert smooth.max() < 1.2 * np.median(smooth)
+    words = set(caption.lower().replace(",", "").rstrip(".").split())
+    assert words <= {"a", "and", *COLOURS, *SHAPES, *LOOKS.values()}
+    assert not words & {word for action in ACTIONS for word in action.split()} - {"a", "black", "white"}
+
+
+def test_the_base_sees_every_look():
+    """And about half of its scenes are as quiet clips of the world are."""
+    captions = [still_scene(index, ())[1] for index in range(300)]
+    looks = {look: sum(f" {look} " in f" {caption.lower()} " for caption in captions) for look in LOOKS.values()}
+    assert all(count >= 15 for count in looks.values()), looks
+    plain = sum(not set(LOOKS.values()) & set(caption.lower().split()) for caption in captions)
+    assert 0.4 < plain / len(captions) < 0.8
