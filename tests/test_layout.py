@@ -17,7 +17,15 @@ ALLOWED = {
     "data.measure": {"kernels", "kernels.check", "vp", "data", "data.run", "data.benchmarks", "data.curation"},
     "scripts": {"kernels", "kernels.check", "vp", "data", "data.run", "data.benchmarks", "data.measure"},
 }
-SCRIPTS = ("train_sft.py", "train_rl.py", "eval.py", "kernels/bench.py", "kernels/fit.py", "docs/pictures.py")
+SCRIPTS = (
+    "train_sft.py",
+    "train_rl.py",
+    "eval.py",
+    "kernels/bench.py",
+    "kernels/fit.py",
+    "docs/pictures.py",
+    "docs/counts.py",
+)
 
 
 def modules() -> dict[str, Path]:
