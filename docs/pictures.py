@@ -167,8 +167,11 @@ def draw_imports(path: Path) -> None:
             (_, x, y), (_, other_x, other_y) = PARTS[part], PARTS[other]
             arrow(axis, (x + 11, y), (other_x + 11, other_y + 6))
     for part, (_, x, y) in PARTS.items():
-        shown = textwrap.fill(", ".join(name for name in files[part] if name != part) or "the method", 42)
-        axis.add_patch(Rectangle((x, y), 22, 6, facecolor="white", edgecolor=GREY, linewidth=1.4, zorder=3))
+        names = ", ".join(name for name in files[part] if name != part) or "the method"
+        wide = 10 * (len(names) > 150)  # more room on either side
+        shown = textwrap.fill(names, 42 + 4 * wide)
+        box = Rectangle((x - wide, y), 22 + 2 * wide, 6, facecolor="white", edgecolor=GREY, linewidth=1.4, zorder=3)
+        axis.add_patch(box)
         axis.text(x + 11, y + 4.9, part, ha="center", va="center", fontsize=10, weight="bold", zorder=4)
         axis.text(x + 11, y + 2.1, shown, ha="center", va="center", fontsize=6, zorder=4)
     figure.savefig(path, dpi=110, bbox_inches="tight")
