@@ -1,8 +1,8 @@
 """The tiny base model: what every run on the embedded world starts from, trained once and shipped as data/base.safetensors.
 
 It is a tiny Qwen2.5-VL that describes still scenes. It knows what things look like, as a real base model does: a circle may
-be red, black or white, large, barred or ringed, from the first frame to the last. It has never seen a look come and go, nor
-read a word for it. So fine-tuning on the world teaches what fine-tuning of a real model teaches: to notice what happens.
+be red, black or white, large, faint or barred, from the first frame to the last. It has never seen a look come and go, nor
+read a verb. So fine-tuning on the world teaches what fine-tuning of a real model teaches: to notice what happens.
 
     python -m data.base --out base.safetensors      # the same again, in minutes on a CPU core
 
@@ -61,8 +61,8 @@ class BaseSettings:
 def still_scene(index: int, times: Sequence[int]) -> tuple[np.ndarray, str]:
     """Frames (F, PIXELS, PIXELS, 3) uint8 of a scene in which nothing changes its look, and its caption.
 
-    Half of the scenes are quiet clips as the world has them. In the others about half of the things have a look, some of
-    them only half of it.
+    Half of the scenes are quiet clips as the world has them. In the others six things in ten have a look, and half of these
+    only half of it.
     """
     rng = np.random.default_rng([WORLD, index])
     looked = rng.random() < 0.5
@@ -74,12 +74,12 @@ def still_scene(index: int, times: Sequence[int]) -> tuple[np.ndarray, str]:
     time = np.asarray(times, int)
     places = in_cells(rng.random(num_things) < 0.5, time, rng)
     things, names = [], []
-    for shape, colour, action, strength, (x, y, radius) in zip(shapes, colours, actions, strengths, places):
+    for shape, colour, action, strength, place in zip(shapes, colours, actions, strengths, places):
         word = LOOKS.get(action, "")
         hides = word in ("white", "black", "barred") and strength == 1  # the colour
         name = f"{word} {shape}" if hides else f"{word} {colour} {shape}".strip()
         names.append((name.split()[-2], name))
-        things.append(Thing(shape, colour, x, y, radius, action, np.full(len(time), strength)))
+        things.append(Thing(shape, colour, place, action, np.full(len(time), strength)))
     order = sorted(range(num_things), key=lambda i: names[i])  # by the colour that is seen
     frames = render([things[i] for i in order], int(rng.integers(len(FLOORS))), len(time), rng)
     return frames, listed([names[i][1] for i in order])

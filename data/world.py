@@ -120,17 +120,24 @@ def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> 
 
 
 @dataclass
+class Place:
+    """Where a thing is, frame by frame, and its size; in pixels."""
+
+    x: np.ndarray
+    """(F,) of its middle."""
+    y: np.ndarray
+    """(F,) of its middle."""
+    radius: float
+    """Of its usual look."""
+
+
+@dataclass
 class Thing:
     """One shape of a scene of F frames."""
 
     shape: str
     colour: str
-    x: np.ndarray
-    """(F,) middle, pixels."""
-    y: np.ndarray
-    """(F,) middle, pixels."""
-    radius: float
-    """Pixels."""
+    place: Place
     action: str | None
     """What it does, or looks like."""
     strength: np.ndarray
@@ -145,8 +152,8 @@ def render(things: Sequence[Thing], floor: int, num_frames: int, rng: np.random.
     video = np.broadcast_to(ground, (num_frames, PIXELS, PIXELS, 3)).astype(np.float32)
     for thing in reversed(things):
         action, strength = thing.action, thing.strength.astype(np.float32)[:, None, None]  # (F, 1, 1)
-        x, y = (v.astype(np.float32)[:, None, None] for v in (thing.x, thing.y))
-        size = np.float32(thing.radius) * (1 + np.float32(0.7) * strength * (action == "swells up"))
+        x, y = (v.astype(np.float32)[:, None, None] for v in (thing.place.x, thing.place.y))
+        size = np.float32(thing.place.radius) * (1 + np.float32(0.7) * strength * (action == "swells up"))
         dx, dy = xs - x, ys - y  # (F, H, W)
         light = None
         if action == "lights a halo":
@@ -168,16 +175,16 @@ def render(things: Sequence[Thing], floor: int, num_frames: int, rng: np.random.
     return np.clip(video, 0, 255).astype(np.uint8)
 
 
-def in_cells(moves: np.ndarray, times: np.ndarray, rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray, float]]:
-    """x and y (F,) and radius of each thing, in pixels: it drifts slowly about the middle of one of four cells or rests."""
+def in_cells(moves: np.ndarray, times: np.ndarray, rng: np.random.Generator) -> list[Place]:
+    """Places for N things at F times: each drifts slowly about the middle of one of four cells, or rests; moves (N,) bool."""
     num_things = len(moves)
     cell = rng.permutation(4)[:num_things]
     middle = PIXELS / 4 + PIXELS / 2 * np.stack([cell % 2, cell // 2], 1) + rng.uniform(-1.5, 1.5, (num_things, 2))
     heading = rng.uniform(0, 2 * np.pi, num_things)
     velocity = moves[:, None] * rng.uniform(0.2, 0.4) * np.stack([np.cos(heading), np.sin(heading)], 1)
     radius = rng.uniform(7.5, 9.0, num_things)
-    places = [middle[i] + velocity[i] * (times - NUM_FRAMES / 2)[:, None] for i in range(num_things)]  # (F, 2) each
-    return [(*place.T, size) for place, size in zip(places, radius)]
+    middles = [middle[i] + velocity[i] * (times - NUM_FRAMES / 2)[:, None] for i in range(num_things)]  # (F, 2) each
+    return [Place(*xy.T, size) for xy, size in zip(middles, radius)]
 
 
 def listed(names: Sequence[str]) -> str:
@@ -217,8 +224,8 @@ def draw_clip(
     time = np.asarray(times, int)
     event = (start <= time) & (time < start + length) & (not is_quiet)  # (F,)
     things = [
-        Thing(shapes[s], colours[c], x, y, radius, ACTIONS[action] if i == 0 else None, event)
-        for i, ((s, c), (x, y, radius)) in enumerate(zip(kinds, in_cells(moves, time, rng)))
+        Thing(shapes[s], colours[c], place, ACTIONS[action] if i == 0 else None, event)
+        for i, ((s, c), place) in enumerate(zip(kinds, in_cells(moves, time, rng)))
     ]
     names = [f"{thing.colour} {thing.shape}" for thing in things]
     things.sort(key=lambda thing: thing.colour)
