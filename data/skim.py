@@ -1,10 +1,10 @@
 """Long videos: skim the whole, then look closely where something happens.
 
-With 32 frames spread over half an hour, an event of one second is seen with a chance of two percent, and training cannot
-help with a frame that was never sampled. So the whole video is decoded once, small, at about two frames a second, and a
-curve says where something comes and goes. The highest moments of the curve get *windows*: a few seconds each, dense, at full
-resolution. What lies between them is shown as sparse *context* at a lower resolution. `share_out` divides one budget of
-visual tokens among them.
+With 32 frames spread over half an hour, an event of one second is seen with a chance of two percent, and training
+cannot help with a frame that was never sampled. So the whole video is decoded once, small, at about two frames a
+second, and a curve says where something comes and goes. The highest moments of the curve get *windows*: a few seconds
+each, dense, at full resolution. What lies between them is shown as sparse *context* at a lower resolution. `share_out`
+divides one budget of visual tokens among them.
 
     seconds    0 ........ 412 .......................... 1207 ............ 1800
     curve      ____________/\\____________________________/\\_______________

@@ -176,7 +176,7 @@ def render(things: Sequence[Thing], floor: int, num_frames: int, rng: np.random.
 
 
 def in_cells(moves: np.ndarray, times: np.ndarray, rng: np.random.Generator) -> list[Place]:
-    """Places for N things at F times: each drifts slowly about the middle of one of four cells, or rests; moves (N,) bool."""
+    """Places of N things at F times: each drifts slowly about the middle of one of four cells or rests. moves (N,) bool."""
     num_things = len(moves)
     cell = rng.permutation(4)[:num_things]
     middle = PIXELS / 4 + PIXELS / 2 * np.stack([cell % 2, cell // 2], 1) + rng.uniform(-1.5, 1.5, (num_things, 2))
