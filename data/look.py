@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vp
+from data.decode import Video, scan
 from data.files import ClipError
 from data.skim import LONG, SIDE, Skim, choose_windows, lay_windows, motion_curve, shake, skim
-from data.video import Clip, Folder, Footage, Frames, Video, part_of, read_clip, read_moments, sample, sample_times, scan
+from data.video import Clip, Folder, Footage, Frames, part_of, read_clip, read_moments, sample, sample_times
 
 
 @dataclass

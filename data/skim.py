@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.decode import Video, scan
 from data.motion import motion_evidence
-from data.video import Clip, Folder, Footage, Video, part_of, read_moments, sample_times, scan
+from data.video import Clip, Folder, Footage, part_of, read_moments, sample_times
 
 SIDE = 64  # of a skimmed picture, in pixels
 LONG = 120.0  # seconds: from here on, a process of FFmpeg's and a scan of the packets cost less than they save

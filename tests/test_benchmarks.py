@@ -16,9 +16,11 @@ import torch
 from rich.console import Console
 
 import eval as evaluation
+from data.benchmarks import scoring
 from data.benchmarks.formats import split_options
 from data.benchmarks.predictions import read_predictions
-from data.benchmarks.questions import ABOUT, NAMES, Benchmark, compare, load_benchmark, prompt, score, scoring, submission
+from data.benchmarks.questions import ABOUT, NAMES, Benchmark, load_benchmark, prompt
+from data.benchmarks.results import answer_file, compare, score
 from data.benchmarks.scoring import intervals, permutation_test, read_letter, read_yes_no
 from data.files import ClipError
 from data.texts import EmbeddedText
@@ -1303,15 +1305,15 @@ def test_compare_refuses_what_differs(tmp_path):
 # --- The command --------------------------------------------------------------------------------------------------------
 
 
-def test_motionbench_submission(tmp_path):
+def test_motionbench_answer_file(tmp_path):
     """The answer file has hidden and public questions, by the protocol's rule; what is no letter is left out."""
     facts = make_motionbench(tmp_path, random.Random(3))
     hidden, public = next(f for f in facts if f["hidden"]), next(f for f in facts if not f["hidden"])
     rest = [f for f in facts if f not in (hidden, public)]
     said = {hidden["id"]: "The answer is (B).", public["id"]: "(A)", rest[0]["id"]: "", rest[1]["id"]: "?"}
     want = {hidden["id"]: "B", public["id"]: "A"}
-    assert submission(load_benchmark("motionbench", tmp_path), said) == want
-    assert submission(load_benchmark("motionbench", tmp_path, "ours"), said) == want
+    assert answer_file(load_benchmark("motionbench", tmp_path), said) == want
+    assert answer_file(load_benchmark("motionbench", tmp_path, "ours"), said) == want
 
 
 def test_score_from_the_command_line(tmp_path):

@@ -15,7 +15,8 @@ import tyro
 from rich.console import Console
 
 from data.clips import load_clips
-from data.curation.importers import IMPORTERS, Format, Settings, run_import
+from data.curation.importers import run_import
+from data.curation.sources import IMPORTERS, Format, Settings
 from data.files import ClipError, PathError, inside_root
 from data.video import Clip, read_frames
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torchcodec.encoders import VideoEncoder
 
 import vp
-from data import video
+from data import decode
 from data.clips import load_clips, parse_line
 from data.curation.fingerprints import fingerprint
 from data.files import ClipError
@@ -102,8 +102,8 @@ def test_stream_without_duration(base, tmp_path):
 
 def test_plain_files_need_no_second_look(base, monkeypatch):
     """An ordinary file is opened once: neither scanned again nor decoded in order."""
-    monkeypatch.setattr(video, "scan", None)
-    monkeypatch.setattr(video, "decode_in_order", None)
+    monkeypatch.setattr(decode, "scan", None)
+    monkeypatch.setattr(decode, "decode_in_order", None)
     assert_true(read(base))
     assert_true(read(base, side=64))
 

@@ -36,8 +36,9 @@ import vp
 from data import videolm
 from data.benchmarks.formats import Question
 from data.benchmarks.predictions import Lines, Notes, open_run
-from data.benchmarks.questions import Benchmark, compare, prompt, score
+from data.benchmarks.questions import Benchmark, prompt
 from data.benchmarks.report import markdown_table, percent
+from data.benchmarks.results import compare, score
 from data.clips import named, parse_record, read_record, reason_of
 from data.examples import Preparation, chat, process, process_look
 from data.files import ClipError, inside_root, read_lines
@@ -441,7 +442,7 @@ def answer(
 
 
 def perception_gap(benchmark: Benchmark, full: Mapping[str, str], twin: Mapping[str, str]) -> dict[str, dict]:
-    """Full against twin, overall and by category, on the questions that have a twin: see `questions.compare`.
+    """Full against twin, overall and by category, on the questions that have a twin: see `results.compare`.
 
     Of each score, `b` is that on the full videos, `a` that on the twins, and `difference` the perception gap. {} if no
     question with a public answer has a twin.

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from data.benchmarks import ask, predictions, probes, questions
 from data.benchmarks.report import read_results, show_comparison, show_scores
+from data.benchmarks.results import answer_file, compare, score
 from data.files import ClipError
 from data.run.log import describe_environment
 from data.run.models import load_plain
@@ -110,7 +111,7 @@ def run_score(settings: ScoreSettings, console: Console) -> dict:
     """The command `python eval.py score`: prints, and writes JSON and Markdown beside the predictions."""
     s = settings
     if s.compare is not None:
-        compared = questions.compare(*map(read_results, s.compare))
+        compared = compare(*map(read_results, s.compare))
         show_comparison(compared, s.compare, console)
         return compared
     missing = [f"--{name}" for name in ("benchmark", "root", "predictions") if getattr(s, name) is None]
@@ -124,7 +125,7 @@ def run_score(settings: ScoreSettings, console: Console) -> dict:
     out = path.with_name(f"{short_name(path.name if path.is_dir() else path.stem)}.{s.protocol}.json")
     if s.benchmark == "motionbench":
         submission = out.with_suffix(".submission.json")
-        submission.write_text(json.dumps(questions.submission(benchmark, responses), indent=1) + "\n")
+        submission.write_text(json.dumps(answer_file(benchmark, responses), indent=1) + "\n")
         console.print(f"{submission}: for the leaderboard", highlight=False, markup=False, soft_wrap=True)
     if not any(q.id in responses for q in benchmark.questions if q.answer is not None):
         raise ClipError(f"{s.predictions}: every question that it answers has a hidden answer; nothing can be scored")
@@ -133,7 +134,7 @@ def run_score(settings: ScoreSettings, console: Console) -> dict:
         from data.texts import TextEncoder  # late: only one benchmark needs it
 
         encoder = TextEncoder(s.text_encoder)
-    results = questions.score(benchmark, responses, encoder)
+    results = score(benchmark, responses, encoder)
     results |= {"problems": benchmark.problems + problems, "text encoder": s.text_encoder} | describe_environment()
     title = f"{s.benchmark}, {s.protocol}: {s.predictions.name}"
     report = show_scores(results, title, console)
@@ -236,7 +237,7 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
     else:
         if s.limit >= 0:
             benchmark.questions = asked
-        results = questions.score(benchmark, lines.responses())
+        results = score(benchmark, lines.responses())
         results["counts"]["missing videos"] = sum(not video.exists() for video in asked_about)
         shown = show_scores(results, f"{s.benchmark}, {s.protocol}: {s.model}", console)
         shown += f"- problems: {num_problems}, in problems.txt\n"

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data.benchmarks.ask import Lines, Part, covered
-from data.benchmarks.questions import tabulate
 from data.benchmarks.report import markdown_table, percent
+from data.benchmarks.results import tabulate
 from data.benchmarks.scoring import names
 from data.files import ClipError
 

@@ -49,13 +49,14 @@ from data.curation.keywords import (
     words_of_longest_sentence,
 )
 from data.curation.page import group_of, records_of, report
+from data.decode import Video
 from data.examples import Preparation, make_example
 from data.files import VIDEO_ENDINGS, ClipError, changes, list_files, write_whole
 from data.foreign import check_annotations
 from data.loader import worker_context
 from data.run.sheets import printable
 from data.skim import choose_windows, motion_curve, skim
-from data.video import Clip, Folder, Footage, Frames, Video, part_of, read_clip, read_frames
+from data.video import Clip, Folder, Footage, Frames, part_of, read_clip, read_frames
 from data.words import fold
 
 LONGEST_CAPTION = 20_000  # characters; spaCy takes a megabyte of memory for every thousand

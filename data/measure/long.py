@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from data.clips import load_clips
+from data.decode import Video, decode_packets
 from data.examples import Preparation, make_example
 from data.files import ClipError
 from data.look import Look
@@ -35,7 +36,7 @@ from data.run.models import load_model
 from data.run.settings import FrameSettings
 from data.skim import choose_windows, motion_curve, skim
 from data.tiny import build_tiny
-from data.video import Clip, Frames, Video, decode_packets, part_of, read_clip, read_frames
+from data.video import Clip, Frames, part_of, read_clip, read_frames
 
 TEMPORARY = Path("runs/tiny")
 
