@@ -23,7 +23,7 @@ import vp
 from data import videolm
 from data.clips import load_clips
 from data.curation import curate
-from data.examples import make_example, prepare, process_look
+from data.examples import Preparation, make_example, prepare, process_look
 from data.files import ClipError
 from data.look import Look, share_out, twin_sources
 from data.measure import evaluate as evaluation
@@ -510,3 +510,17 @@ def test_long_footage_has_one_event(world):
     clips = load_clips(world / "test.jsonl")[0][:4]
     hidden, event = long.hide(clips[0], clips[1:], 3, False, random.Random(0))
     assert len(hidden.footage) == 2 and event[0] == pytest.approx(2.0 * hidden.before + clips[0].truth["span"][0])
+
+
+def test_named_counts_events_where_the_truth_is_known(monkeypatch, preparation):
+    """`eval.py long --what named` shows the share of events named; without a truth, how much of the keywords is said."""
+    scores = [{"event named": 0.25, "keyword recall": 0.75}, {"keyword recall": 0.75}]
+    monkeypatch.setattr(long, "load_model", lambda _: (None, preparation.processor))
+    monkeypatch.setattr(
+        long, "load_clips", lambda _: ([Clip(Path("a.mp4"), "A man jumps.", "x:1", key_spans=[[[0, 1]]])], [])
+    )
+    monkeypatch.setattr(Preparation, "look", lambda *_: None)
+    monkeypatch.setattr(long, "looked_at", lambda *_: {"window": 1.0, "seen": 1.0, "frames": 2.0})
+    monkeypatch.setattr(long, "evaluate", lambda *_: {"full": scores.pop(0)})
+    rows = long.measure_named(long.LongSettings(what="named", lengths=(4,)), Console())
+    assert [(row["frames chosen"], row["event named"]) for row in rows] == [("uniform", 0.25), ("skim", 0.75)]
