@@ -43,7 +43,7 @@ from transformers import (
 
 from data.old_names import add_old_names
 from data.words import WORD
-from data.world import ACTIONS, COLOURS, LOOKS, PIXELS, SHAPES
+from data.world import ACTIONS, COLOURS, PIXELS, SHAPES
 
 Family = Literal["qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 BASE = Path(__file__).parent / "base.safetensors"  # made by data/base.py
@@ -79,7 +79,7 @@ class TinySettings:
 
 def train_tokenizer() -> Qwen2Tokenizer:
     """Byte-level BPE on the world's language: a word of the world is one token, and any other text falls to bytes."""
-    words = [*ACTIONS, *COLOURS, *SHAPES, *LOOKS.values(), "a and the something user assistant system"]
+    words = [*ACTIONS, *COLOURS, *SHAPES, "a and the something user assistant system"]
     corpus = [f" {w}" for phrase in words for w in phrase.split()] * 4
     corpus += ["Describe the video.", "A Something the . , :", "0 1 2 3 4 5 6 7 8 9 seconds"] * 4
     bpe = Tokenizer(models.BPE())
@@ -121,7 +121,11 @@ def load_base(model: torch.nn.Module, tokenizer: Qwen2Tokenizer, base: Path) -> 
 def build_tiny(out: Path, family: Family = "qwen2_5_vl", seed: int = 0, base: Path | None = None) -> Path:
     """Write a tiny checkpoint to `out` and return the folder: random weights, or those of data/base.py (Qwen2.5-VL)."""
     tokenizer = train_tokenizer()
-    vision = dict(depth=2, hidden_size=96, num_heads=4, intermediate_size=192, patch_size=8, out_hidden_size=128)
+    vision = dict(depth=2, hidden_size=96, num_heads=4, intermediate_size=192, out_hidden_size=128)
+    # Three by three patches are one token: a clip of the world has four tokens a slot, each about a cell. Weights of the
+    # usual 0.02 would let next to nothing through layers this narrow, and shapes would not be learned.
+    vision |= dict(patch_size=8, spatial_merge_size=3, initializer_range=0.06)
+    patches = dict(patch_size=8, merge_size=3)
     text = dict(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -137,13 +141,13 @@ def build_tiny(out: Path, family: Family = "qwen2_5_vl", seed: int = 0, base: Pa
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
     config_ids = token_ids(tokenizer) | {"tie_word_embeddings": True}
     torch.manual_seed(seed)
-    pixels = dict(patch_size=8, cap_pixels_per_frame=False)
-    image_processor = Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 24**2, "longest_edge": PIXELS**2})
+    pixels = dict(size={"shortest_edge": 24**2, "longest_edge": PIXELS**2}, **patches)
+    image_processor = Qwen2VLImageProcessor(**pixels)
     if family == "qwen2_5_vl":
         vision |= dict(window_size=PIXELS, fullatt_block_indexes=[0, 1], tokens_per_second=4)
         config = Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision, **config_ids)
         model = Qwen2_5_VLForConditionalGeneration(config)
-        video_processor = Qwen2VLVideoProcessor(size={"shortest_edge": 24**2, "longest_edge": PIXELS**2}, **pixels)
+        video_processor = Qwen2VLVideoProcessor(cap_pixels_per_frame=False, **pixels)
         processor_class = Qwen2_5_VLProcessor
     elif family == "qwen3_vl":
         vision |= dict(num_position_embeddings=36, deepstack_visual_indexes=[0])
@@ -161,7 +165,7 @@ def build_tiny(out: Path, family: Family = "qwen2_5_vl", seed: int = 0, base: Pa
     if family != "qwen2_5_vl":
         # Qwen3-VL's sizes count the pixels of the whole video: here those of 16 frames.
         size = {"shortest_edge": 16 * 24**2, "longest_edge": 16 * PIXELS**2}
-        video_processor = Qwen3VLVideoProcessor(size=size, **pixels)
+        video_processor = Qwen3VLVideoProcessor(size=size, cap_pixels_per_frame=False, **patches)
         processor_class = Qwen3VLProcessor
     processor = processor_class(image_processor, tokenizer, video_processor, chat_template=CHAT_TEMPLATE)
     if base is not None:

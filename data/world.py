@@ -42,21 +42,12 @@ ACTIONS = (
     "shoots a beam",
     "swells up",
     "throws sparks",
-    "vanishes",
+    "fades",
     "flashes white",
     "turns black",
     "turns striped",
     "lights a halo",
 )
-# What some actions look like in a still picture, in the words of the tiny base model, which has seen such looks but none
-# that comes and goes. See data/base.py.
-LOOKS = {
-    "swells up": "large",
-    "vanishes": "faint",
-    "flashes white": "white",
-    "turns black": "black",
-    "turns striped": "barred",
-}
 # The floor's number is that of its usual action.
 FLOORS = (
     (128, 128, 128),
@@ -73,7 +64,7 @@ PIXELS, NUM_FRAMES, FPS = 48, 16, 8.0
 # For each action two of the twenty (shape, colour) pairs: a held-out clip's actor is always one of these, any other's
 # never. Each part of such an actor, and each pair of parts, is in the training split.
 HELD_OUT = [np.random.default_rng([4, action]).choice(4 * 5, 2, replace=False).tolist() for action in range(len(ACTIONS))]
-VERSION = 2  # part of every folder's settings: files of an older generator are never mixed with new ones
+VERSION = 3  # part of every folder's settings: files of an older generator are never mixed with new ones
 
 
 @dataclass
@@ -138,10 +129,10 @@ class Thing:
     shape: str
     colour: str
     place: Place
-    action: str | None
-    """What it does, or looks like."""
-    strength: np.ndarray
-    """(F,) how much of it, frame by frame, 0 to 1."""
+    action: str | None = None
+    """What it does."""
+    acts: np.ndarray | bool = False
+    """(F,) whether it does it, frame by frame."""
 
 
 def render(things: Sequence[Thing], floor: int, num_frames: int, rng: np.random.Generator) -> np.ndarray:
@@ -151,9 +142,9 @@ def render(things: Sequence[Thing], floor: int, num_frames: int, rng: np.random.
     ys, xs = (np.mgrid[:PIXELS, :PIXELS] + 0.5).astype(np.float32)
     video = np.broadcast_to(ground, (num_frames, PIXELS, PIXELS, 3)).astype(np.float32)
     for thing in reversed(things):
-        action, strength = thing.action, thing.strength.astype(np.float32)[:, None, None]  # (F, 1, 1)
+        action, acts = thing.action, np.float32(thing.acts).reshape(-1, 1, 1)  # (F, 1, 1), 0 or 1
         x, y = (v.astype(np.float32)[:, None, None] for v in (thing.place.x, thing.place.y))
-        size = np.float32(thing.place.radius) * (1 + np.float32(0.7) * strength * (action == "swells up"))
+        size = np.float32(thing.place.radius) * (1 + np.float32(0.7) * acts * (action == "swells up"))
         dx, dy = xs - x, ys - y  # (F, H, W)
         light = None
         if action == "lights a halo":
@@ -163,14 +154,15 @@ def render(things: Sequence[Thing], floor: int, num_frames: int, rng: np.random.
         elif action == "throws sparks":
             light = 3.0 - np.hypot(np.abs(dx) - 1.2 * size, np.abs(dy) - 1.2 * size)  # one at each corner
         if light is not None:
-            video += (np.clip(light, 0, 1) * strength)[..., None] * (np.float32([0, 240, 255]) - video)
-        paint = np.broadcast_to(np.float32(COLOURS[thing.colour]), video.shape)
-        stripes = (ys.astype(int) // 3 % 2 * np.float32(250))[..., None]
-        other = {"flashes white": np.float32(250), "turns black": np.float32(8), "turns striped": stripes}.get(action)
-        if other is not None:
-            paint = paint + strength[..., None] * (other - paint)
-        alpha = coverage(thing.shape, dx, dy, size) * (1 - strength * (action == "vanishes"))
-        video += alpha[..., None] * (paint - video)
+            video += (np.clip(light, 0, 1) * acts)[..., None] * (np.float32([0, 240, 255]) - video)
+        alpha = coverage(thing.shape, dx, dy, size) * (1 - np.float32(0.7) * acts * (action == "fades"))
+        video += alpha[..., None] * (np.float32(COLOURS[thing.colour]) - video)
+        if action in ("flashes white", "turns black"):  # but for a rim, which keeps the colour
+            core = coverage(thing.shape, dx, dy, np.float32(0.6) * size) * acts
+            video += core[..., None] * (np.float32(250 if action == "flashes white" else 8) - video)
+        elif action == "turns striped":
+            white = alpha * acts * (ys.astype(int) // 3 % 2)
+            video += white[..., None] * (250 - video)
     video += 3 * rng.standard_normal(video.shape, np.float32)
     return np.clip(video, 0, 255).astype(np.uint8)
 
@@ -193,8 +185,8 @@ def listed(names: Sequence[str]) -> str:
     >>> listed(["blue circle", "red cross"])
     'A blue circle and a red cross.'
     """
-    parts = [f"a {name}" for name in names]
-    return (", ".join(parts[:-1]) + " and " + parts[-1] + ".").capitalize()
+    *first, last = [f"a {name}" for name in names]
+    return (", ".join(first) + " and " * bool(first) + last + ".").capitalize()
 
 
 def draw_clip(
@@ -224,7 +216,7 @@ def draw_clip(
     time = np.asarray(times, int)
     event = (start <= time) & (time < start + length) & (not is_quiet)  # (F,)
     things = [
-        Thing(shapes[s], colours[c], place, ACTIONS[action] if i == 0 else None, event)
+        Thing(shapes[s], colours[c], place, ACTIONS[action], event & (i == 0))
         for i, ((s, c), place) in enumerate(zip(kinds, in_cells(moves, time, rng)))
     ]
     names = [f"{thing.colour} {thing.shape}" for thing in things]

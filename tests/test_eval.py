@@ -25,21 +25,21 @@ from data.world import ACTIONS
 
 ALL = set(ACTIONS)
 STATIC = "A red circle and a blue square on a grey floor."
-TRUTH = {"actor": "red circle", "action": "vanishes", "span": [0.5, 0.75], "static": STATIC}
-CLIP = Clip(Path("a.mp4"), f"{STATIC} The red circle vanishes.", "c:1", keywords=["red circle vanishes"], truth=TRUTH)
+TRUTH = {"actor": "red circle", "action": "fades", "span": [0.5, 0.75], "static": STATIC}
+CLIP = Clip(Path("a.mp4"), f"{STATIC} The red circle fades.", "c:1", keywords=["red circle fades"], truth=TRUTH)
 
 
 @pytest.mark.parametrize(
     "text, action, actor, recall",
     [
-        (f"{STATIC} The red circle vanishes.", 1, 1, 1),
+        (f"{STATIC} The red circle fades.", 1, 1, 1),
         (f"{STATIC} Suddenly the red circle VANISHES!", 1, 1, 1),
-        (f"{STATIC} The blue square vanishes.", 1, 0, 0),
+        (f"{STATIC} The blue square fades.", 1, 0, 0),
         (f"{STATIC} The red circle turns black.", 0, 1, 0),
-        (f"{STATIC} The red circle vanishes. The red circle turns black.", 0, 1, 1),  # naming more than happened
+        (f"{STATIC} The red circle fades. The red circle turns black.", 0, 1, 1),  # naming more than happened
         ("The red circle " + " and ".join(ACTIONS) + ".", 0, 1, 0),  # naming everything does not count as right
         ("", 0, 0, 0),
-        ("The red circle vanishesward.", 0, 0, 0),
+        ("The red circle fadesward.", 0, 0, 0),
     ],
 )
 def test_scores_by_hand(text, action, actor, recall):
@@ -63,13 +63,13 @@ def test_usual_and_rare_events_have_scores_of_their_own(kind):
 @pytest.mark.parametrize(
     "text, claimed, whole",
     [
-        (STATIC, 0, 1), (STATIC.upper(), 0, 1), (f"{STATIC} The red circle vanishes.", 1, 0),
+        (STATIC, 0, 1), (STATIC.upper(), 0, 1), (f"{STATIC} The red circle fades.", 1, 0),
         (f"{STATIC} The blue square turns black.", 1, 0), ("", 0, 0), (f"{STATIC} It rests.", 0, 0),
     ],
 )  # fmt: skip
 def test_claims_of_what_is_not_shown(text, claimed, whole):
     """In a twin, and in a clip where nothing happens, any event that is named is claimed; silence is the right caption."""
-    quiet = replace(CLIP, caption=STATIC, keywords=[], truth={"static": STATIC, "kind": "quiet", "usual": "vanishes"})
+    quiet = replace(CLIP, caption=STATIC, keywords=[], truth={"static": STATIC, "kind": "quiet", "usual": "fades"})
     for got in (score_description(quiet, text, ALL), score_description(CLIP, text, ALL, of_twin=True)):
         assert (got["event claimed"], got["whole caption right"]) == (claimed, whole)
     assert "event named" not in score_description(quiet, text, ALL)
@@ -99,10 +99,10 @@ def test_numbers_are_checked_first(settings, message):
 def test_static_part_leaves_the_event_out():
     """Its similarity is that of the sentences that name no event."""
     assert score_description(CLIP, f"{STATIC} The blue square turns black.", ALL)["static part"] == 1
-    assert score_description(CLIP, f"The red circle vanishes. {STATIC}", ALL)["static part"] == 1
-    assert score_description(CLIP, "The red circle vanishes.", ALL)["static part"] == 0
+    assert score_description(CLIP, f"The red circle fades. {STATIC}", ALL)["static part"] == 1
+    assert score_description(CLIP, "The red circle fades.", ALL)["static part"] == 0
     # 5 of 11 reference words, in order, and nothing else: precision 1, recall 5/11
-    half = score_description(CLIP, "A red circle and a. It vanishes.", ALL)["static part"]
+    half = score_description(CLIP, "A red circle and a. It fades.", ALL)["static part"]
     assert half == pytest.approx(2 * (5 / 11) / (1 + 5 / 11))
 
 

@@ -13,7 +13,7 @@ from data.world import ACTIONS
 
 CAPTION = "A blue cross, a purple square. Something turns black: the yellow square."
 KEYWORDS = ["turns black"]
-TWIN = [CAPTION.replace("turns black", a) for a in ("vanishes", "turns striped", "swells up", "shoots a beam")]
+TWIN = [CAPTION.replace("turns black", a) for a in ("fades", "turns striped", "swells up", "shoots a beam")]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_tricks_do_not_pay(encoder, trick):
 
 def test_naming_two_actions_earns_less_than_the_right_one(encoder):
     """A hedge is better than a wrong guess, as a person would say, and worse than the truth."""
-    _, _, _, r = grade(encoder, [CAPTION, CAPTION.replace("black", "black and vanishes"), TWIN[1]])
+    _, _, _, r = grade(encoder, [CAPTION, CAPTION.replace("black", "black and fades"), TWIN[1]])
     assert r[0] > r[1] > r[2]
 
 

@@ -189,7 +189,7 @@ def odd_clips(world, tmp_path) -> Path:
     lines = [x | {"video": str(world / x["video"])} for x in good]
     part = {name: good[0][name] for name in ("caption", "keywords")}
     half = part | {"video": f"{tmp_path}/a [bold] 🙂.mp4", "caption": "A man pays $5 in $\\frac{."}
-    long, marked = "The red circle vanishes. " * 1000, "A man <|video_pad|> jumps off.<|im_end|> [/] He runs."
+    long, marked = "The red circle fades. " * 1000, "A man <|video_pad|> jumps off.<|im_end|> [/] He runs."
     lines[:0] = [half | {"end": 1}, half | {"start": 1}, part | {"video": str(tmp_path / ("v" * 248 + ".mp4"))}]
     lines += [part | {"video": str(tmp_path / "strip.mp4")}]
     lines += [lines[3] | {"caption": caption, "truth": None} for caption in (long, marked)]

@@ -96,7 +96,7 @@ class TrainSettings(FrameSettings):
     """Shard weights, gradients and optimizer over the processes (FSDP2), to train all weights of a large model."""
     memory_gb: float | None = None
     """Memory that a run may fill, in GiB (default: what the device has free). A run that would not fit does not start."""
-    max_frames: int = by_preset(8, 32, 64)
+    max_frames: int = by_preset(16, 32, 64)
     """Frames sampled from a clip, at most."""
     fps: float | None = by_preset(None, 2.0, 2.0)
     """Frames sampled a second (default: max_frames, whatever the length)."""
