@@ -198,24 +198,29 @@ class Prompt:
 
 @dataclass
 class Sampled:
-    """One prompt's rollouts, on the CPU, those of the full video first.
+    """A prompt and its rollouts, on the CPU, those of the full video first.
 
-    tokens, logp: (L,) of each, its end-of-text token included; lengths (R,); finished (R,): whether it ended by itself.
+    tokens, logp: (L,) of each, its end-of-text token included; lengths (R,).
     """
 
+    prompt: Prompt
     tokens: list[Tensor]
     logp: list[Tensor]
     lengths: Tensor
-    finished: Tensor
+
+    def first(self, count: int) -> "Sampled":
+        """Some of the rollouts."""
+        return replace(self, **{name: getattr(self, name)[:count] for name in ("tokens", "logp", "lengths")})
 
 
 @dataclass
 class Scored:
     """One prompt's descriptions with their rewards: of the full video, and of the twin if it is trained on.
 
-    num_twin: G', or 0 if the clip has no twin.
+    sampled: the rollouts that are trained on, of one or of both; texts: all. num_twin: G', or 0 if the clip has no twin.
     """
 
+    sampled: Sampled
     texts: list[str]
     rewards: vp.Rewards
     num_twin: int
@@ -223,7 +228,7 @@ class Scored:
 
     @property
     def advantages(self) -> Tensor:
-        """Of all rollouts that are trained on, those of the full video first, on the CPU."""
+        """Of the rollouts that are trained on, on the CPU."""
         # The full video and its twin are two groups: each has a mean of its own, equation (4).
         return torch.cat([group.advantage.cpu() for group in (self.rewards, self.twin) if group is not None])
 
@@ -259,11 +264,12 @@ class Scored:
 class UpdatePass:
     """Some prompts with their rollouts in one packed sequence each, and what equation (5) needs of each of its M tokens.
 
-    prompts: their numbers in the batch. old_logp: when it was sampled, and, once the first epoch has worked them out,
-    under the policy before the update; ref_logp: under the frozen policy, or None.
+    examples: the prompts; places: their numbers in the batch. old_logp: when it was sampled, and, once the first epoch has
+    worked them out, under the policy before the update; ref_logp: under the frozen policy, or None.
     """
 
-    prompts: list[int]
+    examples: list[vp.Example]
+    places: list[int]
     packed: Packed
     old_logp: Tensor
     ref_logp: Tensor | None
@@ -291,19 +297,18 @@ def roll_out(lm: VideoLM, prompts: Sequence[Prompt], s: Settings, run: Run) -> t
     rollouts = rollouts.to("cpu")
     # Cut to their lengths: what follows the end of a text is padding.
     sampled = [
-        Sampled([y[:n] for y, n in zip(ys, ns)], [p[:n] for p, n in zip(ps, ns)], ns, finished)
-        for ys, ps, ns, finished in zip(rollouts.tokens, rollouts.logp, rollouts.lengths, rollouts.finished)
+        Sampled(prompt, [y[:n] for y, n in zip(ys, ns)], [p[:n] for p, n in zip(ps, ns)], ns)
+        for prompt, ys, ps, ns in zip(prompts, rollouts.tokens, rollouts.logp, rollouts.lengths)
     ]
     return sampled, rollouts, video
 
 
-def score(
-    prompts: Sequence[Prompt], sampled: Sequence[Sampled], encoder: TextEncoder, processor, s: Settings
-) -> list[Scored]:
+def score(sampled: Sequence[Sampled], encoder: TextEncoder, processor, s: Settings) -> list[Scored]:
     """2. Compare each description with the caption, and with what is said of the twin: equations (2) to (4).
 
     Descriptions of the twin that are trained on are compared with the still part of the caption: equation (6).
     """
+    prompts = [y.prompt for y in sampled]
     texts = [[t.strip() for t in processor.batch_decode(y.tokens, skip_special_tokens=True)] for y in sampled]
     # A clip without key slots has no twin: it is trained on caption similarity alone.
     num_twin = [0 if prompt.example.source is None else s.num_twin_rollouts for prompt in prompts]
@@ -321,7 +326,9 @@ def score(
     embedded = embed_texts(encoder, of_full + of_twin)
     rewards = on_host(vp.paired_rewards(embedded[: len(prompts)], s.reward, s.alpha, s.margin, s.divide_by_spread))
     twins = dict(zip(trained, on_host(vp.twin_rewards(embedded[len(prompts) :], s.alpha, s.divide_by_spread))))
-    return [Scored(texts[b], rewards[b], num_twin[b], twins.get(b)) for b in range(len(prompts))]
+    # Both branches are trained on, or the full video's alone.
+    kept = [y if b in twins else y.first(s.num_rollouts) for b, y in enumerate(sampled)]
+    return [Scored(kept[b], texts[b], rewards[b], num_twin[b], twins.get(b)) for b in range(len(prompts))]
 
 
 def on_host(rewards: Sequence[vp.Rewards]) -> list[vp.Rewards]:
@@ -334,51 +341,47 @@ def on_host(rewards: Sequence[vp.Rewards]) -> list[vp.Rewards]:
 
 
 def pack_update(
-    lm: VideoLM, reference: VideoLM | None, prompts: Sequence[Prompt], sampled: Sequence[Sampled], scored: Sequence[Scored],
-    video, num_tokens: float, s: Settings, run: Run,
-) -> list[UpdatePass]:  # fmt: skip
+    lm: VideoLM, reference: VideoLM | None, scored: Sequence[Scored], video, num_tokens: float, s: Settings, run: Run
+) -> list[UpdatePass]:
     """3. Pack [prompt][y_1]...[y_G] of the prompts that teach something, a micro-batch at a time.
 
     If the twin is trained on, its prompt and its descriptions are branches of the same sequence. num_tokens:
     sampled tokens that are trained on in the whole batch, a process on average: what the loss is divided by.
     """
-    advantages = [x.advantages for x in scored]  # of each prompt: (G,), or (G + G',) with the twin
-    sizes = [len(a) for a in advantages]
-    lengths = torch.cat([y.lengths[:size] for y, size in zip(sampled, sizes)])
+    lengths = torch.cat([x.sampled.lengths for x in scored])
     # Divided by the tokens of the whole batch, those of skipped groups included.
     weights = vp.token_weights(lengths, s.loss_level, num_tokens) * torch.cat([x.useful for x in scored])
-    weights = weights.split(sizes)
+    weights = weights.split([len(x.useful) for x in scored])
     # Sharded processes gather weights together: all must make the same passes, useful or not.
     kept = [b for b, x in enumerate(scored) if x.useful.any() or s.shard]
     passes = []
     for i in range(0, len(kept), s.micro_batch_size):
         # A micro-batch: some prompts, each one sequence with all its rollouts as branches.
-        some = kept[i : i + s.micro_batch_size]
-        examples = [prompts[b].example for b in some]
-        packed = lm.pack_rollouts(examples, [sampled[b].tokens[: sizes[b]] for b in some], s.num_rollouts)
+        places = kept[i : i + s.micro_batch_size]
+        some = [scored[b] for b in places]
+        examples = [x.sampled.prompt.example for x in some]
+        packed = lm.pack_rollouts(examples, [x.sampled.tokens for x in some], s.num_rollouts)
         # packed.rollout: for each of the M tokens, the rollout that it belongs to.
         update = UpdatePass(
-            prompts=some,
+            examples=examples,
+            places=places,
             packed=packed.to(run.device),
-            old_logp=to_device(torch.cat([logp for b in some for logp in sampled[b].logp[: sizes[b]]]), run.device),
+            old_logp=to_device(torch.cat([logp for x in some for logp in x.sampled.logp]), run.device),
             ref_logp=None,
-            advantage=to_device(torch.cat([advantages[b] for b in some])[packed.rollout], run.device),
-            weight=to_device(torch.cat([weights[b] for b in some])[packed.rollout], run.device),
+            advantage=to_device(torch.cat([x.advantages for x in some])[packed.rollout], run.device),
+            weight=to_device(torch.cat([weights[b] for b in places])[packed.rollout], run.device),
         )
         # Before the first update, and once: the reference does not change.
         if reference is not None:
             with torch.no_grad(), run.autocast(), lm.hf.disable_adapter() if s.lora_rank else nullcontext():
-                seen = lm.take_clips(video, some) if s.freeze_vision else reference.encode_examples(examples)
-                update.ref_logp, _ = reference.log_probs(update.packed, seen, s.temperature)
+                update.ref_logp, _ = reference.log_probs(update.packed, see(reference, update, video, s), s.temperature)
         passes.append(update)
     return passes
 
 
-def see(lm: VideoLM, update: UpdatePass, prompts: Sequence[Prompt], video, s: Settings):
+def see(lm: VideoLM, update: UpdatePass, video, s: Settings):
     """The encoded videos of a pass: the rollouts', or, to train the vision encoder, encoded again with gradients."""
-    if s.freeze_vision:
-        return lm.take_clips(video, update.prompts)
-    return lm.encode_examples([prompts[b].example for b in update.prompts])
+    return lm.take_clips(video, update.places) if s.freeze_vision else lm.encode_examples(update.examples)
 
 
 class Totals:
@@ -476,14 +479,13 @@ def main(settings: Settings) -> dict | None:
             sampled, rollouts, video = roll_out(lm, prompts, s, run)
             # 2. Score: what is said of the event, beyond what is said without it?
             watch.start("reward")
-            scored = score(prompts, sampled, encoder, preparation.processor, s)
+            scored = score(sampled, encoder, preparation.processor, s)
             # 3. Pack: each prompt and its rollouts become one sequence.
             watch.start("update")
             num_tokens, num_useful = run.mean_counts(
-                sum(int(y.lengths[: len(x.useful)].sum()) for y, x in zip(sampled, scored)),
-                sum(bool(x.useful.any()) for x in scored),
+                sum(int(x.sampled.lengths.sum()) for x in scored), sum(bool(x.useful.any()) for x in scored)
             )  # fmt: skip
-            passes = pack_update(lm, reference, prompts, sampled, scored, video, num_tokens, s, run)
+            passes = pack_update(lm, reference, scored, video, num_tokens, s, run)
 
             # 4. Update, several times on the same rollouts: the clipped loss keeps close to what sampled them.
             gaps: list[Tensor] = []
@@ -491,7 +493,7 @@ def main(settings: Settings) -> dict | None:
                 totals = Totals(run.device)
                 for update in passes:
                     with run.autocast():
-                        logp, entropy = lm.log_probs(update.packed, see(lm, update, prompts, video, s), s.temperature)
+                        logp, entropy = lm.log_probs(update.packed, see(lm, update, video, s), s.temperature)
                     if epoch == 0:
                         # Nothing has changed since the sampling, so every ratio is 1. Sampling goes token by token, on a
                         # GPU in bfloat16 all the way: the numbers that it noted would already count as a change.
@@ -515,9 +517,9 @@ def main(settings: Settings) -> dict | None:
 
             # Bookkeeping: nothing below changes the model.
             run.end_of_step(loader, int(rollouts.lengths.sum()))
-            for prompt, group in zip(prompts, scored):
+            for group in scored:
                 run.metrics.add(group.metrics())
-                page.add(RolloutGroup.of(prompt.clip, group.texts, group.rewards))
+                page.add(RolloutGroup.of(group.sampled.prompt.clip, group.texts, group.rewards))
             run.metrics.add(
                 (totals.metrics() if passes else {}) | ({"policy/loss": loss} if num_useful else {})
                 | ({"policy/sampling_gap": torch.stack(gaps).mean()} if gaps else {})
