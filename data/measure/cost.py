@@ -70,6 +70,7 @@ def long_example(lm: videolm.VideoLM, processor, visual_tokens: int) -> vp.Examp
     """A clip of random pixels with a prompt, a third of its slots key."""
     generator = torch.Generator().manual_seed(0)
     vision, num_slots = lm.config.vision_config, visual_tokens // 16
+    side = 4 * vision.spatial_merge_size  # patches: four by four tokens a slot
     text = chat(processor, PROMPT)
     ids = processor.tokenizer(text.replace("<|video_pad|>", "<|video_pad|>" * visual_tokens)).input_ids
     ids = torch.tensor(ids)
@@ -78,7 +79,7 @@ def long_example(lm: videolm.VideoLM, processor, visual_tokens: int) -> vp.Examp
     width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return vp.Example(
         name="random", input_ids=ids, token_types=2 * (ids == lm.config.video_token_id).long(), prompt_length=len(ids),
-        pixels=torch.randn(num_slots * 64, width, generator=generator), grid=torch.tensor([num_slots, 8, 8]),
+        pixels=torch.randn(num_slots * side**2, width, generator=generator), grid=torch.tensor([num_slots, side, side]),
         seconds_per_slot=0.5, source=vp.twin_sources(key), keywords=[],
     )  # fmt: skip
 

@@ -83,6 +83,15 @@ def event_of(clip: Clip) -> list[float]:
     return clip.key_spans[0][0]
 
 
+def with_event(s: LongSettings, console: Console) -> list[Clip]:
+    """The clips of the annotation file in which something happens; quiet ones have nothing to be found."""
+    clips, _ = load_clips(s.data)
+    found = [clip for clip in clips if not clip.truth or "span" in clip.truth]
+    if len(found) < len(clips):
+        console.print(f"{len(clips) - len(found)} clips without an event are left out")
+    return found
+
+
 def hide(clip: Clip, others: Sequence[Clip], length: int, quiet: bool, rng: random.Random) -> tuple[Clip, list[float]]:
     """A clip among others, the whole `length` times as long (about, with whole clips), and its event's [start, end] there.
 
@@ -127,7 +136,7 @@ def looked_at(look: Look, event: Sequence[float]) -> dict[str, float]:
 
 def measure_recall(s: LongSettings, console: Console) -> list[dict]:
     """Uniform sampling against the skim, at equal tokens, by length of the footage."""
-    clips, _ = load_clips(s.data)
+    clips = with_event(s, console)
     _, processor = load_model(s.model or str(build_tiny(TEMPORARY)))
     uniform = Preparation(processor, s.max_frames, visual_tokens=s.visual_tokens)
     ways = {"uniform": uniform, "skim": replace(uniform, skim=replace(s, frames="skim").how_to_look())}
@@ -306,9 +315,8 @@ def make_footage(s: LongSettings, console: Console) -> list[dict]:
     """Long videos of the clips of a world, one event each, and an annotation file for each length."""
     from torchcodec.encoders import VideoEncoder
 
-    clips, _ = load_clips(s.data)
+    clips, rows = with_event(s, console), []
     clips = clips if s.limit < 0 else clips[: s.limit]
-    rows = []
     for length in s.lengths:
         folder = s.out / f"{length}"
         folder.mkdir(parents=True, exist_ok=True)
