@@ -441,7 +441,7 @@ def test_special_tokens_of_others_are_characters(hostile, text):
     word = tokenizer("Zq").input_ids
     at = next(i for i in range(len(short)) if short[i : i + len(word)] == word)
     assert prompt == short[:at] + want + short[at + len(word) :]
-    assert prompt.count(visual) == 36 == int((example.token_types == 2).sum())
+    assert prompt.count(visual) == 16 == int((example.token_types == 2).sum())
     assert example.token_types[: example.prompt_length].tolist() == [2 * (i == visual) for i in prompt]
 
 

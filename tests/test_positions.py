@@ -140,8 +140,9 @@ def test_every_path_has_the_published_positions(lm, ragged):
                 assert torch.equal(prefixes.position_ids[:, b, places], want[:, :n])
     if lm.config.model_type == "qwen2_5_vl":
         first = rollouts.position_ids[0, -1, rollouts.branch[-1] == 1][0]
-        start = int((examples[-1].token_types == 2).nonzero()[0])
-        behind = len(examples[-1].token_types[: examples[-1].prompt_length]) - start - 64 * 9
+        visual = examples[-1].token_types == 2
+        start = int(visual.nonzero()[0])
+        behind = examples[-1].prompt_length - start - int(visual.sum())
         assert first == start + 63 * 3 + 1 + behind  # 0.75 s * 4 a second: 3 positions a slot
 
 

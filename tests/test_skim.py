@@ -30,7 +30,7 @@ from data.measure import evaluate as evaluation
 from data.measure import long
 from data.run.settings import FrameSettings
 from data.skim import Skim, choose_windows, lay_windows, motion_curve, skim
-from data.video import Clip, Frames, read_clip
+from data.video import Clip, Frames, read_clip, read_frames
 
 LENGTH = 5  # tokens of a rollout
 
@@ -56,8 +56,8 @@ def mixed_look(rng: np.random.Generator, whole_window: bool = False) -> tuple[Lo
     """Context, a window, context, a window, context, of unequal steps; and a key span: part of a window, or all of it."""
     runs, windows, last = [], [], []
     for begin, end, slots, size, number in (
-        (0.0, 10.0, 2, 16, 0), (10.0, 12.0, 3, 48, 1), (12.0, 31.0, 1, 16, 0), (31.0, 33.0, 3, 48, 2),
-        (33.0, 40.0, 2, 16, 0),
+        (0.0, 10.0, 2, 24, 0), (10.0, 12.0, 3, 72, 1), (12.0, 31.0, 1, 24, 0), (31.0, 33.0, 3, 72, 2),
+        (33.0, 40.0, 2, 24, 0),
     ):  # fmt: skip
         step = (end - begin) / (2 * slots)
         times = [begin + (i + 0.5) * step for i in range(2 * slots)]
@@ -127,7 +127,7 @@ def degraded(e: vp.Example) -> torch.Tensor:
 def test_mixed_example(mixed, preparation):
     """Sizes, seconds and sources of what is shown; timestamps stand before each slot where the family writes them."""
     e = mixed[0]
-    assert e.runs.tolist() == [[2, 2, 2], [3, 6, 6], [1, 2, 2], [3, 6, 6], [2, 2, 2]] and e.num_slots == 11
+    assert e.runs.tolist() == [[2, 3, 3], [3, 9, 9], [1, 3, 3], [3, 9, 9], [2, 3, 3]] and e.num_slots == 11
     assert int((e.token_types == 2).sum()) == 5 * 1 + 6 * 9
     assert e.keywords[0].slots.nonzero().flatten().tolist() == [3]  # 10.67 to 11.33 s
     assert e.source.tolist() == [0, 1, 2, 2, 4, *range(5, 11)]
@@ -510,6 +510,22 @@ def test_long_footage_has_one_event(world):
     clips = load_clips(world / "test.jsonl")[0][:4]
     hidden, event = long.hide(clips[0], clips[1:], 3, False, random.Random(0))
     assert len(hidden.footage) == 2 and event[0] == pytest.approx(2.0 * hidden.before + clips[0].truth["span"][0])
+
+
+def test_footage_leaves_quiet_clips_out(world, tmp_path):
+    """A clip in which nothing happens has no event to be found; the others are made as long as asked for."""
+    event = json.loads((world / "test.jsonl").read_text().splitlines()[0])
+    still = event["truth"]["static"]
+    quiet = event | {"caption": still, "keywords": [], "truth": {"static": still, "kind": "quiet", "usual": "fades"}}
+    data = world / "two.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in (quiet, event)))
+    settings = long.LongSettings(what="footage", data=data, out=tmp_path, lengths=(1, 3))
+    assert [row["clips"] for row in long.make_footage(settings, Console())] == [1, 1]
+    made = load_clips(tmp_path / "long-3.jsonl")[0]
+    assert [clip.caption for clip in made] == [event["caption"]]
+    assert len(read_frames(made[0], 10**6).timestamps) == 48
+    begin, end = made[0].truth["span"]
+    assert end - begin == pytest.approx(event["truth"]["span"][1] - event["truth"]["span"][0])
 
 
 def test_named_counts_events_where_the_truth_is_known(monkeypatch, preparation):
