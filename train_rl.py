@@ -485,7 +485,8 @@ def main(settings: Settings) -> dict | None:
             num_tokens, num_useful = run.mean_counts(
                 sum(int(x.sampled.lengths.sum()) for x in scored), sum(bool(x.useful.any()) for x in scored)
             )  # fmt: skip
-            passes = pack_update(lm, reference, scored, video, num_tokens, s, run)
+            # Zeros, too, would age the optimizer's averages: where nothing is to be learned, there is no pass.
+            passes = pack_update(lm, reference, scored, video, num_tokens, s, run) if num_useful else []
 
             # 4. Update, several times on the same rollouts: the clipped loss keeps close to what sampled them.
             gaps: list[Tensor] = []

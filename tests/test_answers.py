@@ -717,7 +717,7 @@ def test_smaller_pictures_are_other_predictions(world, tmp_path, sharp2_5, monke
     asked = dict(benchmark="clips", root=world / "test.jsonl", model=str(sharp2_5), limit=1, max_new_tokens=2, num_frames=4)
     run(tmp_path, **asked, out=tmp_path / "out")
     run(tmp_path, **asked, out=tmp_path / "small", max_pixels=1000)
-    assert grids == [(48, 48), (16, 16)]
+    assert grids == [(48, 48), (24, 24)]
     with pytest.raises(ValueError, match="pixels of a picture was None, is 1000"):
         run(tmp_path, **asked, out=tmp_path / "out", max_pixels=1000)
 
