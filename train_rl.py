@@ -507,7 +507,7 @@ def main(settings: Settings) -> dict | None:
                     loss.backward()
                     totals.add(metrics | {"loss": loss, "entropy": (update.weight * entropy).sum()}, update.weight)
                 # Without a useful group there is no gradient anywhere, and the optimizer changes nothing.
-                grad_norm = finish_gradients(lm, s.grad_clip, run.num_processes if num_useful else 1)
+                grad_norm = finish_gradients(lm, s.grad_clip, run.peers)
                 loss = run.mean({"loss": totals.sums["loss"]})["loss"]
                 # NaN and Inf: the fused optimizer leaves the update out by itself; nobody waits for it.
                 run.count_bad(skip_if_not_finite(optimizer, loss + grad_norm))

@@ -221,7 +221,7 @@ def main(settings: Settings) -> dict | None:
                 sums = {name: total + parts.get(name, 0.0) for name, total in sums.items()}
             # Means over processes, then one clipped gradient step.
             losses = run.mean(sums)
-            grad_norm = finish_gradients(lm, s.grad_clip, run.num_processes)
+            grad_norm = finish_gradients(lm, s.grad_clip, run.peers)
             # NaN and Inf: the fused optimizer leaves the step out by itself; nobody waits for the device.
             skipped = skip_if_not_finite(optimizer, sum(losses.values()) + grad_norm)
             optimizer.step()

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Cache, DynamicCache, LogitsProcessor
 
 from data.attention import RoomyLayer, add_deepstack, choose_by_mask, vision_layout
@@ -275,7 +276,9 @@ class VideoLM(nn.Module):
             lm_loss = cross_entropy_from_states(states, self.base.lm_head.weight, batch.label_ids)
         else:
             lm_loss = F.cross_entropy(self.base.lm_head(states).float(), batch.label_ids, reduction="sum")
-        if not contrastive or not len(batch.keyword_ids):
+        # Sharded processes gather weights together: one without a keyword makes the twin's pass for the others' sake.
+        is_asked = len(batch.keyword_ids) > 0
+        if not contrastive or not (is_asked or isinstance(self, FSDPModule)):
             return SFTOutput(lm_loss, lm_loss.new_zeros(()), {})
 
         prefix = slice(0, batch.prefix_length)
@@ -287,6 +290,8 @@ class VideoLM(nn.Module):
                 self.gather_video(video, batch.twin_index), layers=slice(self.contrastive_layer), use_cache=False,
             ).last_hidden_state  # fmt: skip
             h_twin = twin.flatten(0, 1).index_select(0, batch.key_rows)
+        if not is_asked:  # no row of either: a loss of 0, whose backward pass the others make, too
+            return SFTOutput(lm_loss, h.sum() if h_twin is None else h_twin.sum(), {})
         # t_j: mean input embedding of the keyword's tokens, detached: it has never looked at the video.
         embedded = self.base.get_input_embeddings()(batch.keyword_ids).detach()  # (K, W, D)
         mask = batch.keyword_mask[..., None]

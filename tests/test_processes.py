@@ -22,6 +22,11 @@ SMALL = {
 }  # fmt: skip
 
 
+# Stage 1 takes clips 3 2 0 5, 4 7 13 10, 11 6 9 12, 8 1 7 4: two steps without a keyword, one with, and one in which the
+# second of two processes has none.
+KEYWORDS_AT = (6, 9, 8, 1)
+
+
 def launch(script: str, num: int, arguments: list, cwd: Path) -> None:
     """Run a script in so many processes, with the environment that `torchrun` gives them."""
     with socket.socket() as free:
@@ -42,7 +47,10 @@ def test_two_processes_equal_one(tmp_path, world, qwen2_5, script):
     """Losses and gradient norms within 1e-5 at every step, evaluation the same, with and without sharding; a sharded run
     is resumed; one line of metrics a step."""
     data = world / f"processes-{script}.jsonl"
-    data.write_text("\n".join((world / "train.jsonl").read_text().splitlines()[:14]))  # three epochs and a half
+    lines = [json.loads(x) for x in (world / "train.jsonl").read_text().splitlines()[:14]]  # a bit more than an epoch
+    if script == "train_sft":
+        lines = [x | ({} if i in KEYWORDS_AT else {"keywords": []}) for i, x in enumerate(lines)]
+    data.write_text("\n".join(map(json.dumps, lines)))
     small = ["--model", qwen2_5, "--data", data, "--eval-data", world / "test.jsonl", "--workers", 0, "--log-every", 1]
     small += ["--steps", 4, "--save-every", 2, *SMALL[script]]
     runs = {"one": (1, []), "two": (2, []), "sharded": (2, ["--shard"])}
@@ -51,6 +59,8 @@ def test_two_processes_equal_one(tmp_path, world, qwen2_5, script):
     shutil.rmtree(tmp_path / "sharded/checkpoint-000004")
     launch(script, 2, [*small, "--shard", "--out", "sharded", "--resume"], tmp_path)
     lines = {name: [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").open()] for name in runs}
+    idle = ["policy/loss" not in x and not x.get("loss/contrastive") for x in lines["one"][1:5]]
+    assert idle == [True, True, False, False]  # steps in which nothing, or no keyword, is to be learned
     watched = ("loss/lm", "loss/contrastive", "policy/loss", "grad_norm", "policy/grad_norm", "reward/total",
                "rollout/length", "eval/full caption similarity")  # fmt: skip
     for name in ("two", "sharded"):

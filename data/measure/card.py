@@ -124,7 +124,7 @@ def measure(work: Callable[[], int], lm: videolm.VideoLM, steps: int) -> dict[st
     for _ in range(steps):
         began = wait_and_time(lm.device)
         tokens = work()
-        finish_gradients(lm, 1.0, 1)
+        finish_gradients(lm, 1.0, None)
         lm.zero_grad(set_to_none=False)
         seconds.append(wait_and_time(lm.device) - began)
     median = statistics.median(seconds[1:] or seconds)

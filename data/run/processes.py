@@ -65,20 +65,24 @@ def agree(values: Sequence[float], group: dist.ProcessGroup | None) -> list[floa
     return total.tolist()
 
 
-def average_gradients(parameters: Sequence[nn.Parameter], num_processes: int) -> None:
+def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None) -> None:
     """Make the gradients those of all processes together; those of FSDP2 are it already, from the backward pass.
 
     By hand and once a step, not by DistributedDataParallel's hooks: processes may have no keyword, or no useful group of
-    rollouts, in a step, and then touch other parameters, or fewer, than their peers.
+    rollouts, in a step, and then touch other parameters, or fewer, than their peers. What no process has touched keeps no
+    gradient, as with one process: zeros would age the optimizer's averages.
     """
     parameters = [p for p in parameters if not isinstance(p, DTensor)]
-    if num_processes == 1 or not parameters:
+    if group is None or not parameters:
         return
+    touched = agree([float(p.grad is not None) for p in parameters], group)
+    parameters = [p for p, count in zip(parameters, touched) if count]
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     for work in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
         work.wait()
-    torch._foreach_div_([p.grad for p in parameters], num_processes)
+    if parameters:
+        torch._foreach_div_([p.grad for p in parameters], dist.get_world_size(group))
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
@@ -94,10 +98,10 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor
     return norm
 
 
-def finish_gradients(lm: nn.Module, grad_clip: float, num_processes: int) -> Tensor:
+def finish_gradients(lm: nn.Module, grad_clip: float, group: dist.ProcessGroup | None) -> Tensor:
     """Average the gradients over processes and clip them; returns the norm that they had, on their device."""
     trained = [p for p in lm.parameters() if p.requires_grad]
-    average_gradients(trained, num_processes)
+    average_gradients(trained, group)
     return clip_gradients(trained, grad_clip)
 
 
