@@ -39,6 +39,7 @@ from data.packing import Packed
 from data.run import checkpoints, memory, models
 from data.run.log import Stopwatch
 from data.run.processes import finish_gradients, first_process_first, skip_if_not_finite
+from data.run.rollout_metrics import Totals, reward_metrics, rollout_metrics
 from data.run.run import Run
 from data.run.settings import TrainSettings, by_preset, parse_settings
 from data.run.sheets import RolloutGroup, RolloutPage
@@ -239,26 +240,6 @@ class Scored:
         # A group without spread has no gradient but that of the KL; it is left out, and counted.
         return torch.cat([(a.abs().max() > 1e-6).expand(len(a)) for a in groups])
 
-    def metrics(self) -> dict[str, Tensor | float]:
-        """What is logged of a prompt."""
-        r, G = self.rewards, len(self.rewards.reward)
-        found = {
-            "reward/quality": r.quality[:G].mean(),
-            "reward/keyword_recall": r.keyword_recall[:G].mean(),
-            "reward/beaten_twins": r.beaten_twins.mean(),
-            "reward/total": r.reward.mean(),
-            "rollout/no_spread": (r.reward.max() - r.reward.min() < 1e-6).float(),
-        }
-        if self.num_twin:
-            # Rows 0 .. G - 1 are the full video's rollouts, the rest the twin's.
-            twin = slice(G, G + self.num_twin)
-            found["reward/twin_quality"] = r.quality[twin].mean()
-            found["reward/twin_keyword_recall"] = r.keyword_recall[twin].mean()
-            if self.twin is not None:
-                found["reward/twin_total"] = self.twin.reward.mean()
-            found["reward/gap"] = r.keyword_recall[:G].mean() - r.keyword_recall[twin].mean()
-        return found
-
 
 @dataclass
 class UpdatePass:
@@ -384,35 +365,6 @@ def see(lm: VideoLM, update: UpdatePass, video, s: Settings):
     return lm.take_clips(video, update.places) if s.freeze_vision else lm.encode_examples(update.examples)
 
 
-class Totals:
-    """Sums over the passes of an update, on the device. weight: of all tokens that were updated on."""
-
-    def __init__(self, device: torch.device):
-        self.sums: dict[str, Tensor] = {"loss": torch.zeros((), device=device)}
-        self.weight = torch.zeros((), device=device)
-
-    def add(self, values: dict[str, Tensor], weight: Tensor) -> None:
-        """Add the sums of a pass."""
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
-        self.weight += weight.sum()
-
-    def metrics(self) -> dict[str, Tensor]:
-        """Means over the tokens that were updated on."""
-        return {f"policy/{name}": self.sums[name] / self.weight.clamp(min=1e-9) for name in ("kl", "clipped", "entropy")}
-
-
-def rollout_metrics(rollouts: Rollouts, G: int, seconds: dict[str, float], num_processes: int) -> dict[str, float | Tensor]:
-    """What is logged of a batch's rollouts, and where the time of the step went."""
-    busy = seconds["rollouts"] + seconds["reward"] + seconds["update"]
-    return {
-        "rollout/length": rollouts.lengths[:, :G].float().mean(),
-        "rollout/cut_off": (~rollouts.finished[:, :G]).float().mean(),
-        **{f"perf/{name}_seconds": value for name, value in (seconds | rollouts.clock.seconds()).items()},
-        "perf/tokens_per_second": rollouts.lengths.sum() * num_processes / busy,
-    }
-
-
 # Title -> metrics of the panels of curves.png.
 PANELS = {
     "caption similarity": ["reward/quality", "reward/twin_quality"],
@@ -519,7 +471,7 @@ def main(settings: Settings) -> dict | None:
             # Bookkeeping: nothing below changes the model.
             run.end_of_step(loader, int(rollouts.lengths.sum()))
             for group in scored:
-                run.metrics.add(group.metrics())
+                run.metrics.add(reward_metrics(group.rewards, group.twin, group.num_twin))
                 page.add(RolloutGroup.of(group.sampled.prompt.clip, group.texts, group.rewards))
             run.metrics.add(
                 (totals.metrics() if passes else {}) | ({"policy/loss": loss} if num_useful else {})

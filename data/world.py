@@ -5,7 +5,7 @@ Two or three coloured shapes drift or rest on one of eight floors. One of them m
 times in five. So a model can learn to tell the event from the floor, without looking for it. It is then blind to rare
 events, and tells of events that are not there. In a fifth of the clips nothing happens: their captions have no event.
 
-Files are real MP4s, read like any other clip: written here, decoded again by `data/clips.py`.
+Files are real MP4s, read like any other clip: written here, decoded again by `data/decode.py`.
 
     python -m data.world --out runs/world                      # 6,000 train, 400 test and 200 held-out clips
     python -m data.world --out runs/world80k --train 80000     # any size; resumable, one process a core
@@ -155,9 +155,10 @@ def render(things: Sequence[Thing], floor: int, num_frames: int, rng: np.random.
             light = 3.0 - np.hypot(np.abs(dx) - 1.2 * size, np.abs(dy) - 1.2 * size)  # one at each corner
         if light is not None:
             video += (np.clip(light, 0, 1) * acts)[..., None] * (np.float32([0, 240, 255]) - video)
+        # Who does it can be seen while it is done: something of the colour stays, whatever happens.
         alpha = coverage(thing.shape, dx, dy, size) * (1 - np.float32(0.7) * acts * (action == "fades"))
         video += alpha[..., None] * (np.float32(COLOURS[thing.colour]) - video)
-        if action in ("flashes white", "turns black"):  # but for a rim, which keeps the colour
+        if action in ("flashes white", "turns black"):  # but for a rim
             core = coverage(thing.shape, dx, dy, np.float32(0.6) * size) * acts
             video += core[..., None] * (np.float32(250 if action == "flashes white" else 8) - video)
         elif action == "turns striped":
