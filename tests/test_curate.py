@@ -18,7 +18,7 @@ from torchcodec.encoders import VideoEncoder
 
 from data import motion
 from data.clips import load_clips
-from data.curation import curate
+from data.curation import curate, inspection
 from data.curation.page import group_of
 from data.files import ClipError
 from data.video import Clip, Frames
@@ -215,7 +215,7 @@ def look(monkeypatch, tmp_path):
     (tmp_path / "any.mp4").write_bytes(b"any")
 
     def inspect(frames: Frames, keywords=("jumps",), spans=None, models=None, **more) -> dict:
-        monkeypatch.setattr(curate, "read_frames", lambda *_, **__: frames)
+        monkeypatch.setattr(inspection, "read_frames", lambda *_, **__: frames)
         clip = Clip(tmp_path / "any.mp4", "It jumps.", "c:1", keywords=list(keywords), key_spans=spans)
         return curate.inspect(clip, curate.Settings(Path("c.jsonl"), Path("out"), **more), models)
 

@@ -13,9 +13,9 @@ from rich.table import Table
 
 import vp
 from data.clips import load_clips, named
-from data.curation.curate import Models
-from data.curation.curate import Settings as CurateSettings
 from data.curation.finders import combine, image_text_evidence, peak_level, spans_of
+from data.curation.inspection import Models
+from data.curation.inspection import Settings as CurateSettings
 from data.files import ClipError
 from data.key_slots import find_key_slots
 from data.motion import Evidence, motion_evidence, shrink
