@@ -32,7 +32,6 @@ from transformers import get_linear_schedule_with_warmup
 import vp
 from data.batches import Rollouts
 from data.device import to_device
-from data.examples import Preparation
 from data.loader import ClipLoader
 from data.measure.evaluate import EVAL_CLIPS, evaluate_run, show_progress
 from data.packing import Packed
@@ -139,9 +138,6 @@ def resolve(settings: Settings) -> Settings:
     if s.data is None:
         s.data, test = embedded_world(s.world_clips)
         s.eval_data = s.eval_data or test
-        if s.workers is None and not torch.cuda.is_available():
-            s.workers = 0
-    s.workers = 1 if s.workers is None else s.workers
     return s
 
 
@@ -384,14 +380,8 @@ def main(settings: Settings) -> dict | None:
     num_prompts, left_over = divmod(s.batch_size, run.num_processes)
     if left_over:
         raise ValueError(f"--batch-size {s.batch_size} is not a multiple of {run.num_processes} processes")
-    clips, eval_clips = run.load_clips()
     architecture = memory.skeleton(s.model)
-    context = architecture.config.text_config.max_position_embeddings
-    preparation = Preparation(
-        models.load_processor(s.model), s.max_frames, s.fps, max_pixels=s.max_pixels, context=context,
-        visual_tokens=s.visual_tokens, skim=s.how_to_look(), cache=s.cache,
-    )  # fmt: skip
-    clips, eval_clips = run.leave_out_long(clips, eval_clips, preparation, s.max_new_tokens, memory.EVAL_TOKENS)
+    clips, eval_clips, preparation = run.load_clips(architecture, s.max_new_tokens)
     # What a step will need is known before anything is loaded.
     load = memory.Load(
         s.micro_batch_size, *memory.longest(clips, preparation), rollouts=G, twin_rollouts=s.num_twin_rollouts,

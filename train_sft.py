@@ -24,11 +24,9 @@ from pathlib import Path
 
 import data  # isort: skip  # noqa: F401  first of all: Ctrl-C ends with one word from here on
 
-import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from data.batches import Batch
-from data.examples import Preparation
 from data.loader import ClipLoader
 from data.measure.evaluate import EVAL_CLIPS, evaluate_run, show_progress
 from data.run import checkpoints, memory, models
@@ -116,9 +114,6 @@ def resolve(settings: Settings) -> Settings:
     if s.data is None:
         s.data, test = embedded_world(s.world_clips)
         s.eval_data = s.eval_data or test
-        if s.workers is None and not torch.cuda.is_available():
-            s.workers = 0  # its clips decode in no time, and a worker would take a core from the model
-    s.workers = 1 if s.workers is None else s.workers
     return s
 
 
@@ -159,25 +154,19 @@ def main(settings: Settings) -> dict | None:
             "processes"
         )
     # Lines that cannot be used are named here, with file and line, before the model is touched.
-    clips, eval_clips = run.load_clips()
     architecture = memory.skeleton(s.model)
-    context = architecture.config.text_config.max_position_embeddings
-    # How a clip becomes tokens. Evaluation samples the same moments every time; training may jitter.
-    steady = Preparation(
-        models.load_processor(s.model), s.max_frames, s.fps, max_pixels=s.max_pixels, context=context,
-        visual_tokens=s.visual_tokens, skim=s.how_to_look(), cache=s.cache,
-    )  # fmt: skip
-    clips, eval_clips = run.leave_out_long(clips, eval_clips, steady, new_tokens=0, eval_tokens=memory.EVAL_TOKENS)
+    clips, eval_clips, preparation = run.load_clips(architecture, new_tokens=0)
     # The twin leaves after l layers: what the memory estimate must know of it.
     twin_layers = (s.contrastive_layer or architecture.config.text_config.num_hidden_layers // 2) * contrastive
     load = memory.Load(
-        s.micro_batch_size, *memory.longest(clips, steady), twin_layers, eval_clips=min(len(eval_clips), EVAL_CLIPS)
+        s.micro_batch_size, *memory.longest(clips, preparation), twin_layers, eval_clips=min(len(eval_clips), EVAL_CLIPS)
     )  # fmt: skip
     budget = memory.Budget(architecture, load, vars(s), run.device, s.memory_gb, run.num_processes)
     with budget.explained():
         lm = load_video_lm(s, run, budget)
+    # Evaluation samples the same moments every time; training may jitter, and lays its windows at the key spans.
     drawn = replace(
-        steady, jitter=s.jitter, twin_captions=s.twin_captions, skim=s.how_to_look(at_key_spans=True)
+        preparation, jitter=s.jitter, twin_captions=s.twin_captions, skim=s.how_to_look(at_key_spans=True)
     )  # fmt: skip
     loader = ClipLoader(
         clips, drawn, s.seed, s.workers, s.time_limit, s.max_bad_share, **run.share(s.micro_batch_size)
@@ -187,16 +176,16 @@ def main(settings: Settings) -> dict | None:
     schedule = get_cosine_schedule_with_warmup(optimizer, int(s.warmup * s.steps), s.steps)
     # After a kill: optimizer, schedule, order of the clips and random numbers as they were.
     run.restore(lm, optimizer, schedule, loader)
-    saver = checkpoints.Saver(run, lm, steady.processor, optimizer, schedule)
+    saver = checkpoints.Saver(run, lm, preparation.processor, optimizer, schedule)
     run.show_start(clips, lm)
     # Look at these first: do the marked frames show the event?
     if run.is_main:
-        draw_sheets(clips[: s.sheets], steady, s.out, run.console)
+        draw_sheets(clips[: s.sheets], preparation, s.out, run.console)
     if eval_clips and s.eval_before and not run.resumed.path:
-        run.saved_extra["before"] = evaluate_run(run, lm, steady, eval_clips) | {"rows": []}
+        run.saved_extra["before"] = evaluate_run(run, lm, preparation, eval_clips) | {"rows": []}
     # An evaluation in the middle of which the run was killed is made again.
     if run.resumed.path and eval_clips and run.due(s.eval_every) and run.step < s.steps:
-        evaluate_run(run, lm, steady, eval_clips, s.eval_clips)
+        evaluate_run(run, lm, preparation, eval_clips, s.eval_clips)
 
     # --- the loop: data -> forward, backward -> step -> log -> save -> eval
     with loader, run.guard(saver, budget):
@@ -241,10 +230,10 @@ def main(settings: Settings) -> dict | None:
             if run.due(s.save_every) or run.is_last:
                 saver.save(run.step, merged=run.step == s.steps)
             if eval_clips and run.due(s.eval_every) and not run.is_last:
-                evaluate_run(run, lm, steady, eval_clips, s.eval_clips)
+                evaluate_run(run, lm, preparation, eval_clips, s.eval_clips)
 
     # --- afterwards: the last evaluation, on all clips
-    results = evaluate_run(run, lm, steady, eval_clips) if eval_clips and run.step == s.steps else None
+    results = evaluate_run(run, lm, preparation, eval_clips) if eval_clips and run.step == s.steps else None
     if results and "before" in run.saved_extra:
         show_progress({"before": run.saved_extra["before"], "after": results}, run.console)
     run.show_skipped(loader)

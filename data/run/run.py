@@ -25,7 +25,7 @@ from data.files import ClipError
 from data.loader import ClipLoader
 from data.run import checkpoints, memory, processes
 from data.run.log import RunLog, describe_environment, progress_table
-from data.run.models import num_parameters
+from data.run.models import load_processor, num_parameters
 from data.run.precision import choose_attention
 from data.run.settings import TrainSettings
 from data.run.sheets import warn
@@ -114,28 +114,32 @@ class Run:
 
     # --- before the first step
 
-    def load_clips(self) -> tuple[list[Clip], list[Clip]]:
-        """The clips to train on and to evaluate on. Lines that cannot be used are noted, to be named by `show_start`."""
-        s = self.settings
-        clips, self.problems = load_clips(s.data, s.root, s.follow_links)
-        if not s.eval_data:
-            return clips, []
-        eval_clips, self.eval_problems = load_clips(s.eval_data, s.root, s.follow_links)
-        return clips, eval_clips
+    def load_clips(self, architecture: nn.Module, new_tokens: int) -> tuple[list[Clip], list[Clip], Preparation]:
+        """The clips to train on and to evaluate on, and how a clip becomes tokens.
 
-    def leave_out_long(
-        self, clips: list[Clip], eval_clips: list[Clip], preparation: Preparation, new_tokens: int, eval_tokens: int
-    ) -> tuple[list[Clip], list[Clip]]:
-        """The clips whose text is not too long for the model; the others are noted, too.
-
-        new_tokens, eval_tokens: of the longest description in training and in evaluation, for which the context must have
-        room. An evaluation reads no caption.
+        Lines that cannot be used, and clips whose text is too long for the model, are noted, to be named by `show_start`.
+        architecture: the model without weights. new_tokens: of the longest description that training samples, for which
+        the model's context must have room.
         """
-        limit, longest = self.settings.max_text_tokens, max(new_tokens, eval_tokens)
-        clips, too_long = memory.leave_out_long(clips, preparation, limit, new_tokens)
-        eval_clips, eval_too_long = memory.leave_out_long(eval_clips, preparation, limit, longest, captions=False)
-        self.problems, self.eval_problems = self.problems + too_long, self.eval_problems + eval_too_long
-        return clips, eval_clips
+        s = self.settings
+        preparation = Preparation(
+            load_processor(s.model), s.max_frames, s.fps, max_pixels=s.max_pixels,
+            context=architecture.config.text_config.max_position_embeddings, visual_tokens=s.visual_tokens,
+            skim=s.how_to_look(), cache=s.cache,
+        )  # fmt: skip
+        clips, self.problems = load_clips(s.data, s.root, s.follow_links)
+        clips, too_long = memory.leave_out_long(clips, preparation, s.max_text_tokens, new_tokens)
+        self.problems += too_long
+        if not s.eval_data:
+            return clips, [], preparation
+        eval_clips, self.eval_problems = load_clips(s.eval_data, s.root, s.follow_links)
+        # An evaluation reads no caption.
+        longest = max(new_tokens, memory.EVAL_TOKENS)
+        eval_clips, too_long = memory.leave_out_long(
+            eval_clips, preparation, s.max_text_tokens, longest, captions=False
+        )  # fmt: skip
+        self.eval_problems += too_long
+        return clips, eval_clips, preparation
 
     def share(self, block: int) -> dict[str, int]:
         """Which clips of the common order this process takes: arguments of `ClipLoader`."""

@@ -111,8 +111,8 @@ class TrainSettings(FrameSettings):
     max_text_tokens: int | None = None
     """Tokens of a clip's prompt and caption, at most; a clip with more is skipped (default: what the model's context leaves
     beside the video)."""
-    workers: int | None = by_preset(None, 4, 8)
-    """Processes that decode ahead (0: none, and no time limit; default: 1, none for the embedded world on a CPU)."""
+    workers: int = by_preset(1, 4, 8)
+    """Processes that decode ahead (0: none, and no time limit)."""
     time_limit: float = 60.0
     """Seconds after which a decoder counts as hung, and its clip is skipped."""
     max_bad_share: float = 0.05
