@@ -24,7 +24,7 @@ from pathlib import Path
 
 import data  # isort: skip  # noqa: F401  first of all: Ctrl-C ends with one word from here on
 
-from transformers import get_cosine_schedule_with_warmup
+from transformers import get_wsd_schedule
 
 from data.batches import Batch
 from data.loader import ClipLoader
@@ -71,7 +71,9 @@ class Settings(TrainSettings):
     micro_batch_size: int = by_preset(8, 1, 4)
     """Clips a forward pass."""
     learning_rate: float = by_preset(7e-4, 1e-4, 1e-4)
-    """Peak learning rate (AdamW, linear warm-up, cosine to zero)."""
+    """Peak learning rate (AdamW, linear warm-up, constant, then a cosine to zero)."""
+    decay: float = 0.25
+    """Share of the steps, at the end, over which the learning rate falls to zero."""
     contrastive_weight: float = 0.5
     """lambda; 0 is the caption-only baseline and computes nothing of the rest."""
     twin_negatives: bool = True
@@ -104,6 +106,8 @@ def resolve(settings: Settings) -> Settings:
         raise ValueError(f"--batch-size {s.batch_size} is not a multiple of --micro-batch-size {s.micro_batch_size}")
     if s.contrastive_weight < 0:
         raise ValueError(f"--contrastive-weight: got {s.contrastive_weight}; give 0 or more")
+    if not 0 <= s.decay <= 1 - s.warmup:
+        raise ValueError(f"--decay: got {s.decay}; give a share, which with --warmup {s.warmup} is 1 at most")
     if not 0 <= s.twin_captions <= 1:
         raise ValueError(f"--twin-captions: got {s.twin_captions}; give a share, 0 to 1")
     if s.max_frames < 4:
@@ -171,9 +175,10 @@ def main(settings: Settings) -> dict | None:
     loader = ClipLoader(
         clips, drawn, s.seed, s.workers, s.time_limit, s.max_bad_share, **run.share(s.micro_batch_size)
     )  # fmt: skip
-    # AdamW, linear warm-up, then a cosine to zero.
+    # The words follow what the contrastive loss has found only while the steps are large: so the learning rate stays at
+    # its peak for most of the run (warm-up, stable, decay), and falls at its end.
     optimizer = models.make_optimizer(lm, s.learning_rate, s.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(s.warmup * s.steps), s.steps)
+    schedule = get_wsd_schedule(optimizer, int(s.warmup * s.steps), int(s.decay * s.steps), s.steps)
     # After a kill: optimizer, schedule, order of the clips and random numbers as they were.
     run.restore(lm, optimizer, schedule, loader)
     saver = checkpoints.Saver(run, lm, preparation.processor, optimizer, schedule)

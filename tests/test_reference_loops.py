@@ -10,6 +10,7 @@ import copy
 import functools
 import itertools
 import json
+import math
 import re
 import signal
 from collections import Counter
@@ -28,7 +29,6 @@ from torchcodec.encoders import VideoEncoder
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
 )
 
@@ -233,7 +233,14 @@ def reference_sft(model: nn.Module, processor, heads: dict[str, Tensor], stories
     model.model.visual.requires_grad_(not s.freeze_vision)
     trained = [p for p in (*model.parameters(), *heads.values()) if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, s.learning_rate, betas=(0.9, 0.99), weight_decay=s.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(s.warmup * s.steps), s.steps)
+    rising, falling = int(s.warmup * s.steps), int(s.decay * s.steps)
+
+    def share(k: int) -> float:
+        """Of the peak learning rate, in step k + 1: a line up, level, a half cosine down."""
+        left = min(1.0, (s.steps - k) / max(1, falling))
+        return k / rising if k < rising else 0.5 - 0.5 * math.cos(math.pi * left)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     order, layer, lines = clip_order(len(stories), s.seed), s.contrastive_layer or 2, []
     for step in range(1, s.steps + 1):
         lm_loss, con_loss, num_tokens, num_keywords = 0.0, torch.zeros(()), 0, 0
@@ -450,8 +457,8 @@ SFT_CASES = {
         weight_decay=0.1, grad_clip=0.5,
     ),
     "caption-only": dict(
-        contrastive_weight=0.0, batch_size=3, micro_batch_size=1, learning_rate=5e-4, warmup=0.0, weight_decay=1.0,
-        grad_clip=100.0,
+        contrastive_weight=0.0, batch_size=3, micro_batch_size=1, learning_rate=5e-4, warmup=0.0, decay=1.0,
+        weight_decay=1.0, grad_clip=100.0,
     ),
     "no-twin": dict(
         twin_negatives=False, contrastive_layer=3, batch_size=4, micro_batch_size=4, learning_rate=5e-4, warmup=0.0, seed=1,

@@ -124,8 +124,10 @@ def test_bad_clips_are_named_and_too_many_stop_the_run(tmp_path, world, qwen2_5)
         (["--steps", "0"], "--steps: got 0"),
         (["--batch-size", "5", "--micro-batch-size", "2"], "not a multiple"),
         (["--contrastive-weight", "-1"], "--contrastive-weight: got -1"),
+        (["--decay", "0.97"], "--decay: got 0.97"),
+        (["--warmup", "1.5"], "--warmup: got 1.5"),
         (["--max-frames", "2"], "a twin needs two slots"),
-        (["--model", "nowhere/none", "--data", "none.jsonl"], "none.jsonl: no such file"),
+        (["--data", "none.jsonl"], "none.jsonl: no such file"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, monkeypatch, arguments, message):

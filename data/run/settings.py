@@ -144,6 +144,8 @@ class TrainSettings(FrameSettings):
                 "would take minutes to hours; give --preset tiny with the settings that you want"
             )
         self.check_frames()
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"--warmup: got {self.warmup}; give a share of the steps, 0 to 1")
         if self.frames == "skim" and self.windows < 2:
             raise ValueError("--windows: got 1; training needs 2 or more, of which one shows no event")
         self.check_above_zero("time_limit", "max_bad_steps", "max_frames", "max_pixels", "max_text_tokens")
