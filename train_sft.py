@@ -64,13 +64,13 @@ class Settings(TrainSettings):
     """Hugging Face directory or hub name (default: the tiny Qwen2.5-VL of data/tiny.py, made on the spot)."""
     out: Path = Path("runs/sft")
     """Folder of the run."""
-    steps: int = by_preset(1500, 2000, 2000)
+    steps: int = by_preset(1000, 2000, 2000)
     """Optimizer steps."""
     batch_size: int = by_preset(8, 16, 32)
     """Clips a step, over all micro-batches and processes."""
     micro_batch_size: int = by_preset(8, 1, 4)
     """Clips a forward pass."""
-    learning_rate: float = by_preset(7e-4, 1e-4, 1e-4)
+    learning_rate: float = by_preset(1e-3, 1e-4, 1e-4)
     """Peak learning rate (AdamW, linear warm-up, constant, then a cosine to zero)."""
     decay: float = 0.25
     """Share of the steps, at the end, over which the learning rate falls to zero."""
