@@ -95,7 +95,7 @@ class Settings(TrainSettings):
     """Prompts an update pass; each brings its G descriptions."""
     epochs: int = 2
     """Updates on the same rollouts."""
-    learning_rate: float = by_preset(3e-4, 2e-5, 2e-5)
+    learning_rate: float = by_preset(1e-4, 2e-5, 2e-5)
     """Peak learning rate (AdamW, linear warm-up, linear to zero)."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
@@ -103,7 +103,7 @@ class Settings(TrainSettings):
     """eps_low: how far below 1 a token's probability ratio may push."""
     clip_high: float = 0.28
     """eps_high: how far above 1."""
-    beta: float = 0.1
+    beta: float = 0.0
     """Weight of the KL to the frozen stage-1 policy; 0 keeps no reference and computes nothing for it."""
     loss_level: Literal["token", "sequence"] = "token"
     """Whether every token of a batch counts alike, or every description."""
@@ -121,10 +121,12 @@ class Settings(TrainSettings):
 
 def resolve(settings: Settings) -> Settings:
     """Check the settings, and make the embedded world and its text encoder if none are given."""
+    # A copy: what was asked for stays as it was.
     s = replace(settings)
     s.check()
     s.check_above_zero("steps", "batch_size", "micro_batch_size", "learning_rate", "log_every", "temperature")
     s.check_above_zero("max_new_tokens", "epochs")
+    # An advantage is the distance from the mean of the group: one description alone has none.
     if s.num_rollouts < 2:
         raise ValueError(f"--num-rollouts: got {s.num_rollouts}; a group needs 2 descriptions to compare")
     if s.num_twin_rollouts < 0 or (s.num_twin_rollouts == 0 and s.reward in ("relative", "pooled")):
@@ -133,6 +135,7 @@ def resolve(settings: Settings) -> Settings:
         raise ValueError(f"--num-twin-rollouts: got {s.num_twin_rollouts}; --twin-branch needs 2 or more to compare")
     if s.model == "runs/sft" and not Path(s.model, "checkpoint").exists():
         raise ValueError("there is no stage-1 checkpoint in runs/sft; run `python train_sft.py` first, or give --model")
+    # Nothing given: everything is made on the spot, so that `python train_rl.py` runs anywhere.
     if s.text_encoder is None and s.data is None:
         s.text_encoder = str(build_text_encoder(Path("runs/text-encoder")))
     if s.data is None:
@@ -144,11 +147,13 @@ def resolve(settings: Settings) -> Settings:
 def load_policy(s: Settings, run: Run, budget: memory.Budget) -> tuple[VideoLM, VideoLM | None]:
     """The model to train, and the frozen stage-1 policy that the KL holds it to (None: --beta 0)."""
     models.choose_threads(budget.architecture, run.device)
+    # Before any weight is loaded: a run that would not fit says so, and which settings need less.
     run.console.print(budget.check())
     hf = models.load_trainable(
         s.model, s.quantize, s.lora_rank, s.freeze_vision, s.gradient_checkpointing, run.device, run.resumed.path
     )  # fmt: skip
     lm = VideoLM(hf).to(run.device)
+    # The contrastive heads have done their work in stage 1.
     lm.heads.requires_grad_(False)
     # The KL holds the policy to what stage 1 learned; without it, the reward alone decides what is said.
     if s.beta == 0:
@@ -162,6 +167,7 @@ def load_policy(s: Settings, run: Run, budget: memory.Budget) -> tuple[VideoLM, 
     if s.shard:
         for model in {id(m): m for m in (lm, reference) if m is not None}.values():
             models.shard(model, run.device)
+    # A linear layer's state cannot fork: what comes before it is in it already.
     if not lm.shares_prefix:
         run.console.print("[yellow]this model has layers of linear attention: its prefix is repeated for every rollout")
     return lm, reference
@@ -392,6 +398,7 @@ def main(settings: Settings) -> dict | None:
     with budget.explained():
         lm, reference = load_policy(s, run, budget)
         encoder = load_encoder(s, run, clips)
+    # In training windows lie at the key spans, and where nothing happens: that there is one gives nothing away.
     loader = ClipLoader(
         clips, replace(preparation, skim=s.how_to_look(at_key_spans=True)), s.seed, s.workers, s.time_limit,
         s.max_bad_share, **run.share(num_prompts),
@@ -400,9 +407,11 @@ def main(settings: Settings) -> dict | None:
     # The schedule counts updates, of which a step makes several.
     num_updates = s.steps * s.epochs
     schedule = get_linear_schedule_with_warmup(optimizer, int(s.warmup * num_updates), num_updates)
+    # After a kill: optimizer, schedule, order of the clips and random numbers as they were.
     run.restore(lm, optimizer, schedule, loader)
     saver = checkpoints.Saver(run, lm, preparation.processor, optimizer, schedule)
     run.show_start(clips, lm)
+    # Descriptions side by side, coloured by reward: the first place to look at when something is odd.
     page = RolloutPage(s.out / "rollouts.html", run.console)
     if eval_clips and s.eval_before and not run.resumed.path:
         run.saved_extra["before"] = evaluate_run(run, lm, preparation, eval_clips) | {"rows": []}

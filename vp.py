@@ -468,14 +468,14 @@ def grpo_loss(
     # The minimum is the pessimistic one: beyond the clip there is nothing to gain, but still to lose.
     unclipped, clipped = rho * advantage, rho.clamp(1 - clip_low, 1 + clip_high) * advantage
     loss = -torch.minimum(unclipped, clipped)
-    kl = torch.zeros_like(loss)
+    # Weighted as the loss is, so that sums over micro-batches are means over the batch.
+    metrics = {"clipped": (weight * (clipped < unclipped)).sum().detach()}
     # k3 is never negative, and 0 where policy and reference agree.
     if ref_logp is not None:
         x = ref_logp - logp
         kl = x.exp() - x - 1
         loss = loss + beta * kl
-    # Weighted as the loss is, so that sums over micro-batches are means over the batch.
-    metrics = {"kl": (weight * kl).sum().detach(), "clipped": (weight * (clipped < unclipped)).sum().detach()}
+        metrics["kl"] = (weight * kl).sum().detach()
     return (weight * loss).sum(), metrics
 
 

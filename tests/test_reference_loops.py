@@ -427,7 +427,7 @@ def reference_rl(model: nn.Module, processor, stories: list[Story], s) -> list[d
                     kl = (reference - logp).exp() - (reference - logp) - 1
                     loss = loss + weight * (s.beta * kl - torch.minimum(rho * A, clipped)).sum()  # equation (5)
                     some = {
-                        "kl": kl * (s.beta > 0),
+                        **({"kl": kl} if s.beta > 0 else {}),
                         "clipped": clipped < rho * A,
                         "entropy": entropy,
                         "weight": logp * 0 + 1,
@@ -441,7 +441,7 @@ def reference_rl(model: nn.Module, processor, stories: list[Story], s) -> list[d
             optimizer.zero_grad()
         line = {name: np.mean(values) for name, values in logged.items() if values}
         line["rollout/no_spread"] = np.mean(no_spread)
-        line |= {f"policy/{name}": sums[name] / sums["weight"] for name in ("kl", "clipped", "entropy")}
+        line |= {f"policy/{name}": total / sums["weight"] for name, total in sums.items() if name != "weight"}
         line |= {"step": step, "policy/loss": loss, "policy/grad_norm": norm, "rollout/length": np.mean(full_lengths)}
         line["lr"] = schedule.get_last_lr()[0]
         lines.append({name: float(torch.as_tensor(value).detach()) for name, value in line.items()})
@@ -475,15 +475,16 @@ RL_CASES = {
         weight_decay=0.1, grad_clip=0.1, micro_batch_size=2,
     ),
     "pooled": dict(
-        reward="pooled", divide_by_spread=True, loss_level="sequence", epochs=3, seed=1, warmup=0.0, steps=2,
+        reward="pooled", divide_by_spread=True, loss_level="sequence", epochs=3, seed=1, warmup=0.0, steps=2, beta=0.1,
         micro_batch_size=3, freeze_vision=False, num_rollouts=3,
     ),
     "recall": dict(
-        reward="recall", alpha=2.0, beta=0.0, epochs=1, num_twin_rollouts=0, twin_branch=False, warmup=0.0, temperature=1.2,
+        reward="recall", alpha=2.0, epochs=1, num_twin_rollouts=0, twin_branch=False, warmup=0.0, temperature=1.2,
         micro_batch_size=3,
     ),
     "similarity": dict(
         reward="similarity", num_rollouts=2, twin_branch=False, warmup=0.0, micro_batch_size=1, max_new_tokens=3, steps=2,
+        beta=0.1,
     ),
 }  # fmt: skip
 

@@ -55,7 +55,7 @@ def check_training(steps: int, out: Path, bar: float = 1e-4) -> None:
     data = ["--data", str(out / "world/train.jsonl"), "--workers", "0"]
     small = [["--batch-size", "4", "--micro-batch-size", "4", "--sheets", "0"],
              ["--batch-size", "2", "--micro-batch-size", "2", "--num-rollouts", "4", "--num-twin-rollouts", "2",
-              "--model", str(out / "stage-1/references")]]  # fmt: skip
+              "--beta", "0.1", "--model", str(out / "stage-1/references")]]  # fmt: skip
     shown = (("loss/lm", "loss/contrastive"), ("policy/loss", "policy/kl", "reward/total"))
     largest = 0.0
     for stage, script, count in ((0, "train_sft.py", steps), (1, "train_rl.py", max(1, steps // 10))):

@@ -55,4 +55,5 @@ class Totals:
 
     def metrics(self) -> dict[str, Tensor]:
         """Means over the tokens that were updated on."""
-        return {f"policy/{name}": self.sums[name] / self.weight.clamp(min=1e-9) for name in ("kl", "clipped", "entropy")}
+        means = {name: total / self.weight.clamp(min=1e-9) for name, total in self.sums.items() if name != "loss"}
+        return {f"policy/{name}": mean for name, mean in means.items()}
