@@ -1,9 +1,7 @@
 """The loader: an endless, seeded stream of examples that no clip can stop, and that continues where it was left."""
 
 import itertools
-import multiprocessing
 import pickle
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError
@@ -19,6 +17,7 @@ from data.clips import named
 from data.examples import Preparation, prepare
 from data.files import ClipError
 from data.video import Clip
+from data.workers import worker_context
 
 _make: Callable | None = None  # of a worker process: sent once, not with every clip
 
@@ -34,16 +33,6 @@ def _work(clip: Clip, seed: Sequence[int]) -> bytes:
     # errors in words: an exception of a library may not survive the way there.
     with named(clip):
         return pickle.dumps(_make(clip, seed=seed), pickle.HIGHEST_PROTOCOL)
-
-
-def worker_context(module: str) -> multiprocessing.context.BaseContext:
-    """How worker processes start: forked from a server that has loaded `module`, so that a new one is there
-    at once. On macOS each starts by itself, since libraries of the system do not survive a fork."""
-    if sys.platform == "darwin":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module])
-    return context
 
 
 @dataclass

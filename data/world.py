@@ -16,7 +16,6 @@ evaluation reads; training finds its key slots by looking at the frames.
 """
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import torch
 from rich.progress import track
 
 from data.files import write_whole
+from data.workers import worker_context
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {
@@ -253,10 +253,9 @@ def write_clip(job: tuple[WorldSettings, str, int]) -> str:
     return json.dumps(line)
 
 
-def make_world(settings: WorldSettings) -> Path:
-    """Write the world's clips and annotation files; what is already there is kept. Returns the folder."""
+def splits_to_draw(settings: WorldSettings) -> list[tuple[str, int]]:
+    """The splits whose annotation file is not there yet, with their sizes. Raises ValueError if another world is."""
     folder = settings.out
-    folder.mkdir(parents=True, exist_ok=True)
     stamp = {"version": VERSION, "seed": settings.seed, "habit": settings.habit, "quiet": settings.quiet}
     stamp_file = folder / "world.json"
     if stamp_file.exists() and json.loads(stamp_file.read_text()) != stamp:
@@ -265,17 +264,25 @@ def make_world(settings: WorldSettings) -> Path:
             "Choose another --out, or delete the folder."
         )
     if not stamp_file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         write_whole(stamp_file, json.dumps(stamp))  # two runs may start at once
-    for split, count in zip(SPLITS, (settings.train, settings.test, settings.held_out)):
-        annotations = folder / f"{split}.jsonl"
-        if annotations.exists() and sum(1 for _ in annotations.open()) == count:
-            continue
-        jobs = [(settings, split, index) for index in range(count)]
-        with multiprocessing.get_context("spawn").Pool(settings.workers or os.cpu_count()) as pool:
-            lines = pool.imap(write_clip, jobs, chunksize=32)
-            text = "".join(line + "\n" for line in track(lines, f"drawing the world ({split})", len(jobs)))
-        write_whole(annotations, text)
-    return folder
+    sizes = dict(zip(SPLITS, (settings.train, settings.test, settings.held_out)))
+    files = {split: folder / f"{split}.jsonl" for split in SPLITS}
+    whole = {split for split, file in files.items() if file.exists() and sum(1 for _ in file.open()) == sizes[split]}
+    return [(split, size) for split, size in sizes.items() if split not in whole]
+
+
+def make_world(settings: WorldSettings) -> Path:
+    """Write the world's clips and annotation files; what is already there is kept. Returns the folder."""
+    splits = splits_to_draw(settings)
+    if not splits:
+        return settings.out
+    with worker_context("data.world").Pool(settings.workers or os.cpu_count()) as pool:
+        for split, size in splits:
+            lines = pool.imap(write_clip, [(settings, split, index) for index in range(size)], chunksize=32)
+            text = "".join(line + "\n" for line in track(lines, f"drawing the world ({split})", size))
+            write_whole(settings.out / f"{split}.jsonl", text)
+    return settings.out
 
 
 def embedded_world(num_train: int, folder: Path = Path("runs/world")) -> tuple[Path, Path]:
@@ -283,8 +290,9 @@ def embedded_world(num_train: int, folder: Path = Path("runs/world")) -> tuple[P
 
     In a process of its own: it starts one process a core, and each of them would import all of the calling script.
     """
-    command = [sys.executable, "-m", "data.world", "--out", str(folder), "--train", str(num_train)]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
+    if splits_to_draw(WorldSettings(folder, train=num_train)):
+        command = [sys.executable, "-m", "data.world", "--out", str(folder), "--train", str(num_train)]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
     return folder / "train.jsonl", folder / "test.jsonl"
 
 

@@ -1,6 +1,7 @@
 """Shared, built once a session: tiny checkpoints of both families and a small world, all offline."""
 
 import os
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,17 @@ from data import videolm
 from data.clips import load_clips
 from data.examples import Preparation, prepare
 from data.tiny import build_tiny
+from data.workers import worker_context
 from data.world import WorldSettings, write_clip
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def worker_server() -> None:
+    """The server that worker processes are forked from, with what most of them need, whichever test comes first."""
+    worker_context("data.loader")
+    forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import data
 import train_rl
 import train_sft
-from data import loader, videolm
+from data import videolm, workers
 from data.clips import load_clips
 from data.curation import curate
 from data.examples import Preparation, prepare
@@ -162,9 +162,9 @@ def test_a_small_model_on_a_cpu_has_one_thread(threads, qwen2_5, monkeypatch):
 
 def test_workers_are_not_forked_on_macos(monkeypatch):
     """Forking a process that has loaded torch can crash it there."""
-    assert loader.worker_context("data.loader").get_start_method() == "forkserver" or sys.platform == "darwin"
+    assert workers.worker_context("data.loader").get_start_method() == "forkserver" or sys.platform == "darwin"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert loader.worker_context("data.loader").get_start_method() == "spawn"
+    assert workers.worker_context("data.loader").get_start_method() == "spawn"
 
 
 def test_the_cpu_is_used_where_there_is_mps(monkeypatch):

@@ -40,10 +40,10 @@ from data.curation.keywords import extract, looks_english, rank, words_of_longes
 from data.curation.page import group_of, records_of, report
 from data.files import VIDEO_ENDINGS, ClipError, changes, list_files, write_whole
 from data.foreign import check_annotations
-from data.loader import worker_context
 from data.run.sheets import printable
 from data.video import Clip, read_frames
 from data.words import fold
+from data.workers import worker_context
 
 LONGEST_CAPTION = 20_000  # characters; spaCy takes a megabyte of memory for every thousand
 LONGEST_SENTENCE = 300  # words; three thousand in one sentence take minutes
