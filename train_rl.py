@@ -33,7 +33,7 @@ import vp
 from data.batches import Rollouts
 from data.device import to_device
 from data.loader import ClipLoader
-from data.measure.evaluate import EVAL_CLIPS, evaluate_run, show_progress
+from data.measure.evaluate import EVAL_CLIPS, RunEvaluation
 from data.packing import Packed
 from data.run import checkpoints, memory, models
 from data.run.log import Stopwatch
@@ -410,14 +410,11 @@ def main(settings: Settings) -> dict | None:
     # After a kill: optimizer, schedule, order of the clips and random numbers as they were.
     run.restore(lm, optimizer, schedule, loader)
     saver = checkpoints.Saver(run, lm, preparation.processor, optimizer, schedule)
+    evaluation = RunEvaluation(run, lm, preparation, eval_clips)
     run.show_start(clips, lm)
     # Descriptions side by side, coloured by reward: the first place to look at when something is odd.
     page = RolloutPage(s.out / "rollouts.html", run.console)
-    if eval_clips and s.eval_before and not run.resumed.path:
-        run.saved_extra["before"] = evaluate_run(run, lm, preparation, eval_clips) | {"rows": []}
-    # An evaluation in the middle of which the run was killed is made again.
-    if run.resumed.path and eval_clips and run.due(s.eval_every) and run.step < s.steps:
-        evaluate_run(run, lm, preparation, eval_clips, s.eval_clips)
+    evaluation.before()
 
     # --- the loop: rollouts -> rewards -> update -> log -> save -> eval
     with loader, run.guard(saver, budget):
@@ -485,13 +482,10 @@ def main(settings: Settings) -> dict | None:
             # Saved before it is evaluated: no evaluation can lose what was trained.
             if run.due(s.save_every) or run.is_last:
                 saver.save(run.step, merged=run.step == s.steps)
-            if eval_clips and run.due(s.eval_every) and not run.is_last:
-                evaluate_run(run, lm, preparation, eval_clips, s.eval_clips)
+            evaluation.between()
 
     # --- afterwards
-    results = evaluate_run(run, lm, preparation, eval_clips) if eval_clips and run.step == s.steps else None
-    if results and "before" in run.saved_extra:
-        show_progress({"before": run.saved_extra["before"], "after": results}, run.console)
+    results = evaluation.after()
     run.show_skipped(loader)
     run.end(PANELS, "rollouts.html", "checkpoint")
     return results

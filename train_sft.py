@@ -28,7 +28,7 @@ from transformers import get_wsd_schedule
 
 from data.batches import Batch
 from data.loader import ClipLoader
-from data.measure.evaluate import EVAL_CLIPS, evaluate_run, show_progress
+from data.measure.evaluate import EVAL_CLIPS, RunEvaluation
 from data.run import checkpoints, memory, models
 from data.run.processes import finish_gradients, skip_if_not_finite
 from data.run.run import Run, counted
@@ -182,15 +182,12 @@ def main(settings: Settings) -> dict | None:
     # After a kill: optimizer, schedule, order of the clips and random numbers as they were.
     run.restore(lm, optimizer, schedule, loader)
     saver = checkpoints.Saver(run, lm, preparation.processor, optimizer, schedule)
+    evaluation = RunEvaluation(run, lm, preparation, eval_clips)
     run.show_start(clips, lm)
     # Look at these first: do the marked frames show the event?
     if run.is_main:
         draw_sheets(clips[: s.sheets], preparation, s.out, run.console)
-    if eval_clips and s.eval_before and not run.resumed.path:
-        run.saved_extra["before"] = evaluate_run(run, lm, preparation, eval_clips) | {"rows": []}
-    # An evaluation in the middle of which the run was killed is made again.
-    if run.resumed.path and eval_clips and run.due(s.eval_every) and run.step < s.steps:
-        evaluate_run(run, lm, preparation, eval_clips, s.eval_clips)
+    evaluation.before()
 
     # --- the loop: data -> forward, backward -> step -> log -> save -> eval
     with loader, run.guard(saver, budget):
@@ -234,13 +231,10 @@ def main(settings: Settings) -> dict | None:
             # Saved before it is evaluated: no evaluation can lose what was trained.
             if run.due(s.save_every) or run.is_last:
                 saver.save(run.step, merged=run.step == s.steps)
-            if eval_clips and run.due(s.eval_every) and not run.is_last:
-                evaluate_run(run, lm, preparation, eval_clips, s.eval_clips)
+            evaluation.between()
 
     # --- afterwards: the last evaluation, on all clips
-    results = evaluate_run(run, lm, preparation, eval_clips) if eval_clips and run.step == s.steps else None
-    if results and "before" in run.saved_extra:
-        show_progress({"before": run.saved_extra["before"], "after": results}, run.console)
+    results = evaluation.after()
     run.show_skipped(loader)
     name = "event named" if results and "event named" in results["full"] else "caption similarity"
     evaluated = {f"evaluation: {name}": [f"eval/full {name}", f"eval/twin {name}"]}

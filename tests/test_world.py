@@ -6,10 +6,22 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from data import world
 from data.base import still_scene
 from data.clips import load_clips
 from data.video import read_frames
-from data.world import ACTIONS, COLOURS, FPS, NUM_FRAMES, SHAPES, WorldSettings, draw_clip, held_out, make_world
+from data.world import (
+    ACTIONS,
+    COLOURS,
+    FPS,
+    NUM_FRAMES,
+    SHAPES,
+    WorldSettings,
+    draw_clip,
+    embedded_world,
+    held_out,
+    make_world,
+)
 
 
 def combination(line: dict) -> tuple[str, str, str]:
@@ -120,6 +132,22 @@ def test_worlds_are_not_mixed(tmp_path):
     with pytest.raises(ValueError, match=r'"seed": 0.*asked for.*"seed": 1'):
         make_world(WorldSettings(tmp_path / "w", train=2, test=2, held_out=0, seed=1, workers=1))
     assert len([json.loads(line) for line in (tmp_path / "w/train.jsonl").open()]) == 2
+
+
+def test_a_world_that_is_there_costs_no_process(tmp_path, monkeypatch):
+    """What is there is found; what is missing, or shorter than asked for, is drawn; another version is refused."""
+    drawn = []
+    monkeypatch.setattr(world.subprocess, "run", lambda command, **_: drawn.append(command[-1]))
+    folder = tmp_path / "w"
+    embedded_world(3, folder)
+    for split, count in (("train", 3), ("test", 400), ("held-out", 200)):
+        (folder / f"{split}.jsonl").write_text("{}\n" * count)
+    assert embedded_world(3, folder) == (folder / "train.jsonl", folder / "test.jsonl") and drawn == ["3"]
+    embedded_world(4, folder)
+    assert drawn == ["3", "4"]
+    (folder / "world.json").write_text((folder / "world.json").read_text().replace("3", "2", 1))
+    with pytest.raises(ValueError, match="delete the folder"):
+        embedded_world(4, folder)
 
 
 @pytest.mark.parametrize("index", range(12))

@@ -178,19 +178,53 @@ def markdown_row(results: dict, title: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def evaluate_run(run: Run, lm: VideoLM, preparation: Preparation, clips: Sequence[Clip], limit: int = -1) -> dict:
-    """Evaluate the model of a run on its first `limit` clips (-1: all), log it, show it, and write results.json."""
-    s, clips = run.settings, clips if limit < 0 else clips[:limit]
-    results = evaluate(
-        lm, preparation, clips, workers=s.workers, time_limit=s.time_limit, rank=run.rank, peers=run.peers
-    )  # fmt: skip
-    named = {f"eval/{part} {name}": value for part in ("full", "twin") for name, value in results[part].items()}
-    run.log.write({"step": run.step} | named)
-    if run.is_main and run.step:
-        (s.out / "results.json").write_text(json.dumps(results | run.saved_extra, indent=1) + "\n")
-    show_results(results, f"step {run.step}", run.console)
-    run.mark = time.perf_counter()  # no part of a step
-    return results
+@dataclass
+class RunEvaluation:
+    """The evaluations of a run: before its first step, between its steps, and after the last.
+
+    Each is logged, shown, and written to results.json. Without clips there is none.
+    """
+
+    run: Run
+    lm: VideoLM
+    preparation: Preparation
+    clips: Sequence[Clip]
+
+    def before(self) -> None:
+        """Of the model as it is. If the run was killed in the middle of an evaluation, that one is made again."""
+        if self.run.resumed.path:
+            self.between()
+        elif self.clips and self.run.settings.eval_before:
+            self.run.saved_extra["before"] = self.make() | {"rows": []}
+
+    def between(self) -> None:
+        """After every --eval-every steps, on the first --eval-clips clips."""
+        if self.clips and self.run.due(self.run.settings.eval_every) and not self.run.is_last:
+            self.make(self.run.settings.eval_clips)
+
+    def after(self) -> dict | None:
+        """On all clips, beside what was before; None if the run has ended early."""
+        if not self.clips or self.run.step < self.run.settings.steps:
+            return None
+        results = self.make()
+        if "before" in self.run.saved_extra:
+            show_progress({"before": self.run.saved_extra["before"], "after": results}, self.run.console)
+        return results
+
+    def make(self, limit: int = -1) -> dict:
+        """Evaluate the first `limit` clips (-1: all)."""
+        run, s = self.run, self.run.settings
+        clips = self.clips if limit < 0 else self.clips[:limit]
+        results = evaluate(
+            self.lm, self.preparation, clips, workers=s.workers, time_limit=s.time_limit, rank=run.rank, peers=run.peers
+        )  # fmt: skip
+        named = {f"eval/{part} {name}": value for part in ("full", "twin") for name, value in results[part].items()}
+        run.log.write({"step": run.step} | named)
+        if run.is_main and run.step:
+            (s.out / "results.json").write_text(json.dumps(results | run.saved_extra, indent=1) + "\n")
+        show_results(results, f"step {run.step}", run.console)
+        run.mark = time.perf_counter()  # no part of a step
+        return results
 
 
 @dataclass
