@@ -72,8 +72,8 @@ class Settings(TrainSettings):
     """Clips a forward pass."""
     learning_rate: float = by_preset(7e-4, 1e-4, 1e-4)
     """Peak learning rate (AdamW, linear warm-up, constant, then a cosine to zero)."""
-    decay: float = 0.95
-    """Share of the steps, at the end, over which the learning rate falls to zero (default: all that follow the warm-up)."""
+    decay: float = 1.0
+    """Share of the steps behind the warm-up, at the end, over which the learning rate falls to zero."""
     contrastive_weight: float = 0.5
     """lambda; 0 is the caption-only baseline and computes nothing of the rest."""
     twin_negatives: bool = True
@@ -106,8 +106,8 @@ def resolve(settings: Settings) -> Settings:
         raise ValueError(f"--batch-size {s.batch_size} is not a multiple of --micro-batch-size {s.micro_batch_size}")
     if s.contrastive_weight < 0:
         raise ValueError(f"--contrastive-weight: got {s.contrastive_weight}; give 0 or more")
-    if not 0 <= s.decay <= 1 - s.warmup:
-        raise ValueError(f"--decay: got {s.decay}; give a share, which with --warmup {s.warmup} is 1 at most")
+    if not 0 <= s.decay <= 1:
+        raise ValueError(f"--decay: got {s.decay}; give a share of the steps, 0 to 1")
     if not 0 <= s.twin_captions <= 1:
         raise ValueError(f"--twin-captions: got {s.twin_captions}; give a share, 0 to 1")
     if s.max_frames < 4:
@@ -178,7 +178,8 @@ def main(settings: Settings) -> dict | None:
     # Warm-up, stable, decay. The words follow what the contrastive loss has found while the steps are large: a short decay
     # learns more in as many steps, with and without the twin (docs/results.md).
     optimizer = models.make_optimizer(lm, s.learning_rate, s.weight_decay)
-    schedule = get_wsd_schedule(optimizer, int(s.warmup * s.steps), int(s.decay * s.steps), s.steps)
+    warmup = int(s.warmup * s.steps)
+    schedule = get_wsd_schedule(optimizer, warmup, int(s.decay * (s.steps - warmup)), s.steps)
     # After a kill: optimizer, schedule, order of the clips and random numbers as they were.
     run.restore(lm, optimizer, schedule, loader)
     saver = checkpoints.Saver(run, lm, preparation.processor, optimizer, schedule)

@@ -233,7 +233,8 @@ def reference_sft(model: nn.Module, processor, heads: dict[str, Tensor], stories
     model.model.visual.requires_grad_(not s.freeze_vision)
     trained = [p for p in (*model.parameters(), *heads.values()) if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, s.learning_rate, betas=(0.9, 0.99), weight_decay=s.weight_decay)
-    rising, falling = int(s.warmup * s.steps), int(s.decay * s.steps)
+    rising = int(s.warmup * s.steps)
+    falling = int(s.decay * (s.steps - rising))
 
     def share(k: int) -> float:
         """Of the peak learning rate, in step k + 1: a line up, level, a half cosine down."""
@@ -457,7 +458,7 @@ SFT_CASES = {
         weight_decay=0.1, grad_clip=0.5,
     ),
     "caption-only": dict(
-        contrastive_weight=0.0, batch_size=3, micro_batch_size=1, learning_rate=5e-4, warmup=0.0, decay=1.0,
+        contrastive_weight=0.0, batch_size=3, micro_batch_size=1, learning_rate=5e-4, warmup=0.0, decay=0.67,
         weight_decay=1.0, grad_clip=100.0,
     ),
     "no-twin": dict(

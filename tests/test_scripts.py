@@ -124,7 +124,7 @@ def test_bad_clips_are_named_and_too_many_stop_the_run(tmp_path, world, qwen2_5)
         (["--steps", "0"], "--steps: got 0"),
         (["--batch-size", "5", "--micro-batch-size", "2"], "not a multiple"),
         (["--contrastive-weight", "-1"], "--contrastive-weight: got -1"),
-        (["--decay", "0.97"], "--decay: got 0.97"),
+        (["--decay", "1.5"], "--decay: got 1.5"),
         (["--warmup", "1.5"], "--warmup: got 1.5"),
         (["--max-frames", "2"], "a twin needs two slots"),
         (["--data", "none.jsonl"], "none.jsonl: no such file"),
