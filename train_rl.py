@@ -386,8 +386,7 @@ def main(settings: Settings) -> dict | None:
     num_prompts, left_over = divmod(s.batch_size, run.num_processes)
     if left_over:
         raise ValueError(f"--batch-size {s.batch_size} is not a multiple of {run.num_processes} processes")
-    architecture = memory.skeleton(s.model)
-    clips, eval_clips, preparation = run.load_clips(architecture, s.max_new_tokens)
+    clips, eval_clips, preparation, architecture = run.load_clips(s.max_new_tokens)
     # What a step will need is known before anything is loaded.
     load = memory.Load(
         s.micro_batch_size, *memory.longest(clips, preparation), rollouts=G, twin_rollouts=s.num_twin_rollouts,

@@ -158,8 +158,7 @@ def main(settings: Settings) -> dict | None:
             "processes"
         )
     # Lines that cannot be used are named here, with file and line, before the model is touched.
-    architecture = memory.skeleton(s.model)
-    clips, eval_clips, preparation = run.load_clips(architecture, new_tokens=0)
+    clips, eval_clips, preparation, architecture = run.load_clips(new_tokens=0)
     # The twin leaves after l layers: what the memory estimate must know of it.
     twin_layers = (s.contrastive_layer or architecture.config.text_config.num_hidden_layers // 2) * contrastive
     load = memory.Load(

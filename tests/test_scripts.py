@@ -127,7 +127,7 @@ def test_bad_clips_are_named_and_too_many_stop_the_run(tmp_path, world, qwen2_5)
         (["--decay", "1.5"], "--decay: got 1.5"),
         (["--warmup", "1.5"], "--warmup: got 1.5"),
         (["--max-frames", "2"], "a twin needs two slots"),
-        (["--data", "none.jsonl"], "none.jsonl: no such file"),
+        (["--model", "nowhere/none", "--data", "none.jsonl"], "none.jsonl: no such file"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, monkeypatch, arguments, message):

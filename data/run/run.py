@@ -114,32 +114,33 @@ class Run:
 
     # --- before the first step
 
-    def load_clips(self, architecture: nn.Module, new_tokens: int) -> tuple[list[Clip], list[Clip], Preparation]:
-        """The clips to train on and to evaluate on, and how a clip becomes tokens.
+    def load_clips(self, new_tokens: int) -> tuple[list[Clip], list[Clip], Preparation, nn.Module]:
+        """The clips to train on and to evaluate on, how a clip becomes tokens, and the model without weights.
 
         Lines that cannot be used, and clips whose text is too long for the model, are noted, to be named by `show_start`.
-        architecture: the model without weights. new_tokens: of the longest description that training samples, for which
-        the model's context must have room.
+        new_tokens: of the longest description that training samples, for which the model's context must have room.
         """
         s = self.settings
+        clips, self.problems = load_clips(s.data, s.root, s.follow_links)
+        eval_clips = []
+        if s.eval_data:
+            eval_clips, self.eval_problems = load_clips(s.eval_data, s.root, s.follow_links)
+        # Files first: what is missing on this machine is told before a hub is asked for anything.
+        architecture = memory.skeleton(s.model)
         preparation = Preparation(
             load_processor(s.model), s.max_frames, s.fps, max_pixels=s.max_pixels,
             context=architecture.config.text_config.max_position_embeddings, visual_tokens=s.visual_tokens,
             skim=s.how_to_look(), cache=s.cache,
         )  # fmt: skip
-        clips, self.problems = load_clips(s.data, s.root, s.follow_links)
         clips, too_long = memory.leave_out_long(clips, preparation, s.max_text_tokens, new_tokens)
         self.problems += too_long
-        if not s.eval_data:
-            return clips, [], preparation
-        eval_clips, self.eval_problems = load_clips(s.eval_data, s.root, s.follow_links)
         # An evaluation reads no caption.
         longest = max(new_tokens, memory.EVAL_TOKENS)
         eval_clips, too_long = memory.leave_out_long(
             eval_clips, preparation, s.max_text_tokens, longest, captions=False
         )  # fmt: skip
         self.eval_problems += too_long
-        return clips, eval_clips, preparation
+        return clips, eval_clips, preparation, architecture
 
     def share(self, block: int) -> dict[str, int]:
         """Which clips of the common order this process takes: arguments of `ClipLoader`."""
