@@ -260,10 +260,10 @@ def measure_step(s: LongSettings, console: Console, pairs: int = 15) -> list[dic
     torch.set_num_threads(1)
     lm, processor = load_model(s.model or str(build_tiny(TEMPORARY)))
     lm.train()
-    # 16 slots of 36 tokens against 12 of 36 in three windows and 16 of 9 around them
-    uniform = [(0.0, 64.0, 16, 216, 0)]
-    mixed = [(0.0, 10.0, 4, 108, 0), (10.0, 12.0, 4, 216, 1), (12.0, 30.0, 4, 108, 0), (30.0, 32.0, 4, 216, 2),
-             (32.0, 50.0, 4, 108, 0), (50.0, 52.0, 4, 216, 3), (52.0, 64.0, 4, 108, 0)]  # fmt: skip
+    # 16 slots of 64 tokens against 12 of 64 in three windows and 16 of 16 around them
+    uniform = [(0.0, 64.0, 16, 192, 0)]
+    mixed = [(0.0, 10.0, 4, 96, 0), (10.0, 12.0, 4, 192, 1), (12.0, 30.0, 4, 96, 0), (30.0, 32.0, 4, 192, 2),
+             (32.0, 50.0, 4, 96, 0), (50.0, 52.0, 4, 192, 3), (52.0, 64.0, 4, 96, 0)]  # fmt: skip
     preparation, batches = Preparation(processor), {}
     for name, runs in (("uniform", uniform), ("windows and context", mixed)):
         clip = Clip(Path("random"), "a circle. Something swells up", "random", keywords=["swells up"])
