@@ -253,19 +253,19 @@ def write_clip(job: tuple[WorldSettings, str, int]) -> str:
     return json.dumps(line)
 
 
+def stamp(settings: WorldSettings) -> dict:
+    """What a folder's files depend on, besides their number; it stands in world.json."""
+    return {"version": VERSION, "seed": settings.seed, "habit": settings.habit, "quiet": settings.quiet}
+
+
 def splits_to_draw(settings: WorldSettings) -> list[tuple[str, int]]:
-    """The splits whose annotation file is not there yet, with their sizes. Raises ValueError if another world is."""
-    folder = settings.out
-    stamp = {"version": VERSION, "seed": settings.seed, "habit": settings.habit, "quiet": settings.quiet}
-    stamp_file = folder / "world.json"
-    if stamp_file.exists() and json.loads(stamp_file.read_text()) != stamp:
+    """The splits whose annotation file is not there yet, with their sizes. Raises ValueError if another world is there."""
+    folder, asked = settings.out, stamp(settings)
+    if (folder / "world.json").exists() and (there := json.loads((folder / "world.json").read_text())) != asked:
         raise ValueError(
-            f"{folder}: holds a world of {stamp_file.read_text().strip()}, asked for {json.dumps(stamp)}. "
+            f"{folder}: holds a world of {json.dumps(there)}, asked for {json.dumps(asked)}. "
             "Choose another --out, or delete the folder."
         )
-    if not stamp_file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(stamp_file, json.dumps(stamp))  # two runs may start at once
     sizes = dict(zip(SPLITS, (settings.train, settings.test, settings.held_out)))
     files = {split: folder / f"{split}.jsonl" for split in SPLITS}
     whole = {split for split, file in files.items() if file.exists() and sum(1 for _ in file.open()) == sizes[split]}
@@ -277,6 +277,8 @@ def make_world(settings: WorldSettings) -> Path:
     splits = splits_to_draw(settings)
     if not splits:
         return settings.out
+    settings.out.mkdir(parents=True, exist_ok=True)
+    write_whole(settings.out / "world.json", json.dumps(stamp(settings)))  # whole: two runs may start at once
     with worker_context("data.world").Pool(settings.workers or os.cpu_count()) as pool:
         for split, size in splits:
             lines = pool.imap(write_clip, [(settings, split, index) for index in range(size)], chunksize=32)

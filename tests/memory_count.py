@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vp
-from data import attention, videolm
+from data import attention, generation, videolm
 from data.device import autocast
 from data.measure import card
 from data.measure.card import G_TWIN, LARGE, NEW, SMALL, TEXT, G
@@ -192,10 +192,10 @@ class cut_short:
         import builtins
 
         self.range = builtins.range
-        videolm.range = lambda *a: self.range(2) if a == (self.tokens,) else self.range(*a)
+        generation.range = lambda *a: self.range(2) if a == (self.tokens,) else self.range(*a)
 
     def __exit__(self, *_) -> None:
-        del videolm.range
+        del generation.range
 
 
 RUN: dict[str, Callable] = {"stage 1": card.stage_1, "update": card.update, "rollouts": rollouts, "evaluation": evaluation}

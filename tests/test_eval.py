@@ -87,6 +87,7 @@ def test_claims_of_what_is_not_shown(text, claimed, whole):
         (EvalSettings(temperature=-0.5), "--temperature: got -0.5"),
         (DescribeSettings(Path("a.mp4"), max_new_tokens=0), "--max-new-tokens: got 0"),
         (DescribeSettings(Path("a.mp4"), max_pixels=0), "--max-pixels: got 0"),
+        (DescribeSettings(Path("a.mp4"), "nowhere/none"), "a.mp4: no such file"),  # before the model is looked for
     ],
 )
 def test_numbers_are_checked_first(settings, message):

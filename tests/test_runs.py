@@ -25,15 +25,17 @@ HERE = Path(__file__).parent.parent
 
 
 def test_metrics_and_curves(tmp_path):
-    """Settings with versions, one JSON line a step, a PNG with what was logged."""
+    """Settings with versions, one JSON line a step, a PNG with what was logged: no panel of what was not, or was 0."""
     log = runs.RunLog(tmp_path / "run", {"lr": 1})
     for step in range(1, 4):
-        log.write({"step": step, "loss/lm": 1.0 / step})
+        log.write({"step": step, "loss/lm": 1.0 / step, "skipped": 0.0})
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").open()]
     assert [x["step"] for x in lines] == [1, 2, 3] and lines[2]["loss/lm"] == pytest.approx(1 / 3, abs=1e-6)
     assert {"settings", "commit", "torch", "device"} <= json.loads((tmp_path / "run/settings.json").read_text()).keys()
-    picture = Image.open(log.plot({"loss": ["loss/lm"], "nothing": ["absent"]}))
-    assert picture.width > 800 and len(picture.convert("L").getcolors(256)) > 3
+    picture = Image.open(log.plot({"loss": ["loss/lm"], "nothing": ["absent", "skipped"]}))
+    both = Image.open(log.plot({"loss": ["loss/lm"], "steps": ["step"]}, "both.png"))
+    assert both.width == 2 * picture.width > 800 and len(picture.convert("L").getcolors(256)) > 3
+    assert Image.open(log.plot({"nothing": ["absent"]}, "empty.png")).width == picture.width
 
 
 def test_a_resumed_log_drops_what_comes_again(tmp_path):

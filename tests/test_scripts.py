@@ -137,6 +137,13 @@ def test_bad_settings_are_named(tmp_path, monkeypatch, arguments, message):
         train_sft.main(parse_settings(train_sft.Settings, "", arguments))
 
 
+@pytest.mark.parametrize("script", [train_sft, train_rl])
+def test_a_model_that_is_not_there_is_named(tmp_path, world, script):
+    """The setting and its value stand before what the library says."""
+    with pytest.raises(ValueError, match=r"^--model nowhere/none: "):
+        script.main(script.Settings(model="nowhere/none", data=world / "train.jsonl", out=tmp_path / "o"))
+
+
 @pytest.mark.parametrize("script", ["train_sft", "train_rl"])
 def test_errors_are_one_line(tmp_path, script):
     """No traceback, and exit code 1: all of them pass through the same line of the script."""

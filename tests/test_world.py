@@ -141,11 +141,14 @@ def test_a_world_that_is_there_costs_no_process(tmp_path, monkeypatch):
     folder = tmp_path / "w"
     embedded_world(3, folder)
     for split, count in (("train", 3), ("test", 400), ("held-out", 200)):
+        folder.mkdir(exist_ok=True)
         (folder / f"{split}.jsonl").write_text("{}\n" * count)
+    settings = WorldSettings(folder)
+    (folder / "world.json").write_text(json.dumps(world.stamp(settings)))
     assert embedded_world(3, folder) == (folder / "train.jsonl", folder / "test.jsonl") and drawn == ["3"]
     embedded_world(4, folder)
     assert drawn == ["3", "4"]
-    (folder / "world.json").write_text((folder / "world.json").read_text().replace("3", "2", 1))
+    (folder / "world.json").write_text(json.dumps(world.stamp(settings) | {"version": world.VERSION - 1}))
     with pytest.raises(ValueError, match="delete the folder"):
         embedded_world(4, folder)
 

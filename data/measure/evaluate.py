@@ -33,7 +33,7 @@ from data.run.run import Run
 from data.run.settings import FrameSettings, check_above_zero
 from data.run.sheets import draw_look, printable, warn
 from data.skim import SIDE
-from data.video import PROMPT, Clip
+from data.video import PROMPT, Clip, read_clip
 from data.videolm import VideoLM
 
 EVAL_CLIPS = 32  # described at a time, as far as `VideoLM.roll_out` has room for them
@@ -359,6 +359,9 @@ def run_describe(settings: DescribeSettings, console: Console) -> str:
         raise ValueError(f"--finder {s.finder}: give --frames skim, and --look-for, what to look for")
     if s.finder == "clip" and s.clip_model is None:
         raise ValueError("--finder clip: give --clip-model")
+    # Opened once before the model is loaded, which takes longer than to find that there is no such file.
+    with named(clip):
+        read_clip(clip, lambda video: None)
     lm, processor = load_model(s.model)
     context = lm.config.text_config.max_position_embeddings - s.max_new_tokens
     preparation = Preparation(

@@ -83,27 +83,32 @@ class RunLog:
             lines.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in numbers.items()}) + "\n")
 
     def plot(self, panels: Mapping[str, Sequence[str]], file: str = "curves.png") -> Path:
-        """Draw metrics against the step: title -> names of a panel, three panels in a row. What is always 0 is left out."""
+        """Draw metrics against the step: title -> names of a panel, three panels in a row.
+
+        What was never logged or is always 0 is left out, and so is a panel of nothing else (the KL of a run without one).
+        """
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
 
         records = [json.loads(line) for line in self.path.open()]
-        columns, rows = min(3, len(panels)), -(-len(panels) // 3)
+        curves: dict[str, dict[str, list]] = {}
+        for title, names in panels.items():
+            found = {name: [(r["step"], r[name]) for r in records if r.get(name) is not None] for name in names}
+            found = {name: points for name, points in found.items() if any(value for _, value in points)}
+            curves |= {title: found} if found else {}
+        columns, rows = max(1, min(3, len(curves))), max(1, -(-len(curves) // 3))
         figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.1 * rows), squeeze=False)
-        for axis in axes.flat[len(panels) :]:
+        for axis in axes.flat[len(curves) :]:
             axis.axis("off")
-        for axis, (title, names) in zip(axes.flat, panels.items()):
+        for axis, (title, found) in zip(axes.flat, curves.items()):
             axis.set_title(title, fontsize=11)
-            for name in names:
-                points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-                if any(value for _, value in points):
-                    axis.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
+            for name, points in found.items():
+                axis.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
             axis.set_xlabel("step")
             axis.grid(alpha=0.3)
-            if axis.lines:
-                axis.legend(fontsize=8)
+            axis.legend(fontsize=8)
         figure.tight_layout()
         figure.savefig(self.folder / file, dpi=130)
         plt.close(figure)

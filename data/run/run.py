@@ -126,9 +126,10 @@ class Run:
         if s.eval_data:
             eval_clips, self.eval_problems = load_clips(s.eval_data, s.root, s.follow_links)
         # Files first: what is missing on this machine is told before a hub is asked for anything.
+        processor = load_processor(s.model)
         architecture = memory.skeleton(s.model)
         preparation = Preparation(
-            load_processor(s.model), s.max_frames, s.fps, max_pixels=s.max_pixels,
+            processor, s.max_frames, s.fps, max_pixels=s.max_pixels,
             context=architecture.config.text_config.max_position_embeddings, visual_tokens=s.visual_tokens,
             skim=s.how_to_look(), cache=s.cache,
         )  # fmt: skip
