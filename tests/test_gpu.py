@@ -8,7 +8,7 @@ from rich.console import Console
 from torch._dynamo.utils import counters
 
 import train_sft
-from data import attention, device, videolm
+from data import attention, device, generation, videolm
 from data.attention import RoomyLayer, attend_by_mask
 from data.measure import doctor
 from data.packing import BLOCK, Packed
@@ -159,8 +159,9 @@ def test_chunks_change_nothing(lm, ragged, at_once, held, monkeypatch):
     want, video = lm.roll_out(ragged, 2, 1, 9, numbers)
     answers = lm.answer(ragged, ends, 5, twin=True)
     calls = count_calls(lm.base.model.language_model)
-    monkeypatch.setattr(videolm, "TOKENS_AT_ONCE", at_once)
-    monkeypatch.setattr(videolm, "TOKENS_HELD", held)
+    for module in (videolm, generation):
+        monkeypatch.setattr(module, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(generation, "TOKENS_HELD", held)
     got, again = lm.roll_out(ragged, 2, 1, 9, numbers)
     assert len(calls) > 9
     same(got, want)
