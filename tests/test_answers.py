@@ -31,9 +31,10 @@ from transformers import (
 
 from data import videolm
 from data.benchmarks import ask as answers
+from data.benchmarks import parts as asked_parts
 from data.benchmarks import probes
-from data.benchmarks.ask import common_prefix, group_questions, make_asked, read_part, share_prompt
 from data.benchmarks.formats import Question
+from data.benchmarks.parts import common_prefix, group_questions, make_asked, read_part, share_prompt
 from data.benchmarks.questions import Benchmark, load_benchmark, prompt
 from data.clips import load_clips
 from data.examples import Preparation
@@ -286,8 +287,8 @@ def test_questions_of_a_part_are_asked_together(tmp_path, world):
     benchmark = Benchmark("mvbench", "official", questions, [], 4, 4, 0.5)
     ids = [[x.id for x in part.questions] for part in group_questions(benchmark)]
     assert ids == [["0", "1", "2", "5"], ["3"], ["4"], ["6"]]
-    many = replace(benchmark, questions=[replace(q, id=str(i)) for i in range(answers.MOST + 3)])
-    assert [len(part.questions) for part in group_questions(many)] == [answers.MOST, 3]
+    many = replace(benchmark, questions=[replace(q, id=str(i)) for i in range(asked_parts.MOST + 3)])
+    assert [len(part.questions) for part in group_questions(many)] == [asked_parts.MOST, 3]
 
 
 def test_long_questions_are_left_out(qwen2_5):
@@ -296,11 +297,11 @@ def test_long_questions_are_left_out(qwen2_5):
     q = Question("0", Path("v.mp4"), "c", "What?", (), "A", record={"kind": "yes_no"})
     questions = [q, replace(q, id="1", text="What? " * 3000), replace(q, id="2", video=Path("w.mp4"), text="Why? " * 3000)]
     benchmark = Benchmark("tempcompass", "official", questions, [], 4, 4, 0.5)
-    parts, problems = answers.leave_out_long(group_questions(benchmark), benchmark, processor, 4000)
+    parts, problems = asked_parts.leave_out_long(group_questions(benchmark), benchmark, processor, 4000)
     assert [[x.id for x in part.questions] for part in parts] == [["0"]]
     assert len(problems) == 2 and all(re.match(rf"tempcompass: {i + 1}: its prompt has \d+ tokens, more than 4000; ", p)
                                       for i, p in enumerate(problems))  # fmt: skip
-    assert answers.leave_out_long(group_questions(benchmark), benchmark, processor, None)[1] == []
+    assert asked_parts.leave_out_long(group_questions(benchmark), benchmark, processor, None)[1] == []
 
 
 @pytest.fixture(scope="session")
@@ -579,7 +580,7 @@ def test_key_spans_are_moved_to_the_part(tmp_path):
         {"video": "c.mp4", "key_spans": [[2.0, 1.0]]},
     ]
     path = write(tmp_path / "spans.jsonl", "\n".join([*map(json.dumps, lines), "{", "[]"]))
-    spans, problems = answers.read_key_spans(path, tmp_path)
+    spans, problems = asked_parts.read_key_spans(path, tmp_path)
     assert dict(spans) == {(tmp_path / "a.mp4").resolve(): [[11.0, 12.0], [3.0, 4.0], [30.0, 31.0]]}
     for number, words in (
         (3, "leaves the root"),
@@ -596,7 +597,7 @@ def test_key_spans_are_moved_to_the_part(tmp_path):
     )
     assert [p.spans for p in parts] == [[[0.0, 0.5]], [[0, 1]]]
     with pytest.raises(ClipError, match="no such file"):
-        answers.read_key_spans(tmp_path / "none.jsonl", tmp_path)
+        asked_parts.read_key_spans(tmp_path / "none.jsonl", tmp_path)
 
 
 # --- Other models ---------------------------------------------------------------------------------------------------------
@@ -707,13 +708,13 @@ def test_predictions_of_one_kind_have_a_folder_of_their_own(world, tmp_path, sha
 
 def test_smaller_pictures_are_other_predictions(world, tmp_path, sharp2_5, monkeypatch):
     """--max-pixels reaches the model, and is among the settings that a folder holds to."""
-    grids, real = [], answers.share_prompt
+    grids, real = [], asked_parts.share_prompt
 
     def share_prompt(texts, look, preparation):
         grids.append(tuple(look.runs[0].pixels.shape[-2:]))
         return real(texts, look, preparation)
 
-    monkeypatch.setattr(answers, "share_prompt", share_prompt)
+    monkeypatch.setattr(asked_parts, "share_prompt", share_prompt)
     asked = dict(benchmark="clips", root=world / "test.jsonl", model=str(sharp2_5), limit=1, max_new_tokens=2, num_frames=4)
     run(tmp_path, **asked, out=tmp_path / "out")
     run(tmp_path, **asked, out=tmp_path / "small", max_pixels=1000)

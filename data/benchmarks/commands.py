@@ -10,6 +10,7 @@ from typing import Literal
 from rich.console import Console
 
 from data.benchmarks import ask, predictions, probes, questions
+from data.benchmarks.parts import Part, group_questions, leave_out_long, read_key_spans, room
 from data.benchmarks.report import read_results, show_comparison, show_scores
 from data.benchmarks.results import answer_file, compare, score
 from data.files import ClipError
@@ -163,7 +164,7 @@ def check_run(s: RunSettings) -> None:
         raise ValueError("; ".join(problems))
 
 
-def first_parts(parts: Sequence[ask.Part], limit: int) -> list[ask.Part]:
+def first_parts(parts: Sequence[Part], limit: int) -> list[Part]:
     """All that is asked about the first `limit` videos, or parts of videos (-1: about all)."""
     keys = [(part.video, part.start, part.end) for part in parts]
     kept = set(list(dict.fromkeys(keys))[: None if limit < 0 else limit])
@@ -180,8 +181,8 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
     benchmark.num_frames = s.num_frames or benchmark.num_frames
     benchmark.max_pixels = s.max_pixels
     benchmark.max_new_tokens = s.max_new_tokens or benchmark.max_new_tokens
-    spans, wrong_spans = ask.read_key_spans(s.key_spans, folder, s.follow_links) if s.key_spans else (None, [])
-    parts = ask.group_questions(benchmark, spans)
+    spans, wrong_spans = read_key_spans(s.key_spans, folder, s.follow_links) if s.key_spans else (None, [])
+    parts = group_questions(benchmark, spans)
     probe = "needle" if s.needle else "diff" if s.diff else ""
     if probe:
         probes.own_clips(parts, probe)  # refuses what has none, before the model is loaded
@@ -206,8 +207,8 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
     if s.frames == "skim" or s.visual_tokens:
         more |= {"frames chosen": s.frames, "skim": str(s.how_to_look()), "visual tokens": s.visual_tokens}
     made_with = predictions.describe_run(benchmark, parts, hf, more)
-    limit = s.max_text_tokens or ask.room(hf, benchmark.max_new_tokens)
-    parts, too_long = ask.leave_out_long(parts, benchmark, processor, limit)
+    limit = s.max_text_tokens or room(hf, benchmark.max_new_tokens)
+    parts, too_long = leave_out_long(parts, benchmark, processor, limit)
     if s.needle:
         parts, left_out = probes.hide(parts, s.lengths, s.seed, None if s.limit < 0 else s.limit)
     else:

@@ -10,19 +10,16 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from torch import nn
 
 from data.benchmarks.formats import TEMPCOMPASS, video_name
+from data.benchmarks.parts import Part
 from data.benchmarks.questions import Benchmark, prompt
 from data.files import ClipError, Pairs, changes, read_json, read_lines, write_whole
 from data.run.log import describe_environment
 from data.run.sheets import printable
-
-if TYPE_CHECKING:
-    from data.benchmarks.ask import Part
 
 
 def fingerprint(hf: nn.Module) -> str:
@@ -35,7 +32,7 @@ def fingerprint(hf: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def describe_run(benchmark: Benchmark, parts: Sequence["Part"], hf: nn.Module, more: dict) -> dict:
+def describe_run(benchmark: Benchmark, parts: Sequence[Part], hf: nn.Module, more: dict) -> dict:
     """What predictions depend on: they are not continued where any of it differs."""
     asked = [[q.id, prompt(benchmark, q), p.start, p.end, p.frames_per_second, p.spans] for p in parts for q in p.questions]
     return {

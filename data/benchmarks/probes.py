@@ -19,7 +19,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data.benchmarks.ask import Lines, Part, covered
+from data.benchmarks.parts import Part, covered
+from data.benchmarks.predictions import Lines
 from data.benchmarks.report import markdown_table, percent
 from data.benchmarks.results import tabulate
 from data.benchmarks.scoring import names
