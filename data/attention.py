@@ -1,6 +1,6 @@
 """Attention that transformers does not have: slots of a video in few calls, and branches of a shared prefix."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
 
@@ -20,6 +20,7 @@ from transformers.vision_utils import (
 )
 
 from data.device import to_device
+from data.packing import Branch
 
 
 def vision_layout(visual: nn.Module, grid: Tensor, device: torch.device) -> dict[str, Tensor | int]:
@@ -115,20 +116,46 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask,
         )
 
 
+def attend_by_branch(
+    query: Tensor, key: Tensor, value: Tensor, branches: Sequence[Sequence[Branch]], scaling: float | None
+) -> Tensor:
+    """What `attend_in_blocks` does, where there is no flex_attention: (B, heads, T, head_dim), a call for each branch.
+
+    A mask of all pairs of tokens would have their scores computed, also of those, most of them, of which neither sees the
+    other.
+    """
+    attended = []
+    for q, k, v, clip in zip(query, key, value, branches):
+        q, k, v = (x.split([branch.length for branch in clip], dim=1) for x in (q, k, v))
+        parts = []
+        for here, branch in zip(q, clip):
+            keys, values = (torch.cat([x[i] for i in branch.sees], 1)[None] for x in (k, v))
+            before, mask = keys.shape[2] - branch.length, None
+            if before:
+                mask = torch.ones(branch.length, keys.shape[2], dtype=torch.bool, device=q[0].device).tril(before)
+            parts.append(F.scaled_dot_product_attention(
+                here[None], keys, values, mask, is_causal=not before, scale=scaling, enable_gqa=True
+            )[0])  # fmt: skip
+        attended.append(torch.cat(parts, 1))
+    return torch.stack(attended)
+
+
 def attend_by_mask(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask | None,
-    otherwise: str, **more,
+    otherwise: str, branches: Sequence[Sequence[Branch]] | None = None, **more,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """flex_attention under a BlockMask, sdpa under a mask of token pairs (B, 1, T, S), and `otherwise` without either.
+    """flex_attention under a BlockMask, sdpa by branches or under a mask of token pairs (B, 1, T, S), else `otherwise`.
 
     The mask decides, and nothing else. A setting that is changed for the forward pass is gone when checkpointed layers run
     again in the backward pass. A mask with the rows of all query heads that share keys, (B, 1, groups * T, S), asks for
     one head of so many queries: keys and values are not repeated; see `VideoLM.sample`.
     """
-    if attention_mask is None:
+    if attention_mask is None and branches is None:
         return ALL_ATTENTION_FUNCTIONS[otherwise](module, query, key, value, attention_mask, **more)
     # Under autocast, rotated queries and keys may be float32 where values are not.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    if branches is not None:
+        return attend_by_branch(query, key, value, branches, more.get("scaling")).transpose(1, 2), None
     if isinstance(attention_mask, BlockMask):
         return attend_in_blocks(query, key, value, attention_mask, more.get("scaling")).transpose(1, 2), None
     if attention_mask.ndim == 4:
@@ -166,6 +193,10 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         self.clips, self.width, self.room = clips, width, room
         self.filled = self.length = 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Of prompts, which see no others, their own length; how many keys there are, and where they begin."""
+        return (query_length, 0) if self.filled < self.clips else super().get_mask_sizes(query_length)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         """Add keys and values (B, heads, n, head_dim). Returns those of prompts as they are; then all so far, as views."""

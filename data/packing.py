@@ -11,6 +11,7 @@ rollouts:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,13 @@ def move(record, device: torch.device | str):
         elif is_dataclass(value):
             values[name] = move(value, device)
     return replace(record, **values)
+
+
+class Branch(NamedTuple):
+    """How many tokens a branch has, and which branches of its clip's sequence it sees: numbers, in order, itself last."""
+
+    length: int
+    sees: list[int]
 
 
 @dataclass
@@ -63,13 +71,16 @@ class Packed:
         clip = torch.arange(len(branch), device=branch.device)[:, None, None]
         return self.ancestors[clip, branch[:, :, None], self.branch[:, None, :]]
 
-    def mask(self) -> Tensor:
-        """(B, 1, T, T) bool: which token sees which."""
-        T = self.branch.shape[1]
-        return (self.sees(self.branch) & torch.ones(T, T, dtype=torch.bool, device=self.branch.device).tril())[:, None]
+    def branches(self) -> list[list[Branch]]:
+        """The branches of each clip in the order in which they stand; for `attend_by_branch`."""
+        lengths = F.one_hot(self.branch, self.ancestors.shape[-1]).sum(1).tolist()
+        return [
+            [Branch(length, [i for i, seen in enumerate(row) if seen]) for length, row in zip(*clip)]
+            for clip in zip(lengths, self.ancestors.tolist())
+        ]
 
     def block_mask(self, size: int = BLOCK) -> BlockMask:
-        """The same for flex_attention, which leaves out the blocks that nobody sees.
+        """What flex_attention is told: the blocks that nobody sees are left out.
 
         Blocks are counted by branches: in a block below the diagonal, count(q) @ ancestors @ count(k) pairs see each other.
         torch's create_block_mask makes the (B, T, T) mask first, and takes ten bytes for each of its entries.

@@ -83,7 +83,7 @@ class VideoLM(Generation, nn.Module):
 
     @property
     def flex(self) -> bool:
-        """Whether branches attend by flex_attention, on a GPU, or by sdpa with a mask of token pairs."""
+        """Whether branches attend by flex_attention, on a GPU, or by a call of sdpa each."""
         return self.device.type == "cuda" and compute_dtype(self.device) == torch.bfloat16
 
     @property
@@ -348,12 +348,12 @@ class VideoLM(Generation, nn.Module):
     def run_packed(self, packed: Packed, video: Video, cache: Cache | None = None) -> Tensor:
         """States (M, D) of the wanted rows, from one pass in which nothing shared is run twice; fills `cache`."""
         if not self.shares_prefix:
-            mask = (packed.branch < packed.ancestors.shape[-1] - 1).long()  # (B, T): all but padding
+            attention = {"attention_mask": (packed.branch < packed.ancestors.shape[-1] - 1).long()}  # all but padding
         else:
-            mask = packed.block_mask() if self.flex else packed.mask()
+            attention = {"attention_mask": packed.block_mask()} if self.flex else {"branches": packed.branches()}
         out = self.run_language(
-            packed.input_ids, packed.token_types, packed.position_ids, self.gather_video(video, packed.visual_index), mask,
-            past_key_values=cache, use_cache=cache is not None,
+            packed.input_ids, packed.token_types, packed.position_ids, self.gather_video(video, packed.visual_index),
+            past_key_values=cache, use_cache=cache is not None, **attention,
         )  # fmt: skip
         return out.last_hidden_state.flatten(0, 1).index_select(0, packed.rows)
 

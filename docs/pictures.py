@@ -89,7 +89,8 @@ def draw_fork(lm: VideoLM, example, path: Path) -> None:
     """A forked prompt with two rollouts of each side: which token sees which."""
     rollouts = [torch.arange(4), torch.arange(3)]
     packed = lm.pack_prefixes([example], [rollouts])
-    mask, branch = packed.mask()[0, 0], packed.branch[0]
+    places = torch.arange(packed.branch.shape[1])
+    mask, branch = packed.block_mask().mask_mod(0, 0, places[:, None], places), packed.branch[0]
     names = [
         "prompt up to the first\nreplaced slot",
         "rest, full video",

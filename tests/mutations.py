@@ -30,6 +30,7 @@ SFT, RL, LM, MODELS = "train_sft.py", "train_rl.py", "data/videolm.py", "data/ru
 # The tests of tests/test_reference_loops.py, by case.
 CONTRASTIVE, CAPTION_ONLY = "stage_1[contrastive]", "stage_1[caption-only]"
 NO_TWIN, TWIN_CAPTIONS = "stage_1[no-twin]", "stage_1[twin-captions]"
+PACKED = "tests/test_rollouts.py::test_packed_update_equals_separate_sequences"
 RELATIVE, POOLED, RECALL, SIMILARITY = "stage_2[relative]", "stage_2[pooled]", "stage_2[recall]", "stage_2[similarity]"
 
 
@@ -144,6 +145,10 @@ FAULTS = [
           "still = prompts[b].clip.caption", RELATIVE),
     Fault("claims on the twin rewarded", "vp.py", '"recall", -alpha, divide', '"recall", alpha, divide', RELATIVE),
     Fault("alpha ignored on the twin", RL, "s.alpha, s.divide_by_spread)))", "1.0, s.divide_by_spread)))", RELATIVE),
+    # Branches of a shared prefix.
+    Fault("a token sees the one behind it", "data/attention.py", ".tril(before)", ".tril(before + 1)", PACKED),
+    Fault("rollouts see one another", "data/packing.py", "for i, seen in enumerate(row) if seen]",
+          "for i, seen in enumerate(row) if seen or i == 1]", PACKED),
     # The method itself.
     Fault("a tie goes to the later neighbour", "vp.py", "return kept[distance.argmin(1)]",
           "return kept.flip(0)[distance.flip(1).argmin(1)]", CONTRASTIVE),

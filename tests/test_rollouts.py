@@ -228,7 +228,13 @@ def test_block_mask_against_torch(seed):
         for at in nums.nonzero().tolist():
             k = int(nums[tuple(at)])
             assert sorted(ours[tuple(at)][:k].tolist()) == sorted(theirs[tuple(at)][:k].tolist())
-    assert packed.mask().shape == (B, 1, T, T)
+    pairs = torch.zeros(B, T, T, dtype=torch.bool)  # the branches, as they are told to attend_by_branch, see the same pairs
+    for seen, clip in zip(pairs, packed.branches()):
+        places = torch.arange(T).split([branch.length for branch in clip])
+        for own, branch in zip(places, clip):
+            seen[own[:, None], torch.cat([places[i] for i in branch.sees])] = True
+    b, q, k = (x.flatten() for x in torch.meshgrid(*map(torch.arange, (B, T, T)), indexing="ij"))
+    assert torch.equal((pairs & torch.ones(T, T).tril().bool()).flatten(), mine.mask_mod(b, 0, q, k))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: flex_attention has no backward on a CPU")
