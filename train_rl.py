@@ -383,17 +383,14 @@ def main(settings: Settings) -> dict | None:
     run = Run(settings, resolve, FREE)
     s, G = run.settings, run.settings.num_rollouts
     # Each process samples and updates on its share of the prompts.
-    num_prompts, left_over = divmod(s.batch_size, run.num_processes)
-    if left_over:
-        raise ValueError(f"--batch-size {s.batch_size} is not a multiple of {run.num_processes} processes")
-    clips, eval_clips, preparation, architecture = run.load_clips(s.max_new_tokens)
+    num_prompts = run.split_batch()
+    clips, eval_clips, preparation = run.load_clips(s.max_new_tokens)
     # What a step will need is known before anything is loaded.
-    load = memory.Load(
+    budget = run.budget(memory.Load(
         s.micro_batch_size, *memory.longest(clips, preparation), rollouts=G, twin_rollouts=s.num_twin_rollouts,
         twin_branch=s.twin_branch, prompts=num_prompts, new_tokens=s.max_new_tokens,
         reference=s.beta > 0 and not s.lora_rank, eval_clips=min(len(eval_clips), EVAL_CLIPS),
-    )  # fmt: skip
-    budget = memory.Budget(architecture, load, vars(s), run.device, s.memory_gb, run.num_processes)
+    ))  # fmt: skip
     with budget.explained():
         lm, reference = load_policy(s, run, budget)
         encoder = load_encoder(s, run, clips)

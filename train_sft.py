@@ -28,7 +28,7 @@ from transformers import get_wsd_schedule
 
 from data.batches import Batch
 from data.loader import ClipLoader
-from data.measure.evaluate import EVAL_CLIPS, RunEvaluation
+from data.measure.evaluate import EVAL_CLIPS, RunEvaluation, evaluation_panel
 from data.run import checkpoints, memory, models
 from data.run.processes import finish_gradients, skip_if_not_finite
 from data.run.run import Run, counted
@@ -151,28 +151,21 @@ def main(settings: Settings) -> dict | None:
     run = Run(settings, resolve, FREE)
     s, contrastive = run.settings, run.settings.contrastive_weight > 0
     # Gradient accumulation: so many forward passes make one step.
-    num_micro, left_over = divmod(s.batch_size, s.micro_batch_size * run.num_processes)
-    if left_over:
-        raise ValueError(
-            f"--batch-size {s.batch_size} is not a multiple of micro-batch {s.micro_batch_size} x {run.num_processes} "
-            "processes"
-        )
+    num_micro = run.split_batch(s.micro_batch_size)
     # Lines that cannot be used are named here, with file and line, before the model is touched.
-    clips, eval_clips, preparation, architecture = run.load_clips(new_tokens=0)
-    # The twin leaves after l layers: what the memory estimate must know of it.
-    twin_layers = (s.contrastive_layer or architecture.config.text_config.num_hidden_layers // 2) * contrastive
-    load = memory.Load(
-        s.micro_batch_size, *memory.longest(clips, preparation), twin_layers, eval_clips=min(len(eval_clips), EVAL_CLIPS)
-    )  # fmt: skip
-    budget = memory.Budget(architecture, load, vars(s), run.device, s.memory_gb, run.num_processes)
+    clips, eval_clips, preparation = run.load_clips(new_tokens=0)
+    # What a step will need is known before anything is loaded. The twin leaves after l layers.
+    budget = run.budget(memory.Load(
+        s.micro_batch_size, *memory.longest(clips, preparation), eval_clips=min(len(eval_clips), EVAL_CLIPS),
+        twin_layers=(s.contrastive_layer or run.architecture.config.text_config.num_hidden_layers // 2) * contrastive,
+    ))  # fmt: skip
     with budget.explained():
         lm = load_video_lm(s, run, budget)
     # Evaluation samples the same moments every time; training may jitter, and lays its windows at the key spans.
-    drawn = replace(
-        preparation, jitter=s.jitter, twin_captions=s.twin_captions, skim=s.how_to_look(at_key_spans=True)
-    )  # fmt: skip
     loader = ClipLoader(
-        clips, drawn, s.seed, s.workers, s.time_limit, s.max_bad_share, **run.share(s.micro_batch_size)
+        clips,
+        replace(preparation, jitter=s.jitter, twin_captions=s.twin_captions, skim=s.how_to_look(at_key_spans=True)),
+        s.seed, s.workers, s.time_limit, s.max_bad_share, **run.share(s.micro_batch_size),
     )  # fmt: skip
     # Warm-up, stable, decay. The words follow what the contrastive loss has found while the steps are large: a short decay
     # learns more in as many steps, with and without the twin (docs/results.md).
@@ -236,9 +229,7 @@ def main(settings: Settings) -> dict | None:
     # --- afterwards: the last evaluation, on all clips
     results = evaluation.after()
     run.show_skipped(loader)
-    name = "event named" if results and "event named" in results["full"] else "caption similarity"
-    evaluated = {f"evaluation: {name}": [f"eval/full {name}", f"eval/twin {name}"]}
-    run.end(PANELS | evaluated, "checkpoint")
+    run.end(PANELS | evaluation_panel(results), "checkpoint")
     return results
 
 

@@ -80,7 +80,7 @@ FAULTS = [
     Fault("twin negatives cannot be switched off", SFT, "contrastive, s.twin_negatives)", "contrastive, True)", NO_TWIN),
     Fault("contrastive heads not trained", MODELS, "for part in (lm.hf, lm.heads)]", "for part in (lm.hf,)]", CONTRASTIVE),
     Fault("vision encoder cannot be frozen", SFT, "s.lora_rank, s.freeze_vision", "s.lora_rank, False", NO_TWIN),
-    Fault("the seed does not decide the order", SFT, "clips, drawn, s.seed,", "clips, drawn, 0,", NO_TWIN),
+    Fault("the seed does not decide the order", SFT, "        s.seed, s.workers,", "        0, s.workers,", NO_TWIN),
     Fault("every epoch in the same order", "data/loader.py", "default_rng([self.seed, epoch])",
           "default_rng([self.seed, 0])", CONTRASTIVE),
     Fault("the twin is the full video", LM, "self.gather_video(video, batch.twin_index)", "video", CONTRASTIVE),

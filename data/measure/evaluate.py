@@ -227,6 +227,12 @@ class RunEvaluation:
         return results
 
 
+def evaluation_panel(results: dict | None) -> dict[str, list[str]]:
+    """The panel of curves.png with a run's evaluations: full video and twin."""
+    name = "event named" if results and "event named" in results["full"] else "caption similarity"
+    return {f"evaluation: {name}": [f"eval/full {name}", f"eval/twin {name}"]}
+
+
 @dataclass
 class EvalSettings(FrameSettings):
     """Describe clips and their twins, and score the descriptions."""

@@ -114,8 +114,18 @@ class Run:
 
     # --- before the first step
 
-    def load_clips(self, new_tokens: int) -> tuple[list[Clip], list[Clip], Preparation, nn.Module]:
-        """The clips to train on and to evaluate on, how a clip becomes tokens, and the model without weights.
+    def split_batch(self, clips: int = 1) -> int:
+        """How often this process takes so many clips in a step. Raises ValueError if that does not come out even."""
+        batch_size = self.settings.batch_size
+        count, left_over = divmod(batch_size, clips * self.num_processes)
+        if left_over:
+            raise ValueError(
+                f"--batch-size {batch_size} is not a multiple of {clips} clips x {self.num_processes} processes"
+            )
+        return count
+
+    def load_clips(self, new_tokens: int) -> tuple[list[Clip], list[Clip], Preparation]:
+        """The clips to train on and to evaluate on, and how a clip becomes tokens.
 
         Lines that cannot be used, and clips whose text is too long for the model, are noted, to be named by `show_start`.
         new_tokens: of the longest description that training samples, for which the model's context must have room.
@@ -127,10 +137,10 @@ class Run:
             eval_clips, self.eval_problems = load_clips(s.eval_data, s.root, s.follow_links)
         # Files first: what is missing on this machine is told before a hub is asked for anything.
         processor = load_processor(s.model)
-        architecture = memory.skeleton(s.model)
+        self.architecture = memory.skeleton(s.model)  # the model without weights
         preparation = Preparation(
             processor, s.max_frames, s.fps, max_pixels=s.max_pixels,
-            context=architecture.config.text_config.max_position_embeddings, visual_tokens=s.visual_tokens,
+            context=self.architecture.config.text_config.max_position_embeddings, visual_tokens=s.visual_tokens,
             skim=s.how_to_look(), cache=s.cache,
         )  # fmt: skip
         clips, too_long = memory.leave_out_long(clips, preparation, s.max_text_tokens, new_tokens)
@@ -141,7 +151,12 @@ class Run:
             eval_clips, preparation, s.max_text_tokens, longest, captions=False
         )  # fmt: skip
         self.eval_problems += too_long
-        return clips, eval_clips, preparation, architecture
+        return clips, eval_clips, preparation
+
+    def budget(self, load: memory.Load) -> memory.Budget:
+        """What a step with this load will need, known before the model is loaded."""
+        s = self.settings
+        return memory.Budget(self.architecture, load, vars(s), self.device, s.memory_gb, self.num_processes)
 
     def share(self, block: int) -> dict[str, int]:
         """Which clips of the common order this process takes: arguments of `ClipLoader`."""
