@@ -153,7 +153,8 @@ def count(case: Case, layers: int | None = None) -> tuple[float, float, pretend_
     gpu = pretend_gpu.device()
     with pretend_gpu.sizes_only():
         lm = sized_model(case.model, case.settings, layers)
-        examples = [card.random_example(lm, case.slots, case.per_slot) for _ in range(case.clips)]
+        # The event comes first, which takes most memory: the twin's prompt shares nothing with the full video's.
+        examples = [card.random_example(lm, case.slots, case.per_slot, first=0) for _ in range(case.clips)]
         with pretend_gpu.watch() as seen, autocast(gpu):
             RUN[case.what](lm.train(), examples)
         depth = lm.config.text_config.num_hidden_layers

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 import train_sft
 from data import attention, device, generation, videolm
 from data.attention import RoomyLayer, attend_by_mask
-from data.measure import doctor
+from data.measure import card, doctor
 from data.packing import BLOCK, Packed
 from data.run import precision, settings
 from kernels import check, dispatch
@@ -24,6 +24,16 @@ def pretend_card(monkeypatch, capability: tuple[int, int], shared: int = 232448)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure the GPU")
+def test_what_fits_is_told_without_a_card(tmp_path):
+    """Estimates by model and preset; the issue's bar: 4-bit models of 3B and 7B below 22 GiB in both stages."""
+    assert card.run_card(card.CardSettings(out=tmp_path, kernels=False), Console(quiet=True)) == []
+    table = (tmp_path / "fits.md").read_text().splitlines()
+    rows = {line.split("|")[1].strip(): [float(x) for x in line.split("|")[2:-1]] for line in table[2:]}
+    assert len(rows) == 5 and all(len(row) == 4 and min(row) > 0 for row in rows.values())
+    assert max(rows["qwen2.5-vl-3b"][:2]) < max(rows["qwen2.5-vl-7b"][:2]) < 22
 
 
 # --- What a card can do ---------------------------------------------------------------------------------------------------
