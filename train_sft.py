@@ -70,9 +70,9 @@ class Settings(TrainSettings):
     """Clips a step, over all micro-batches and processes."""
     micro_batch_size: int = by_preset(8, 1, 4)
     """Clips a forward pass."""
-    learning_rate: float = by_preset(7e-4, 1e-4, 1e-4)
+    learning_rate: float = by_preset(1e-3, 1e-4, 1e-4)
     """Peak learning rate (AdamW, linear warm-up, constant, then a cosine to zero)."""
-    decay: float = 1.0
+    decay: float = by_preset(0.25, 1.0, 1.0)
     """Share of the steps behind the warm-up, at the end, over which the learning rate falls to zero."""
     contrastive_weight: float = 0.5
     """lambda; 0 is the caption-only baseline and computes nothing of the rest."""
@@ -168,7 +168,7 @@ def main(settings: Settings) -> dict | None:
         s.seed, s.workers, s.time_limit, s.max_bad_share, **run.share(s.micro_batch_size),
     )  # fmt: skip
     # Warm-up, stable, decay. The words follow what the contrastive loss has found while the steps are large: a short decay
-    # learns more in as many steps, with and without the twin (docs/results.md).
+    # learns more in as many steps (docs/results.md).
     optimizer = models.make_optimizer(lm, s.learning_rate, s.weight_decay)
     warmup = int(s.warmup * s.steps)
     schedule = get_wsd_schedule(optimizer, warmup, int(s.decay * (s.steps - warmup)), s.steps)

@@ -1,8 +1,8 @@
 """The embedded world: a small, endless, seeded source of captioned videos with habits.
 
 Two or three coloured shapes drift or rest on one of eight floors. One of them may do one of eight things for 2 or 3 of the
-16 frames and then go on as if nothing had happened. Each floor has a habit: what happens there is its usual event four
-times in five. So a model can learn to tell the event from the floor, without looking for it. It is then blind to rare
+16 frames and then go on as if nothing had happened. Each floor has a habit: what happens there is its usual event nine
+times in ten. So a model can learn to tell the event from the floor, without looking for it. It is then blind to rare
 events, and tells of events that are not there. In a fifth of the clips nothing happens: their captions have no event.
 
 Files are real MP4s, read like any other clip: written here, decoded again by `data/decode.py`.
@@ -79,7 +79,7 @@ class WorldSettings:
     """Number of test clips; half of their events are rare on their floor."""
     held_out: int = 200
     """Number of clips with an actor that never occurs elsewhere; half of their events are rare, none is quiet."""
-    habit: float = 0.8
+    habit: float = 0.9
     """Share of the events of the training split that are the usual one of their floor."""
     quiet: float = 0.2
     """Share of the clips in which nothing happens."""
@@ -191,7 +191,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def draw_clip(
-    split: str, index: int, seed: int = 0, habit: float = 0.8, quiet: float = 0.2, times: Sequence[int] = range(NUM_FRAMES)
+    split: str, index: int, seed: int = 0, habit: float = 0.9, quiet: float = 0.2, times: Sequence[int] = range(NUM_FRAMES)
 ) -> tuple[np.ndarray, dict]:
     """One clip of the world.
 
