@@ -54,6 +54,7 @@ FREE = (
     "out", "memory_gb", "resume", "workers", "time_limit", "log_every", "show_every", "save_every", "eval_every",
     "eval_clips", "eval_before", "tracker",
 )  # fmt: skip
+# Small, and what captions are compared with most often: 22 M weights, 384 numbers a token.
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -129,6 +130,7 @@ def resolve(settings: Settings) -> Settings:
     # An advantage is the distance from the mean of the group: one description alone has none.
     if s.num_rollouts < 2:
         raise ValueError(f"--num-rollouts: got {s.num_rollouts}; a group needs 2 descriptions to compare")
+    # The relative reward has nothing to be relative to without descriptions of the twin.
     if s.num_twin_rollouts < 0 or (s.num_twin_rollouts == 0 and s.reward in ("relative", "pooled")):
         raise ValueError(f"--num-twin-rollouts: got {s.num_twin_rollouts}; --reward {s.reward} compares with the twin's")
     if s.twin_branch and s.num_twin_rollouts < 2:
@@ -146,9 +148,11 @@ def resolve(settings: Settings) -> Settings:
 
 def load_policy(s: Settings, run: Run, budget: memory.Budget) -> tuple[VideoLM, VideoLM | None]:
     """The model to train, and the frozen stage-1 policy that the KL holds it to (None: --beta 0)."""
+    # Products of a tiny model are too small to be shared out among threads.
     models.choose_threads(budget.architecture, run.device)
     # Before any weight is loaded: a run that would not fit says so, and which settings need less.
     run.console.print(budget.check())
+    # Weights as the settings ask: all of them or adapters, whole or in 4 bits; of the checkpoint, if the run goes on.
     hf = models.load_trainable(
         s.model, s.quantize, s.lora_rank, s.freeze_vision, s.gradient_checkpointing, run.device, run.resumed.path
     )  # fmt: skip
@@ -164,6 +168,7 @@ def load_policy(s: Settings, run: Run, budget: memory.Budget) -> tuple[VideoLM, 
         reference = VideoLM(models.load_pretrained(s.model, torch.float32, device=run.device)[0]).to(run.device).eval()
         # Only read: no gradient, no dropout.
         reference.requires_grad_(False)
+    # Each process keeps a part of every weight; the policy and its reference may be one model.
     if s.shard:
         for model in {id(m): m for m in (lm, reference) if m is not None}.values():
             models.shard(model, run.device)
@@ -277,6 +282,7 @@ def roll_out(lm: VideoLM, prompts: Sequence[Prompt], s: Settings, run: Run) -> t
             torch.from_numpy(np.stack(draws)), s.temperature,
         )  # fmt: skip
     lm.train()
+    # One copy, for which the host waits: from here on, numbers are read.
     rollouts = rollouts.to("cpu")
     # Cut to their lengths: what follows the end of a text is padding.
     sampled = [
@@ -307,6 +313,7 @@ def score(sampled: Sequence[Sampled], encoder: TextEncoder, processor, s: Settin
         still = still_part(prompts[b].clip.caption, prompts[b].clip.keywords)
         of_twin.append(Comparison(texts[b][s.num_rollouts :], still, prompts[b].clip.keywords, num_twin[b]))
     embedded = embed_texts(encoder, of_full + of_twin)
+    # q, keyword recall, the comparison with the twin's, and of each description its advantage over its group.
     rewards = on_host(vp.paired_rewards(embedded[: len(prompts)], s.reward, s.alpha, s.margin, s.divide_by_spread))
     twins = dict(zip(trained, on_host(vp.twin_rewards(embedded[len(prompts) :], s.alpha, s.divide_by_spread))))
     # Both branches are trained on, or the full video's alone.
@@ -316,6 +323,7 @@ def score(sampled: Sequence[Sampled], encoder: TextEncoder, processor, s: Settin
 
 def on_host(rewards: Sequence[vp.Rewards]) -> list[vp.Rewards]:
     """Rewards on the CPU, where every prompt's are looked at; one copy for all."""
+    # Every field of every prompt in one row of numbers, and back in the same order.
     parts = [x for of_prompt in rewards for x in vars(of_prompt).values()]
     if not parts:
         return []
@@ -335,7 +343,8 @@ def pack_update(
     # Divided by the tokens of the whole batch, those of skipped groups included.
     weights = vp.token_weights(lengths, s.loss_level, num_tokens) * torch.cat([x.useful for x in scored])
     weights = weights.split([len(x.useful) for x in scored])
-    # Sharded processes gather weights together: all must make the same passes, useful or not.
+    # A prompt of which nothing is learned costs nothing. Sharded processes gather weights together, though: all must make
+    # the same passes, useful or not.
     kept = [b for b, x in enumerate(scored) if x.useful.any() or s.shard]
     passes = []
     for i in range(0, len(kept), s.micro_batch_size):
@@ -343,6 +352,7 @@ def pack_update(
         places = kept[i : i + s.micro_batch_size]
         some = [scored[b] for b in places]
         examples = [x.sampled.prompt.example for x in some]
+        # The first G see the full video's prompt, the others the twin's.
         packed = lm.pack_rollouts(examples, [x.sampled.tokens for x in some], s.num_rollouts)
         # packed.rollout: for each of the M tokens, the rollout that it belongs to.
         update = UpdatePass(
@@ -380,10 +390,12 @@ PANELS = {
 def main(settings: Settings) -> dict | None:
     """Train; returns the last evaluation."""
     # --- set-up: processes and settings, clips, policy and reference, text encoder, optimizer, where to continue from
+    # The run carries terminal, processes, logging and saving; it never touches model or optimizer.
     run = Run(settings, resolve, FREE)
     s, G = run.settings, run.settings.num_rollouts
     # Each process samples and updates on its share of the prompts.
     num_prompts = run.split_batch()
+    # Lines that cannot be used are named here, with file and line, before the model is touched.
     clips, eval_clips, preparation = run.load_clips(s.max_new_tokens)
     # What a step will need is known before anything is loaded.
     budget = run.budget(memory.Load(
@@ -399,24 +411,30 @@ def main(settings: Settings) -> dict | None:
         clips, replace(preparation, skim=s.how_to_look(at_key_spans=True)), s.seed, s.workers, s.time_limit,
         s.max_bad_share, **run.share(num_prompts),
     )  # fmt: skip
+    # No weight decay, small steps: a reward says little, and must not undo what stage 1 has learned.
     optimizer = models.make_optimizer(lm, s.learning_rate, s.weight_decay)
     # The schedule counts updates, of which a step makes several.
     num_updates = s.steps * s.epochs
     schedule = get_linear_schedule_with_warmup(optimizer, int(s.warmup * num_updates), num_updates)
     # After a kill: optimizer, schedule, order of the clips and random numbers as they were.
     run.restore(lm, optimizer, schedule, loader)
+    # A checkpoint is whole or not there, and opens in plain transformers.
     saver = checkpoints.Saver(run, lm, preparation.processor, optimizer, schedule)
+    # The model describes full videos and twins; what is said is scored against the caption.
     evaluation = RunEvaluation(run, lm, preparation, eval_clips)
     run.show_start(clips, lm)
     # Descriptions side by side, coloured by reward: the first place to look at when something is odd.
     page = RolloutPage(s.out / "rollouts.html", run.console)
+    # What stage 1 can do: what follows is measured against it.
     evaluation.before()
 
     # --- the loop: rollouts -> rewards -> update -> log -> save -> eval
+    # Whatever ends it (Ctrl-C, a kill, no memory left): what was trained is saved first.
     with loader, run.guard(saver, budget):
         for _ in run.steps():
             watch = Stopwatch("data")
             # 1. Sample: the policy describes full videos and twins.
+            # A process that has lost too many clips ends the run for all of them.
             taken = run.together(lambda: loader.take(num_prompts))
             prompts = [Prompt(clips[t.index], t.example, t.place) for t in taken]
             watch.start("rollouts")
@@ -435,6 +453,7 @@ def main(settings: Settings) -> dict | None:
             # 4. Update, several times on the same rollouts: the clipped loss keeps close to what sampled them.
             gaps: list[Tensor] = []
             for epoch in range(s.epochs):
+                # Means over tokens, weighted as in the loss; those of the last epoch are logged.
                 totals = Totals(run.device)
                 for update in passes:
                     with run.autocast():
@@ -448,6 +467,7 @@ def main(settings: Settings) -> dict | None:
                         logp, update.old_logp, update.ref_logp, update.advantage, update.weight,
                         s.clip_low, s.clip_high, s.beta,
                     )  # fmt: skip
+                    # Gradients add up: the weights divide by the tokens of the whole batch.
                     loss.backward()
                     totals.add(metrics | {"loss": loss, "entropy": (update.weight * entropy).sum()}, update.weight)
                 # Without a useful group there is no gradient anywhere, and the optimizer changes nothing.
@@ -462,6 +482,7 @@ def main(settings: Settings) -> dict | None:
 
             # Bookkeeping: nothing below changes the model.
             run.end_of_step(loader, int(rollouts.lengths.sum()))
+            # One record a prompt, so that a group without a twin does not count where it has nothing to say.
             for group in scored:
                 run.metrics.add(reward_metrics(group.rewards, group.twin, group.num_twin))
                 page.add(RolloutGroup.of(group.sampled.prompt.clip, group.texts, group.rewards))

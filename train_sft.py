@@ -102,6 +102,7 @@ def resolve(settings: Settings) -> Settings:
     s = replace(settings)
     s.check()
     s.check_above_zero("steps", "batch_size", "micro_batch_size", "learning_rate", "log_every")
+    # Every pass has as many clips as any other, so that memory is known and no clip weighs more.
     if s.batch_size % s.micro_batch_size:
         raise ValueError(f"--batch-size {s.batch_size} is not a multiple of --micro-batch-size {s.micro_batch_size}")
     if s.contrastive_weight < 0:
@@ -110,6 +111,7 @@ def resolve(settings: Settings) -> Settings:
         raise ValueError(f"--decay: got {s.decay}; give a share of the steps, 0 to 1")
     if not 0 <= s.twin_captions <= 1:
         raise ValueError(f"--twin-captions: got {s.twin_captions}; give a share, 0 to 1")
+    # A slot can be replaced only if there is another.
     if s.max_frames < 4:
         raise ValueError(f"--max-frames: got {s.max_frames}; a twin needs two slots, which is 4 frames")
     # Nothing given: everything is made on the spot, so that `python train_sft.py` runs anywhere.
@@ -123,12 +125,15 @@ def resolve(settings: Settings) -> Settings:
 
 def load_video_lm(s: Settings, run: Run, budget: memory.Budget) -> VideoLM:
     """The model to train, on its device, as the last checkpoint left it."""
+    # Products of a tiny model are too small to be shared out among threads.
     models.choose_threads(budget.architecture, run.device)
     # Before any weight is loaded: a run that would not fit says so, and which settings need less.
     run.console.print(budget.check())
+    # Weights as the settings ask: all of them or adapters, whole or in 4 bits; of the checkpoint, if the run goes on.
     hf = models.load_trainable(
         s.model, s.quantize, s.lora_rank, s.freeze_vision, s.gradient_checkpointing, run.device, run.resumed.path
     )  # fmt: skip
+    # What the method adds to a Hugging Face model: heads for the contrastive loss, and the layer where states are caught.
     lm = VideoLM(hf, s.contrastive_layer, s.temperature)
     # Heads and temperature are trained beside the model, and dropped at the end.
     lm.heads.requires_grad_(s.contrastive_weight > 0)
@@ -148,6 +153,7 @@ def take_batch(loader: ClipLoader, lm: VideoLM, count: int) -> Batch:
 def main(settings: Settings) -> dict | None:
     """Train; returns the last evaluation."""
     # --- set-up: processes and settings, clips, model, optimizer, where to continue from
+    # The run carries terminal, processes, logging and saving; it never touches model or optimizer.
     run = Run(settings, resolve, FREE)
     s, contrastive = run.settings, run.settings.contrastive_weight > 0
     # Gradient accumulation: so many forward passes make one step.
@@ -174,15 +180,19 @@ def main(settings: Settings) -> dict | None:
     schedule = get_wsd_schedule(optimizer, warmup, int(s.decay * (s.steps - warmup)), s.steps)
     # After a kill: optimizer, schedule, order of the clips and random numbers as they were.
     run.restore(lm, optimizer, schedule, loader)
+    # A checkpoint is whole or not there, and opens in plain transformers.
     saver = checkpoints.Saver(run, lm, preparation.processor, optimizer, schedule)
+    # The model describes full videos and twins; what is said is scored against the caption.
     evaluation = RunEvaluation(run, lm, preparation, eval_clips)
     run.show_start(clips, lm)
     # Look at these first: do the marked frames show the event?
     if run.is_main:
         draw_sheets(clips[: s.sheets], preparation, s.out, run.console)
+    # What the model can do before it has learned anything here.
     evaluation.before()
 
     # --- the loop: data -> forward, backward -> step -> log -> save -> eval
+    # Whatever ends it (Ctrl-C, a kill, no memory left): what was trained is saved first.
     with loader, run.guard(saver, budget):
         for _ in run.steps():
             # The whole step is collated first: losses are sums, divided by counts over all micro-batches.
@@ -190,6 +200,7 @@ def main(settings: Settings) -> dict | None:
             num_tokens, num_keywords = run.mean_counts(
                 sum(len(batch.label_ids) for batch in batches), sum(len(batch.keyword_ids) for batch in batches)
             )
+            # Without any keyword the contrastive loss is 0, and must not become 0 / 0.
             num_keywords = max(1.0, num_keywords)
             sums = dict.fromkeys(METRICS if contrastive else METRICS[:1], 0.0)
             # Forward and backward, one micro-batch at a time.
