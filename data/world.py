@@ -301,4 +301,5 @@ def embedded_world(num_train: int, folder: Path = Path("runs/world")) -> tuple[P
 if __name__ == "__main__":
     import tyro
 
+    __spec__ = None  # else every worker warns that it loads this module twice
     make_world(tyro.cli(WorldSettings))

@@ -51,6 +51,7 @@ SMALLER = {
     "eval.py cost": "--visual-tokens 32 --new-tokens 2 --rollouts 2 --repeats 1",
     "eval.py long": "--lengths 1 2",
     "-m data.curation.curate": "--workers 0 --samples 1",
+    "-m data.world": "--train 3 --test 2 --held-out 2 --workers 1",
 }
 # What the commands of a page need, those of earlier pages have made.
 ORDER = ("README", "long-videos", "long-runs", "data", "benchmarks", "results", "gpu")

@@ -346,6 +346,7 @@ def main(s: Settings, console: Console | None = None) -> Counter:
 
 
 if __name__ == "__main__":
+    __spec__ = None  # else every worker warns that it loads this module twice
     try:
         main(tyro.cli(Settings, description=__doc__))
     except (ClipError, ValueError) as error:
