@@ -48,7 +48,7 @@ def world(tmp_path_factory) -> Path:
     """48 training and 24 test clips, drawn in this process: those of `make_world` would import everything first."""
     folder = tmp_path_factory.mktemp("world")
     for split, count in (("train", 48), ("test", 24)):
-        lines = [write_clip((WorldSettings(folder, quiet=0.0), split, index)) for index in range(count)]
+        lines = [write_clip((WorldSettings(folder, habit=0.8, quiet=0.0), split, index)) for index in range(count)]
         (folder / f"{split}.jsonl").write_text("".join(line + "\n" for line in lines))
     return folder
 

@@ -107,7 +107,7 @@ def test_files_decode_to_what_was_drawn(world):
     for index in (0, 17, 47):
         frames = read_frames(clips[index], 16)
         assert frames.timestamps == pytest.approx([t / FPS for t in range(16)])
-        drawn = draw_clip("train", index, quiet=0.0)[0].transpose(0, 3, 1, 2).astype(float)
+        drawn = draw_clip("train", index, habit=0.8, quiet=0.0)[0].transpose(0, 3, 1, 2).astype(float)
         assert np.abs(frames.pixels.numpy() - drawn).mean() < 6
 
 
