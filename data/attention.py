@@ -117,27 +117,26 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask,
 
 
 def attend_by_branch(
-    query: Tensor, key: Tensor, value: Tensor, branches: Sequence[Sequence[Branch]], scaling: float | None
-) -> Tensor:
-    """What `attend_in_blocks` does, where there is no flex_attention: (B, heads, T, head_dim), a call for each branch.
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, branches: Sequence[Sequence[Branch]],
+    scaling: float | None,
+) -> Tensor:  # fmt: skip
+    """What `attend_in_blocks` does, where there is no flex_attention, by a call of sdpa for each branch of each clip.
 
-    A mask of all pairs of tokens would have their scores computed, also of those, most of them, of which neither sees the
-    other.
+    query (B, heads, T, head_dim), keys and values of fewer heads as they are. Returns (B, T, heads, head_dim). Under one
+    mask of all pairs of tokens, scores would be computed that no token sees: more than half of them.
     """
-    attended = []
+    sdpa, attended = ALL_ATTENTION_FUNCTIONS["sdpa"], []
     for q, k, v, clip in zip(query, key, value, branches):
         q, k, v = (x.split([branch.length for branch in clip], dim=1) for x in (q, k, v))
         parts = []
-        for here, branch in zip(q, clip):
+        for own, branch in zip(q, clip):
+            if not branch.length:  # another clip of the batch has more branches
+                continue
             keys, values = (torch.cat([x[i] for i in branch.sees], 1)[None] for x in (k, v))
-            before, mask = keys.shape[2] - branch.length, None
-            if before:
-                mask = torch.ones(branch.length, keys.shape[2], dtype=torch.bool, device=q[0].device).tril(before)
-            parts.append(F.scaled_dot_product_attention(
-                here[None], keys, values, mask, is_causal=not before, scale=scaling, enable_gqa=True
-            )[0])  # fmt: skip
+            mask = None if branch.mask is None else branch.mask[None, None].to(own.dtype)
+            parts.append(sdpa(module, own[None], keys, values, mask, scaling=scaling, is_causal=mask is None)[0])
         attended.append(torch.cat(parts, 1))
-    return torch.stack(attended)
+    return torch.cat(attended)
 
 
 def attend_by_mask(
@@ -146,16 +145,16 @@ def attend_by_mask(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """flex_attention under a BlockMask, sdpa by branches or under a mask of token pairs (B, 1, T, S), else `otherwise`.
 
-    The mask decides, and nothing else. A setting that is changed for the forward pass is gone when checkpointed layers run
-    again in the backward pass. A mask with the rows of all query heads that share keys, (B, 1, groups * T, S), asks for
-    one head of so many queries: keys and values are not repeated; see `VideoLM.sample`.
+    What is handed over decides, and nothing else. A setting that is changed for the forward pass is gone when checkpointed
+    layers run again in the backward pass. A mask with the rows of all query heads that share keys, (B, 1, groups * T, S),
+    asks for one head of so many queries: keys and values are not repeated; see `VideoLM.sample`.
     """
     if attention_mask is None and branches is None:
         return ALL_ATTENTION_FUNCTIONS[otherwise](module, query, key, value, attention_mask, **more)
     # Under autocast, rotated queries and keys may be float32 where values are not.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if branches is not None:
-        return attend_by_branch(query, key, value, branches, more.get("scaling")).transpose(1, 2), None
+        return attend_by_branch(module, query, key, value, branches, more.get("scaling")), None
     if isinstance(attention_mask, BlockMask):
         return attend_in_blocks(query, key, value, attention_mask, more.get("scaling")).transpose(1, 2), None
     if attention_mask.ndim == 4:

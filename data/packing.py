@@ -36,10 +36,14 @@ def move(record, device: torch.device | str):
 
 
 class Branch(NamedTuple):
-    """How many tokens a branch has, and which branches of its clip's sequence it sees: numbers, in order, itself last."""
+    """How many tokens a branch has, and which branches of its clip's sequence it sees: numbers, in order, itself last.
+
+    mask: (length, tokens of all those), to be added to scores; None for a root, which is causal and nothing else.
+    """
 
     length: int
     sees: list[int]
+    mask: Tensor | None
 
 
 @dataclass
@@ -73,11 +77,17 @@ class Packed:
 
     def branches(self) -> list[list[Branch]]:
         """The branches of each clip in the order in which they stand; for `attend_by_branch`."""
-        lengths = F.one_hot(self.branch, self.ancestors.shape[-1]).sum(1).tolist()
-        return [
-            [Branch(length, [i for i, seen in enumerate(row) if seen]) for length, row in zip(*clip)]
-            for clip in zip(lengths, self.ancestors.tolist())
-        ]
+        found, counts = [], F.one_hot(self.branch, self.ancestors.shape[-1]).sum(1)  # (B, n)
+        for lengths, ancestors in zip(counts.tolist(), self.ancestors.tolist()):
+            clip = []
+            for length, row in zip(lengths, ancestors):
+                sees = [i for i, seen in enumerate(row) if seen]
+                total, mask = sum(lengths[i] for i in sees), None
+                if total > length:  # all of its ancestors, and of itself what came before
+                    mask = torch.full((length, total), -torch.inf, device=self.branch.device).triu(total - length + 1)
+                clip.append(Branch(length, sees, mask))
+            found.append(clip)
+        return found
 
     def block_mask(self, size: int = BLOCK) -> BlockMask:
         """What flex_attention is told: the blocks that nobody sees are left out.

@@ -264,7 +264,7 @@ def splits_to_draw(settings: WorldSettings) -> list[tuple[str, int]]:
     if (folder / "world.json").exists() and (there := json.loads((folder / "world.json").read_text())) != asked:
         raise ValueError(
             f"{folder}: holds a world of {json.dumps(there)}, asked for {json.dumps(asked)}. "
-            "Choose another --out, or delete the folder."
+            "Delete the folder, or draw the other world elsewhere: python -m data.world --out FOLDER"
         )
     sizes = dict(zip(SPLITS, (settings.train, settings.test, settings.held_out)))
     files = {split: folder / f"{split}.jsonl" for split in SPLITS}

@@ -146,7 +146,8 @@ FAULTS = [
     Fault("claims on the twin rewarded", "vp.py", '"recall", -alpha, divide', '"recall", alpha, divide', RELATIVE),
     Fault("alpha ignored on the twin", RL, "s.alpha, s.divide_by_spread)))", "1.0, s.divide_by_spread)))", RELATIVE),
     # Branches of a shared prefix.
-    Fault("a token sees the one behind it", "data/attention.py", ".tril(before)", ".tril(before + 1)", PACKED),
+    Fault("a token sees the one behind it", "data/packing.py", ".triu(total - length + 1)",
+          ".triu(total - length + 2)", PACKED),
     Fault("rollouts see one another", "data/packing.py", "for i, seen in enumerate(row) if seen]",
           "for i, seen in enumerate(row) if seen or i == 1]", PACKED),
     # The method itself.

@@ -147,10 +147,11 @@ def test_a_cache_with_room():
     layer = RoomyLayer(3, 5, room=4)
     prompts = [torch.randn(2, 2, 5, 8), torch.randn(1, 2, 3, 8)]
     for x in prompts:
+        assert layer.get_mask_sizes(x.shape[2]) == (x.shape[2], 0)  # a group of prompts sees no other
         keys, values = layer.update(x, -x)
         assert torch.equal(keys, x) and torch.equal(values, -x)
     padded = torch.cat([prompts[0], torch.nn.functional.pad(prompts[1], (0, 0, 0, 2))])
-    assert layer.get_seq_length() == 5
+    assert layer.get_seq_length() == 5 and layer.get_mask_sizes(2) == (7, 0)
     place = layer.buffers[0].data_ptr()
     for _ in range(2):
         new = torch.randn(3, 2, 2, 8)

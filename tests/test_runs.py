@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import vp
 from data.clips import load_clips
 from data.examples import Preparation, prepare
 from data.run import log as runs
+from data.run.run import Run
 from data.run.settings import changed_settings
 from data.run.sheets import contact_sheet
 from data.video import read_frames
@@ -113,3 +115,13 @@ def test_records_survive_a_device_copy(lm, ragged):
                 assert getattr(other, name).is_meta and getattr(other, name).shape == value.shape
             elif not isinstance(value, vp.KeyTokens):
                 assert getattr(other, name) == value
+
+
+@pytest.mark.parametrize("batch_size, clips, processes, times", [(16, 2, 4, 2), (8, 8, 1, 1), (6, 1, 3, 2)])
+def test_a_batch_is_split_among_processes(batch_size, clips, processes, times):
+    """Every process takes as many passes as any other, together the whole batch; else the run does not start."""
+    run = SimpleNamespace(settings=SimpleNamespace(batch_size=batch_size), num_processes=processes)
+    assert Run.split_batch(run, clips) == times and times * clips * processes == batch_size
+    run.num_processes += 2 * batch_size
+    with pytest.raises(ValueError, match=f"--batch-size {batch_size} is not a multiple of {clips} clips x"):
+        Run.split_batch(run, clips)

@@ -149,7 +149,7 @@ def test_a_world_that_is_there_costs_no_process(tmp_path, monkeypatch):
     embedded_world(4, folder)
     assert drawn == ["3", "4"]
     (folder / "world.json").write_text(json.dumps(world.stamp(settings) | {"version": world.VERSION - 1}))
-    with pytest.raises(ValueError, match="delete the folder"):
+    with pytest.raises(ValueError, match="Delete the folder"):
         embedded_world(4, folder)
 
 

@@ -228,7 +228,11 @@ class RunEvaluation:
 
 
 def evaluation_panel(results: dict | None) -> dict[str, list[str]]:
-    """The panel of curves.png with a run's evaluations: full video and twin."""
+    """The panel of curves.png with a run's evaluations: full video and twin.
+
+    >>> evaluation_panel({"full": {"event named": 0.5}})
+    {'evaluation: event named': ['eval/full event named', 'eval/twin event named']}
+    """
     name = "event named" if results and "event named" in results["full"] else "caption similarity"
     return {f"evaluation: {name}": [f"eval/full {name}", f"eval/twin {name}"]}
 

@@ -139,13 +139,13 @@ def phases(hf: nn.Module, load: Load, settings: Mapping, gpu: bool) -> dict[str,
         encoder = load.clips * merge * load.visual_tokens * all_blocks
     labels = load.clips * (packed or load.text_tokens)
     logits = 2 * labels * STRETCH + 4 * labels * D if gpu else 2 * 4 * min(labels, 4096) * text.vocab_size
-    square = sequence**2 * load.clips * (load.rollouts > 0)
+    # Bytes a token: flex_attention's mask is of blocks of 128 x 128 tokens; elsewhere a branch has one of what it sees.
+    masks = sequence * 16 / 128**2 if gpu else 4 * (prompt + load.new_tokens)
     step = {
         "activations, language model": tokens * (kept + peak) + twin + dequantised,
         "encoded videos": load.clips * load.visual_tokens * features * (1 + (load.twin_layers > 0)),
         "logits": float(logits),
-        # sdpa makes numbers of its mask of bools, there and back; flex_attention's mask is of blocks of 128 x 128 tokens.
-        "attention masks": square * (16 / 128**2 if gpu else 1 + 2 * half),
+        "attention masks": tokens * masks * (load.rollouts > 0),
     }
     if not s["freeze_vision"]:
         step["activations, vision encoder"] = encoder
@@ -159,7 +159,7 @@ def phases(hf: nn.Module, load: Load, settings: Mapping, gpu: bool) -> dict[str,
         videos = prompts if keep_videos else held
         return {
             "prefill": prefill * forward + dequantised,
-            "attention masks": prefill * forked * (16 / 128**2 if gpu else 1 + 2 * half),
+            "attention masks": prefill * (forked * 16 / 128**2 if gpu else prompt * 4),
             "cache": float(held * layers * half * kv * width),
             "masks of the cache": held * groups * branches * width * (2 + half),
             "encoded videos": float(videos * load.visual_tokens * features),
