@@ -200,9 +200,10 @@ def test_masks_count_with_the_square_of_the_length():
 
     assert masks("stage 1", clips=2, text_tokens=1000) == 0
     packed = dict(clips=1, text_tokens=1000, rollouts=8, new_tokens=500, prompts=4)
-    assert masks("update", **packed) == 9000**2 * 9  # bools, and numbers there and back
+    # float32: every token of a branch, against the prompt and the branch itself.
+    assert masks("update", **packed) == 4 * 9000 * (5000 + 500)
     assert masks("update", True, **packed) < 1e6  # blocks, on a GPU
-    assert masks("rollouts", **packed) == 10000**2 * 9  # one prompt at a time
+    assert masks("rollouts", **packed) == 4 * 10000 * 5000  # a prompt and its twin, one prompt at a time
 
 
 def test_limit_of_texts_follows_from_the_context(world, qwen2_5):
