@@ -265,6 +265,11 @@ class UpdatePass:
     weight: Tensor
 
 
+def take_prompts(loader: ClipLoader, clips: Sequence[Clip], count: int) -> list[Prompt]:
+    """The next clips to be described."""
+    return [Prompt(clips[taken.index], taken.example, taken.place) for taken in loader.take(count)]
+
+
 def roll_out(lm: VideoLM, prompts: Sequence[Prompt], s: Settings, run: Run) -> tuple[list[Sampled], Rollouts, object]:
     """1. Sample G descriptions of each full video and G' of its twin, from one vision pass and one prefill.
 
@@ -392,15 +397,15 @@ def main(settings: Settings) -> dict | None:
     # --- set-up: processes and settings, clips, policy and reference, text encoder, optimizer, where to continue from
     # The run carries terminal, processes, logging and saving; it never touches model or optimizer.
     run = Run(settings, resolve, FREE)
-    s, G = run.settings, run.settings.num_rollouts
+    s = run.settings
     # Each process samples and updates on its share of the prompts.
     num_prompts = run.split_batch()
     # Lines that cannot be used are named here, with file and line, before the model is touched.
     clips, eval_clips, preparation = run.load_clips(s.max_new_tokens)
     # What a step will need is known before anything is loaded.
     budget = run.budget(memory.Load(
-        s.micro_batch_size, *memory.longest(clips, preparation), rollouts=G, twin_rollouts=s.num_twin_rollouts,
-        twin_branch=s.twin_branch, prompts=num_prompts, new_tokens=s.max_new_tokens,
+        s.micro_batch_size, *memory.longest(clips, preparation), rollouts=s.num_rollouts,
+        twin_rollouts=s.num_twin_rollouts, twin_branch=s.twin_branch, prompts=num_prompts, new_tokens=s.max_new_tokens,
         reference=s.beta > 0 and not s.lora_rank, eval_clips=min(len(eval_clips), EVAL_CLIPS),
     ))  # fmt: skip
     with budget.explained():
@@ -435,8 +440,7 @@ def main(settings: Settings) -> dict | None:
             watch = Stopwatch("data")
             # 1. Sample: the policy describes full videos and twins.
             # A process that has lost too many clips ends the run for all of them.
-            taken = run.together(lambda: loader.take(num_prompts))
-            prompts = [Prompt(clips[t.index], t.example, t.place) for t in taken]
+            prompts = run.together(lambda: take_prompts(loader, clips, num_prompts))
             watch.start("rollouts")
             sampled, rollouts, video = roll_out(lm, prompts, s, run)
             # 2. Score: what is said of the event, beyond what is said without it?
@@ -487,9 +491,9 @@ def main(settings: Settings) -> dict | None:
                 run.metrics.add(reward_metrics(group.rewards, group.twin, group.num_twin))
                 page.add(RolloutGroup.of(group.sampled.prompt.clip, group.texts, group.rewards))
             run.metrics.add(
-                (totals.metrics() if passes else {}) | ({"policy/loss": loss} if num_useful else {})
+                totals.metrics() | {"policy/grad_norm": grad_norm} | ({"policy/loss": loss} if num_useful else {})
                 | ({"policy/sampling_gap": torch.stack(gaps).mean()} if gaps else {})
-                | {"policy/grad_norm": grad_norm} | rollout_metrics(rollouts, G, watch.seconds, run.num_processes)
+                | rollout_metrics(rollouts, s.num_rollouts, watch.seconds, run.num_processes)
             )  # fmt: skip
             if run.due(s.log_every) or run.step == s.steps:
                 state = {"lr": schedule.get_last_lr()[0], "policy/bad_steps": run.bad_steps.item()}

@@ -24,8 +24,6 @@ from pathlib import Path
 
 import data  # isort: skip  # noqa: F401  first of all: Ctrl-C ends with one word from here on
 
-from transformers import get_wsd_schedule
-
 from data.batches import Batch
 from data.loader import ClipLoader
 from data.measure.evaluate import EVAL_CLIPS, RunEvaluation, evaluation_panel
@@ -177,7 +175,7 @@ def main(settings: Settings) -> dict | None:
     # learns more in as many steps (docs/results.md).
     optimizer = models.make_optimizer(lm, s.learning_rate, s.weight_decay)
     warmup = int(s.warmup * s.steps)
-    schedule = get_wsd_schedule(optimizer, warmup, int(s.decay * (s.steps - warmup)), s.steps)
+    schedule = models.make_schedule(optimizer, warmup, int(s.decay * (s.steps - warmup)), s.steps)
     # After a kill: optimizer, schedule, order of the clips and random numbers as they were.
     run.restore(lm, optimizer, schedule, loader)
     # A checkpoint is whole or not there, and opens in plain transformers.

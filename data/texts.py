@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 import vp
@@ -25,6 +24,8 @@ class TextEncoder:
     """Token embeddings of texts by a SentenceTransformer directory or hub name, each text embedded once a call."""
 
     def __init__(self, model: str | Path, device: str | torch.device = "cpu"):
+        from sentence_transformers import SentenceTransformer  # late: seconds of imports
+
         try:
             self.model = SentenceTransformer(str(model), device=str(device), trust_remote_code=False).eval()
         except OSError as error:

@@ -19,9 +19,6 @@ from typing import Literal, get_args
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
@@ -189,6 +186,11 @@ def build_text_encoder(out: Path, texts: Sequence[str] | None = None, seed: int 
     """
     if (out / "modules.json").exists():
         return out
+    # Late: they bring peft, bitsandbytes and torch's compiler with them, seconds that stage 1 has no use for.
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
     # Lowercase is not Python's casefold: final sigma and sharp s are folded beside it.
     fold = [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace("ς", "σ"), normalizers.Replace("ß", "ss")]
     normalizer, splitter = normalizers.Sequence(fold), pre_tokenizers.Split(Regex(WORD), "removed", invert=True)

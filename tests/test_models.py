@@ -8,7 +8,7 @@ import torch
 import tyro
 from bitsandbytes.nn import Params4bit
 from rich.console import Console
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, get_wsd_schedule
 
 import train_rl
 import train_sft
@@ -204,6 +204,23 @@ def test_masks_count_with_the_square_of_the_length():
     assert masks("update", **packed) == 4 * 9000 * (5000 + 500)
     assert masks("update", True, **packed) < 1e6  # blocks, on a GPU
     assert masks("rollouts", **packed) == 4 * 10000 * 5000  # a prompt and its twin, one prompt at a time
+
+
+@pytest.mark.parametrize(
+    "warmup, decay, steps", [(0, 0, 5), (3, 4, 20), (5, 15, 20), (2, 7, 9), (0, 6, 6), (4, 1, 8), (3, 0, 3)]
+)
+def test_schedule_is_that_of_transformers(warmup, decay, steps):
+    """Which is not imported where it is used; a run may also ask for the rate behind its last step."""
+    rates = []
+    for make in (models.make_schedule, get_wsd_schedule):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+        schedule, of_run = make(optimizer, warmup, decay, steps), []
+        for _ in range(steps + 2):
+            of_run.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        rates.append(of_run)
+    assert rates[0] == pytest.approx(rates[1], abs=1e-12)
 
 
 def test_limit_of_texts_follows_from_the_context(world, qwen2_5):

@@ -9,34 +9,16 @@ import re
 import string
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nltk.stem.porter import PorterStemmer
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import Tokenizer
-from scipy import stats
 
 from data.video import Clip
 from data.words import SENTENCE_END, fold, names, split_words
 
 LETTERS = string.ascii_uppercase
-
-
-class WordsOfAnyScript(Tokenizer):
-    """rouge-score's own tokenizer knows no letters but a to z; for ASCII texts this one gives the same tokens."""
-
-    def __init__(self):
-        self.stemmer = PorterStemmer()
-
-    def tokenize(self, text: str) -> list[str]:
-        """Stems of words; shorter than four letters, words."""
-        return [self.stemmer.stem(word) if len(word) > 3 else word for word in split_words(text)]
-
-
-ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)  # as VRU-Accident's authors
-ROUGE_L = RougeScorer(["rougeL"], tokenizer=WordsOfAnyScript())
 
 
 # --- Our rules ----------------------------------------------------------------------------------------------------------
@@ -217,7 +199,7 @@ def official_tempcompass(response: str, kind: str, options: Sequence[str] = (), 
 
 def similarity(reference: str, text: str) -> float:
     """ROUGE-L F1 of a description against a reference."""
-    return ROUGE_L.score(reference, text)["rougeL"].fmeasure
+    return rouge_scorer(any_script=True).score(reference, text)["rougeL"].fmeasure
 
 
 def score_description(clip: Clip, text: str, actions: set[str], of_twin: bool = False) -> dict[str, float]:
@@ -253,8 +235,30 @@ def score_description(clip: Clip, text: str, actions: set[str], of_twin: bool = 
 
 def rouge_scores(reference: str, text: str) -> dict[str, float]:
     """ROUGE-1, -2 and -L F1 with stemming, as VRU-Accident's authors take them (utils/evaluation.py)."""
-    scores = ROUGE.score(reference, text)
+    scores = rouge_scorer(any_script=False).score(reference, text)
     return {f"ROUGE-{name[5:]}": score.fmeasure for name, score in scores.items()}
+
+
+@cache
+def rouge_scorer(any_script: bool):
+    """rouge-score's RougeScorer with stemming: for texts in any script, or as VRU-Accident's authors take it.
+
+    Its own tokenizer knows no letters but a to z; for ASCII texts ours gives the same tokens.
+    """
+    # Late: NLTK and what it needs are a second of imports, and training scores no ROUGE.
+    from nltk.stem.porter import PorterStemmer
+    from rouge_score.rouge_scorer import RougeScorer
+
+    class WordsOfAnyScript:
+        stemmer = PorterStemmer()
+
+        def tokenize(self, text: str) -> list[str]:
+            """Stems of words; shorter than four letters, words."""
+            return [self.stemmer.stem(word) if len(word) > 3 else word for word in split_words(text)]
+
+    if any_script:
+        return RougeScorer(["rougeL"], tokenizer=WordsOfAnyScript())
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
 
 def meteor_scorer() -> tuple[Callable[[str, str], float] | None, str]:
@@ -327,6 +331,8 @@ def permutation_test(differences: Sequence[float], draws: int = 10_000, seed: in
     Exact for up to 15 videos that differ, else from seeded draws. McNemar's test would take the questions of a video as
     independent, and knows only right and wrong; this knows neither limit.
     """
+    from scipy import stats  # late: half a second of imports
+
     d = np.asarray([x for x in differences if abs(x) > 1e-12], float)
     if len(d) < 2:  # both ways of exchanging one video differ as much
         return 1.0

@@ -5,6 +5,7 @@ architecture with random weights for measuring speed and memory where nothing ca
 """
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data import positions, videolm
@@ -175,6 +177,19 @@ def make_optimizer(lm: nn.Module, learning_rate: float, weight_decay: float) -> 
     groups = [{"params": [p for p in part.parameters() if p.requires_grad]} for part in (lm.hf, lm.heads)]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, warmup: int, decay: int, steps: int) -> LambdaLR:
+    """Warm-up, stable, decay: linearly up over `warmup` steps, constant, down to zero on a cosine over the last `decay`.
+
+    transformers' get_wsd_schedule, whose module imports peft and bitsandbytes with all that they need: four seconds.
+    """
+
+    def share_of_peak(step: int) -> float:
+        left = min(1.0, max(0, steps - step) / max(1, decay))  # 1 until the decay begins, 0 at the end
+        return step / warmup if step < warmup else 0.5 * (1 - math.cos(math.pi * left))
+
+    return LambdaLR(optimizer, share_of_peak)
 
 
 # --- Many processes: FSDP2 ----------------------------------------------------------------------------------------------

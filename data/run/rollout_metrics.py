@@ -54,6 +54,6 @@ class Totals:
         self.weight += weight.sum()
 
     def metrics(self) -> dict[str, Tensor]:
-        """Means over the tokens that were updated on."""
+        """Means over the tokens that were updated on; nothing if there was no pass."""
         means = {name: total / self.weight.clamp(min=1e-9) for name, total in self.sums.items() if name != "loss"}
         return {f"policy/{name}": mean for name, mean in means.items()}
