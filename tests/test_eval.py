@@ -1,5 +1,6 @@
 """Scores of descriptions, on small cases worked out by hand, and a whole evaluation."""
 
+import json
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from data.examples import Preparation
 from data.measure import cost
 from data.measure.evaluate import DescribeSettings, EvalSettings, evaluate, markdown_row, run_describe, run_evaluation
 from data.run.models import load_model
+from data.run.settings import as_trained
 from data.texts import EmbeddedText
 from data.video import Clip
 from data.world import ACTIONS
@@ -47,6 +49,31 @@ def test_scores_by_hand(text, action, actor, recall):
     got = score_description(CLIP, text, ALL)
     assert (got["event named"], got["actor right"], got["keyword recall"]) == (action, actor, recall)
     assert got["whole caption right"] == (text == CLIP.caption) and "event claimed" not in got
+
+
+@pytest.mark.parametrize(
+    "told, run, shown",
+    [
+        ({}, {}, (16, None, None, None)),
+        ({}, dict(max_frames=32, fps=2.0, max_pixels=784, skim_fps=8.0), (32, 2.0, 784, 8.0)),
+        ({"max_frames": 8}, dict(max_frames=32, fps=2.0, max_pixels=None, skim_fps=8.0), (8, None, None, 8.0)),
+        ({"fps": 1.0, "max_pixels": 56}, dict(max_frames=32, fps=2.0, max_pixels=784), (32, 1.0, 56, None)),
+        ({"skim_fps": 1.0}, dict(max_frames=32, fps=None, max_pixels=784, skim_fps=8.0), (32, None, 784, 1.0)),
+    ],
+)
+def test_frames_are_those_of_the_run_unless_told(told, run, shown, tmp_path):
+    """Of the run whose folder or checkpoint is given; a model of the hub has none. What is told is left alone."""
+    (tmp_path / "run").mkdir()
+    if run:
+        (tmp_path / "run/settings.json").write_text(json.dumps({"settings": run}))
+    for model in (str(tmp_path / "run"), str(tmp_path / "run/checkpoint"), str(tmp_path / "run/checkpoint-000100")):
+        settings = EvalSettings(model=model, **told)
+        got = as_trained(settings, model)
+        assert (got.max_frames, got.fps, got.max_pixels, got.skim_fps) == shown
+    assert settings == EvalSettings(model=model, **told)  # a copy
+    of_hub = as_trained(EvalSettings(model="Qwen/Qwen2.5-VL-3B-Instruct"), "Qwen/Qwen2.5-VL-3B-Instruct")
+    assert (of_hub.max_frames, of_hub.fps, of_hub.max_pixels, of_hub.skim_fps) == (16, None, None, None)
+    assert replace(of_hub, frames="skim").how_to_look().fps == 2.0
 
 
 @pytest.mark.parametrize("kind", ["usual", "rare", None])

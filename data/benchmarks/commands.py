@@ -16,7 +16,7 @@ from data.benchmarks.results import answer_file, compare, score
 from data.files import ClipError
 from data.run.log import describe_environment
 from data.run.models import load_plain
-from data.run.settings import FrameSettings
+from data.run.settings import FrameSettings, as_trained
 
 
 @dataclass
@@ -81,7 +81,8 @@ class RunSettings(FrameSettings):
     num_frames: int | None = None
     """Frames of a video (default: the protocol's)."""
     max_pixels: int | None = None
-    """Height times width of a picture that the model sees, at most (default: the processor's own limit)."""
+    """Height times width of a picture that the model sees, at most (default: as in the run that trained the model, or the
+    processor's own limit)."""
     max_new_tokens: int | None = None
     """Longest answer (default: the protocol's)."""
     max_text_tokens: int | None = None
@@ -173,9 +174,9 @@ def first_parts(parts: Sequence[Part], limit: int) -> list[Part]:
 
 def run_benchmark(settings: RunSettings, console: Console) -> dict:
     """The command `python eval.py run`: predictions as they come, then results.json and what it shows."""
-    s = settings
-    check_run(s)
-    s.check_frames()
+    check_run(settings)
+    settings.check_frames()
+    s = as_trained(settings, settings.model)
     folder = s.videos or (s.root if s.root.is_dir() else s.root.parent)
     benchmark = questions.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles, s.follow_links, s.videos)
     benchmark.num_frames = s.num_frames or benchmark.num_frames

@@ -30,7 +30,7 @@ from data.run.memory import EVAL_TOKENS, leave_out_long
 from data.run.models import gathered, load_model
 from data.run.processes import gather
 from data.run.run import Run
-from data.run.settings import FrameSettings, check_above_zero
+from data.run.settings import FrameSettings, as_trained, check_above_zero
 from data.run.sheets import draw_look, printable, warn
 from data.skim import SIDE
 from data.video import PROMPT, Clip, read_clip
@@ -264,8 +264,8 @@ class EvalSettings(FrameSettings):
     fps: float | None = None
     """Frames sampled a second (default: as in the run that trained the model, or max_frames, whatever the length)."""
     max_pixels: int | None = None
-    """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: the processor's
-    own limit)."""
+    """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: as in the run
+    that trained the model, or the processor's own limit)."""
     max_text_tokens: int | None = None
     """Tokens of a clip's prompt, at most; a clip with more is skipped (default: what the model's context leaves beside the
     video)."""
@@ -310,17 +310,8 @@ class DescribeSettings(FrameSettings):
     fps: float | None = None
     """Frames sampled a second (default: as in the run that trained the model, or max_frames, whatever the length)."""
     max_pixels: int | None = None
-    """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: the processor's
-    own limit)."""
-
-
-def sampling_of(model: str, max_frames: int | None, fps: float | None) -> tuple[int, float | None]:
-    """How frames are sampled: as told, else as in the run whose folder the model is, else 16 frames of a clip."""
-    settings = Path(model) / "settings.json"
-    run = json.loads(settings.read_text())["settings"] if settings.exists() else {}
-    if max_frames is None and fps is None:
-        return run.get("max_frames", 16), run.get("fps")
-    return max_frames or run.get("max_frames", 16), fps
+    """Height times width of a picture that the model sees, at most; larger ones are scaled down (default: as in the run
+    that trained the model, or the processor's own limit)."""
 
 
 def run_evaluation(settings: EvalSettings, console: Console) -> dict:
@@ -338,9 +329,9 @@ def run_evaluation(settings: EvalSettings, console: Console) -> dict:
     lm, processor = load_model(settings.model)
     if settings.limit >= 0:
         clips = clips[: settings.limit]
-    s, context = settings, lm.config.text_config.max_position_embeddings
+    s, context = as_trained(settings, settings.model), lm.config.text_config.max_position_embeddings
     preparation = Preparation(
-        processor, *sampling_of(s.model, s.max_frames, s.fps), max_pixels=s.max_pixels, context=context - s.max_new_tokens,
+        processor, s.max_frames, s.fps, max_pixels=s.max_pixels, context=context - s.max_new_tokens,
         visual_tokens=s.visual_tokens, skim=s.how_to_look(), cache=s.cache,
     )  # fmt: skip
     clips, too_long = leave_out_long(clips, preparation, s.max_text_tokens, captions=False)
@@ -363,8 +354,8 @@ def run_evaluation(settings: EvalSettings, console: Console) -> dict:
 def run_describe(settings: DescribeSettings, console: Console) -> str:
     """The command `python eval.py describe`."""
     check_above_zero(settings, "max_new_tokens", "max_frames", "fps", "max_pixels")
-    s, clip = settings, Clip(settings.video, "", "describe", settings.prompt)
-    s.check_frames()
+    settings.check_frames()
+    s, clip = as_trained(settings, settings.model), Clip(settings.video, "", "describe", settings.prompt)
     if s.finder != "motion" and (s.frames != "skim" or s.look_for is None):
         raise ValueError(f"--finder {s.finder}: give --frames skim, and --look-for, what to look for")
     if s.finder == "clip" and s.clip_model is None:
@@ -375,7 +366,7 @@ def run_describe(settings: DescribeSettings, console: Console) -> str:
     lm, processor = load_model(s.model)
     context = lm.config.text_config.max_position_embeddings - s.max_new_tokens
     preparation = Preparation(
-        processor, *sampling_of(s.model, s.max_frames, s.fps), max_pixels=s.max_pixels, context=context,
+        processor, s.max_frames, s.fps, max_pixels=s.max_pixels, context=context,
         visual_tokens=s.visual_tokens, skim=s.how_to_look(),
     )  # fmt: skip
     with named(clip):

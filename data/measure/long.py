@@ -33,7 +33,7 @@ from data.files import ClipError
 from data.look import Look
 from data.measure.evaluate import evaluate
 from data.run.models import load_model
-from data.run.settings import FrameSettings
+from data.run.settings import FrameSettings, as_trained
 from data.skim import choose_windows, motion_curve, skim
 from data.tiny import build_tiny
 from data.video import Clip, Frames, part_of, read_clip, read_frames
@@ -137,6 +137,7 @@ def looked_at(look: Look, event: Sequence[float]) -> dict[str, float]:
 def measure_recall(s: LongSettings, console: Console) -> list[dict]:
     """Uniform sampling against the skim, at equal tokens, by length of the footage."""
     clips = with_event(s, console)
+    s = as_trained(s, s.model) if s.model else s
     _, processor = load_model(s.model or str(build_tiny(TEMPORARY)))
     uniform = Preparation(processor, s.max_frames, visual_tokens=s.visual_tokens)
     ways = {"uniform": uniform, "skim": replace(uniform, skim=replace(s, frames="skim").how_to_look())}
@@ -226,7 +227,7 @@ def measure_skim(s: LongSettings, console: Console) -> list[dict]:
         raise ValueError("--what skim: give --video FILE")
     clip = Clip(s.video, "", str(s.video))
     duration = read_clip(clip, lambda video: part_of(clip, video)[1])
-    (count, windows), seconds, cpu, peak = timed(skim_file, s.video, s.skim_fps, s.windows, s.window_seconds)
+    (count, windows), seconds, cpu, peak = timed(skim_file, s.video, s.skim_fps or 2.0, s.windows, s.window_seconds)
     what = f"skim of {duration:.0f} s: {count} pictures, {len(windows)} windows"
     rows = [{"what": what, "seconds": seconds, "CPU seconds": cpu, "peak GiB": peak / 2**30, "CPU, times": 1.0}]
     part = min(s.seconds, duration)
@@ -341,6 +342,7 @@ def make_footage(s: LongSettings, console: Console) -> list[dict]:
 
 def measure_named(s: LongSettings, console: Console) -> list[dict]:
     """Event named by length, uniform against skim, at the same budget, beside the chance that uniform frames see it."""
+    s = as_trained(s, s.model or "runs/sft")
     lm, processor = load_model(s.model or "runs/sft")
     uniform = Preparation(processor, s.max_frames, visual_tokens=s.visual_tokens)
     ways = {"uniform": uniform, "skim": replace(uniform, skim=replace(s, frames="skim").how_to_look())}

@@ -1,10 +1,11 @@
 """Settings that both train scripts share, and how the command line is read."""
 
+import json
 import math
 import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -16,6 +17,7 @@ from data.skim import Skim
 
 PRESETS = ("tiny", "gpu-24gb", "gpu-80gb")
 Settings = TypeVar("Settings", bound="TrainSettings")
+Frames = TypeVar("Frames", bound="FrameSettings")
 
 
 def by_preset(tiny: object, gpu_24gb: object, gpu_80gb: object):
@@ -50,8 +52,9 @@ class FrameSettings:
     """--frames skim: seconds of each."""
     window_fps: float = 8.0
     """--frames skim: frames a second looked at in a window, at most."""
-    skim_fps: float = 2.0
-    """--frames skim: frames a second of the first look; an event that is shorter than one of them may be missed."""
+    skim_fps: float | None = None
+    """--frames skim: frames a second of the first look; an event that is shorter than one of them may be missed (default:
+    as in the run that trained the model, or 2)."""
 
     def check_frames(self) -> None:
         """Raise ValueError for what no frames can be chosen by."""
@@ -61,7 +64,19 @@ class FrameSettings:
         """How long videos are looked at; at_key_spans: in training."""
         if self.frames == "uniform":
             return None
-        return Skim(self.windows, self.window_seconds, self.skim_fps, self.window_fps, at_key_spans=at_key_spans)
+        return Skim(self.windows, self.window_seconds, self.skim_fps or 2.0, self.window_fps, at_key_spans=at_key_spans)
+
+
+def as_trained(settings: Frames, model: str) -> Frames:
+    """A copy in which what eval.py was not told of the frames is as in the run that trained the model, if a run's folder or
+    checkpoint is given: number and rate (the run's rate if neither is given), size of a picture, rate of the skim."""
+    told, names = vars(settings), ["max_frames", "max_pixels", "skim_fps"]
+    if told.get("max_frames") is None:
+        names.append("fps")
+    folder = Path(model)
+    path = (folder.parent if folder.name.startswith("checkpoint") else folder) / "settings.json"
+    run = {"max_frames": 16} | (json.loads(path.read_text())["settings"] if path.exists() else {})
+    return replace(settings, **{name: run.get(name) for name in names if name in told and told[name] is None})
 
 
 @dataclass
