@@ -73,6 +73,7 @@ FAULTS = [
     Fault("weight decay ignored", SFT, "s.learning_rate, s.weight_decay", "s.learning_rate, 0.0", CAPTION_ONLY),
     Fault("warm-up ignored", SFT, "int(s.warmup * s.steps)", "0", CONTRASTIVE),
     Fault("decay ignored", SFT, "int(s.decay * (s.steps - warmup))", "0", CAPTION_ONLY),
+    Fault("decay turned around", MODELS, "0.5 * (1 - math.cos(", "0.5 * (1 + math.cos(", CAPTION_ONLY),
     Fault("AdamW's own betas", MODELS, "betas=(0.9, 0.99), ", "", CAPTION_ONLY),
     Fault("temperature ignored", SFT, "s.contrastive_layer, s.temperature)", "s.contrastive_layer)", CONTRASTIVE),
     Fault("contrastive layer ignored", SFT,
