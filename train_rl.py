@@ -27,7 +27,6 @@ import data  # isort: skip  # noqa: F401  first of all: Ctrl-C ends with one wor
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import get_linear_schedule_with_warmup
 
 import vp
 from data.batches import Rollouts
@@ -419,8 +418,7 @@ def main(settings: Settings) -> dict | None:
     # No weight decay, small steps: a reward says little, and must not undo what stage 1 has learned.
     optimizer = models.make_optimizer(lm, s.learning_rate, s.weight_decay)
     # The schedule counts updates, of which a step makes several.
-    num_updates = s.steps * s.epochs
-    schedule = get_linear_schedule_with_warmup(optimizer, int(s.warmup * num_updates), num_updates)
+    schedule = models.make_schedule(optimizer, s.steps * s.epochs, s.warmup, shape="linear")
     # After a kill: optimizer, schedule, order of the clips and random numbers as they were.
     run.restore(lm, optimizer, schedule, loader)
     # A checkpoint is whole or not there, and opens in plain transformers.

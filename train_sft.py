@@ -174,8 +174,7 @@ def main(settings: Settings) -> dict | None:
     # Warm-up, stable, decay. The words follow what the contrastive loss has found while the steps are large: a short decay
     # learns more in as many steps (docs/results.md).
     optimizer = models.make_optimizer(lm, s.learning_rate, s.weight_decay)
-    warmup = int(s.warmup * s.steps)
-    schedule = models.make_schedule(optimizer, warmup, int(s.decay * (s.steps - warmup)), s.steps)
+    schedule = models.make_schedule(optimizer, s.steps, s.warmup, s.decay)
     # After a kill: optimizer, schedule, order of the clips and random numbers as they were.
     run.restore(lm, optimizer, schedule, loader)
     # A checkpoint is whole or not there, and opens in plain transformers.

@@ -1,6 +1,7 @@
 """Models to train: which weights move, 4 bits, true architectures with random weights, and will it fit."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import asdict
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import tyro
 from bitsandbytes.nn import Params4bit
 from rich.console import Console
-from transformers import AutoModelForImageTextToText, AutoProcessor, get_wsd_schedule
+from transformers import AutoModelForImageTextToText, AutoProcessor, get_linear_schedule_with_warmup, get_wsd_schedule
 
 import train_rl
 import train_sft
@@ -206,21 +207,32 @@ def test_masks_count_with_the_square_of_the_length():
     assert masks("rollouts", **packed) == 4 * 10000 * 5000  # a prompt and its twin, one prompt at a time
 
 
+@pytest.mark.parametrize("shape", ["cosine", "linear"])
 @pytest.mark.parametrize(
-    "warmup, decay, steps", [(0, 0, 5), (3, 4, 20), (5, 15, 20), (2, 7, 9), (0, 6, 6), (4, 1, 8), (3, 0, 3)]
+    "steps, rising, falling", [(5, 0, 5), (20, 4, 8), (20, 5, 15), (10, 3, 0), (8, 8, 0), (3, 0, 0), (1, 0, 1)]
 )
-def test_schedule_is_that_of_transformers(warmup, decay, steps):
+def test_schedule_is_that_of_transformers(steps, rising, falling, shape):
     """Which is not imported where it is used; a run may also ask for the rate behind its last step."""
-    rates = []
-    for make in (models.make_schedule, get_wsd_schedule):
+
+    def rates(make: Callable) -> list[float]:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-        schedule, of_run = make(optimizer, warmup, decay, steps), []
+        schedule, found = make(optimizer), []
         for _ in range(steps + 2):
-            of_run.append(schedule.get_last_lr()[0])
+            found.append(schedule.get_last_lr()[0])
             optimizer.step()
             schedule.step()
-        rates.append(of_run)
-    assert rates[0] == pytest.approx(rates[1], abs=1e-12)
+        return found
+
+    decay = falling / (steps - rising) if steps > rising else 0.0
+    ours = rates(lambda optimizer: models.make_schedule(optimizer, steps, rising / steps, decay, shape))
+    more = {"decay_type": shape, "warmup_type": "linear"}
+    assert ours == pytest.approx(
+        rates(lambda optimizer: get_wsd_schedule(optimizer, rising, falling, steps, **more)), abs=1e-12
+    )
+    if shape == "linear" and falling == steps - rising > 0:
+        assert ours == pytest.approx(
+            rates(lambda optimizer: get_linear_schedule_with_warmup(optimizer, rising, steps)), abs=1e-12
+        )
 
 
 def test_limit_of_texts_follows_from_the_context(world, qwen2_5):

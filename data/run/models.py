@@ -179,15 +179,26 @@ def make_optimizer(lm: nn.Module, learning_rate: float, weight_decay: float) -> 
     return torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, warmup: int, decay: int, steps: int) -> LambdaLR:
-    """Warm-up, stable, decay: linearly up over `warmup` steps, constant, down to zero on a cosine over the last `decay`.
+def make_schedule(
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    warmup: float,
+    decay: float = 1.0,
+    shape: Literal["cosine", "linear"] = "cosine",
+) -> LambdaLR:
+    """Warm-up, stable, decay: linearly up over a share of the steps, constant, down to zero over a share of the rest.
 
-    transformers' get_wsd_schedule, whose module imports peft and bitsandbytes with all that they need: four seconds.
+    transformers has the same (get_wsd_schedule, get_linear_schedule_with_warmup), in a module that imports peft and
+    bitsandbytes with all that they need: four seconds.
     """
+    rising = int(warmup * steps)
+    falling = int(decay * (steps - rising))
 
     def share_of_peak(step: int) -> float:
-        left = min(1.0, max(0, steps - step) / max(1, decay))  # 1 until the decay begins, 0 at the end
-        return step / warmup if step < warmup else 0.5 * (1 - math.cos(math.pi * left))
+        if step < rising:
+            return step / rising
+        left = min(1.0, max(0, steps - step) / max(1, falling))  # 1 until the decay begins, 0 at the end
+        return left if shape == "linear" else 0.5 * (1 - math.cos(math.pi * left))
 
     return LambdaLR(optimizer, share_of_peak)
 
