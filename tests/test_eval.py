@@ -76,6 +76,27 @@ def test_frames_are_those_of_the_run_unless_told(told, run, shown, tmp_path):
     assert replace(of_hub, frames="skim").how_to_look().fps == 2.0
 
 
+@pytest.mark.parametrize(
+    "told, run, said",
+    [
+        ({}, {"frames": "uniform", "visual_tokens": None, "windows": 4}, ""),
+        ({}, {}, ""),  # a model of the hub
+        ({}, {"frames": "skim", "visual_tokens": 96}, "--frames was skim, is uniform, --visual-tokens was 96, is None"),
+        ({"frames": "skim"}, {"frames": "skim", "visual_tokens": None, "windows": 2}, "--windows was 2, is 4"),
+        ({"frames": "skim"}, {"frames": "uniform", "visual_tokens": None, "windows": 2}, "--frames was uniform, is skim"),
+        ({"frames": "skim"}, {"frames": "skim", "visual_tokens": None, "windows": 4, "window_fps": 8.0}, ""),
+    ],
+)  # fmt: skip
+def test_other_frames_than_in_training_are_told(told, run, said, tmp_path):
+    """A model that was trained on skims is not shown uniform frames without a word."""
+    if run:
+        (tmp_path / "settings.json").write_text(json.dumps({"settings": run}))
+    console = Console(record=True, width=200)
+    as_trained(EvalSettings(**told), str(tmp_path), console)
+    shown = console.export_text().strip()
+    assert shown == (f"not the frames of training: {said}" if said else "")
+
+
 @pytest.mark.parametrize("kind", ["usual", "rare", None])
 def test_usual_and_rare_events_have_scores_of_their_own(kind):
     """By the `kind` of a clip's truth; without it, there is the event alone."""

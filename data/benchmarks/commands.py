@@ -176,7 +176,7 @@ def run_benchmark(settings: RunSettings, console: Console) -> dict:
     """The command `python eval.py run`: predictions as they come, then results.json and what it shows."""
     check_run(settings)
     settings.check_frames()
-    s = as_trained(settings, settings.model)
+    s = as_trained(settings, settings.model, console)
     folder = s.videos or (s.root if s.root.is_dir() else s.root.parent)
     benchmark = questions.load_benchmark(s.benchmark, s.root, s.protocol, s.subtitles, s.follow_links, s.videos)
     benchmark.num_frames = s.num_frames or benchmark.num_frames

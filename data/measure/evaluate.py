@@ -329,7 +329,7 @@ def run_evaluation(settings: EvalSettings, console: Console) -> dict:
     lm, processor = load_model(settings.model)
     if settings.limit >= 0:
         clips = clips[: settings.limit]
-    s, context = as_trained(settings, settings.model), lm.config.text_config.max_position_embeddings
+    s, context = as_trained(settings, settings.model, console), lm.config.text_config.max_position_embeddings
     preparation = Preparation(
         processor, s.max_frames, s.fps, max_pixels=s.max_pixels, context=context - s.max_new_tokens,
         visual_tokens=s.visual_tokens, skim=s.how_to_look(), cache=s.cache,
@@ -355,7 +355,7 @@ def run_describe(settings: DescribeSettings, console: Console) -> str:
     """The command `python eval.py describe`."""
     check_above_zero(settings, "max_new_tokens", "max_frames", "fps", "max_pixels")
     settings.check_frames()
-    s, clip = as_trained(settings, settings.model), Clip(settings.video, "", "describe", settings.prompt)
+    s, clip = as_trained(settings, settings.model, console), Clip(settings.video, "", "describe", settings.prompt)
     if s.finder != "motion" and (s.frames != "skim" or s.look_for is None):
         raise ValueError(f"--finder {s.finder}: give --frames skim, and --look-for, what to look for")
     if s.finder == "clip" and s.clip_model is None:

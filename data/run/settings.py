@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import tyro
+from rich.console import Console
 
 from data.device import best_device
 from data.files import changes
@@ -67,15 +68,24 @@ class FrameSettings:
         return Skim(self.windows, self.window_seconds, self.skim_fps or 2.0, self.window_fps, at_key_spans=at_key_spans)
 
 
-def as_trained(settings: Frames, model: str) -> Frames:
+def as_trained(settings: Frames, model: str, console: Console | None = None) -> Frames:
     """A copy in which what eval.py was not told of the frames is as in the run that trained the model, if a run's folder or
-    checkpoint is given: number and rate (the run's rate if neither is given), size of a picture, rate of the skim."""
+    checkpoint is given: number and rate (the run's rate if neither is given), size of a picture, rate of the skim.
+
+    What else is chosen in another way than in training is said on the console.
+    """
     told, names = vars(settings), ["max_frames", "max_pixels", "skim_fps"]
     if told.get("max_frames") is None:
         names.append("fps")
     folder = Path(model)
     path = (folder.parent if folder.name.startswith("checkpoint") else folder) / "settings.json"
     run = {"max_frames": 16} | (json.loads(path.read_text())["settings"] if path.exists() else {})
+    compared = ["frames", "visual_tokens"]
+    if told["frames"] == run.get("frames") == "skim":
+        compared += ["windows", "window_seconds", "window_fps"]
+    other = changes({flag(n): run[n] for n in compared if n in run}, {flag(n): told[n] for n in compared if n in run})
+    if other and console is not None:
+        console.print(f"[yellow]not the frames of training: {', '.join(other)}", highlight=False, soft_wrap=True)
     return replace(settings, **{name: run.get(name) for name in names if name in told and told[name] is None})
 
 
