@@ -73,7 +73,7 @@ FAULTS = [
     Fault("weight decay ignored", SFT, "s.learning_rate, s.weight_decay", "s.learning_rate, 0.0", CAPTION_ONLY),
     Fault("warm-up ignored", SFT, "s.steps, s.warmup, s.decay", "s.steps, 0.0, s.decay", CONTRASTIVE),
     Fault("decay ignored", SFT, "s.warmup, s.decay)", "s.warmup, 0.0)", CAPTION_ONLY),
-    Fault("decay turned around", MODELS, "0.5 * (1 - math.cos(", "0.5 * (1 + math.cos(", CAPTION_ONLY),
+    Fault("decay a step late", MODELS, "rising, falling, steps, ", "rising, falling, steps + 1, ", CAPTION_ONLY),
     Fault("cosine in stage 2", RL, ', shape="linear"', "", RELATIVE),
     Fault("AdamW's own betas", MODELS, "betas=(0.9, 0.99), ", "", CAPTION_ONLY),
     Fault("temperature ignored", SFT, "s.contrastive_layer, s.temperature)", "s.contrastive_layer)", CONTRASTIVE),

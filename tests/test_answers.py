@@ -719,6 +719,11 @@ def test_smaller_pictures_are_other_predictions(world, tmp_path, sharp2_5, monke
     run(tmp_path, **asked, out=tmp_path / "out")
     run(tmp_path, **asked, out=tmp_path / "small", max_pixels=1000)
     assert grids == [(48, 48), (24, 24)]
+    # The model of a run is shown what the run was trained on, unless told otherwise.
+    (tmp_path / "checkpoint").symlink_to(sharp2_5)
+    (tmp_path / "settings.json").write_text(json.dumps({"settings": {"max_pixels": 1000}}))
+    run(tmp_path, **asked | {"model": str(tmp_path)}, out=tmp_path / "of run")
+    assert grids[2:] == [(24, 24)]
     with pytest.raises(ValueError, match="pixels of a picture was None, is 1000"):
         run(tmp_path, **asked, out=tmp_path / "out", max_pixels=1000)
 

@@ -17,7 +17,8 @@ from data.batches import Rollouts
 from data.benchmarks.scoring import event_recall, names, score_description, similarity
 from data.clips import load_clips
 from data.examples import Preparation
-from data.measure import cost
+from data.measure import cost, long
+from data.measure import evaluate as measure
 from data.measure.evaluate import DescribeSettings, EvalSettings, evaluate, markdown_row, run_describe, run_evaluation
 from data.run.models import load_model
 from data.run.settings import as_trained
@@ -74,6 +75,36 @@ def test_frames_are_those_of_the_run_unless_told(told, run, shown, tmp_path):
     of_hub = as_trained(EvalSettings(model="Qwen/Qwen2.5-VL-3B-Instruct"), "Qwen/Qwen2.5-VL-3B-Instruct")
     assert (of_hub.max_frames, of_hub.fps, of_hub.max_pixels, of_hub.skim_fps) == (16, None, None, None)
     assert replace(of_hub, frames="skim").how_to_look().fps == 2.0
+
+
+class Chosen(Exception):
+    """How frames would be prepared; raised in place of the rest of the command."""
+
+
+@pytest.mark.parametrize("command", ["evaluate", "describe", "recall", "named"])
+def test_commands_show_the_frames_of_the_run(command, world, qwen2_5, tmp_path, monkeypatch):
+    """Every command that shows frames to a run's model."""
+
+    def prepare(processor, max_frames, fps=None, **more):
+        raise Chosen(max_frames, fps, more["max_pixels"], more.get("skim"))
+
+    for module in (measure, long):
+        monkeypatch.setattr(module, "Preparation", prepare)
+    (tmp_path / "checkpoint").symlink_to(qwen2_5)
+    of_run = dict(max_frames=12, fps=None, max_pixels=784, skim_fps=5.0)
+    (tmp_path / "settings.json").write_text(json.dumps({"settings": of_run}))
+    console, data, model = Console(quiet=True), world / "test.jsonl", str(tmp_path)
+    with pytest.raises(Chosen) as chosen:
+        if command == "evaluate":
+            run_evaluation(EvalSettings(model=model, data=data, frames="skim"), console)
+        elif command == "describe":
+            run_describe(DescribeSettings(load_clips(data)[0][0].video, model=model, frames="skim"), console)
+        else:
+            long.run_long(long.LongSettings(what=command, model=model, data=data), console)
+    max_frames, fps, max_pixels, skim = chosen.value.args
+    assert max_pixels == 784
+    if command in ("evaluate", "describe"):
+        assert (max_frames, fps, skim.fps) == (12, None, 5.0)
 
 
 @pytest.mark.parametrize(

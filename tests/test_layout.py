@@ -83,3 +83,25 @@ def test_what_a_part_knows():
             assert "import transformers" not in path.read_text() and "from transformers" not in path.read_text()
     method = (HERE / "vp.py").read_text()
     assert "transformers" not in method and "pathlib" not in method
+
+
+# Seconds of imports each, alone or by what they import; imported where they are used.
+HEAVY = {"peft", "bitsandbytes", "sentence_transformers", "nltk", "rouge_score", "scipy", "matplotlib", "spacy"}
+
+
+def test_scripts_start_quickly():
+    """What a script imports before it can say anything holds none of the heavy packages, nor a schedule of transformers."""
+    known, reached, ahead = modules(), set(), ["train_sft", "train_rl", "eval"]
+    while ahead:
+        reached.add(name := ahead.pop())
+        ahead += imports(known[name], known) - reached
+    for path in (known[name] for name in reached):
+        for node in ast.parse(path.read_text()).body:  # of the module itself, not inside functions
+            if isinstance(node, ast.Import):
+                names = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                schedules = {"peft" for alias in node.names if node.module == "transformers" and "schedule" in alias.name}
+                names = {node.module.split(".")[0]} | schedules
+            else:
+                continue
+            assert not names & HEAVY, f"{path.relative_to(HERE)}:{node.lineno}"

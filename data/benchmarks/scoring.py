@@ -245,7 +245,7 @@ def rouge_scorer(any_script: bool):
 
     Its own tokenizer knows no letters but a to z; for ASCII texts ours gives the same tokens.
     """
-    # Late: NLTK and what it needs are a second of imports, and training scores no ROUGE.
+    # Late: NLTK and what it needs are a second of imports, which a run can spend when it evaluates.
     from nltk.stem.porter import PorterStemmer
     from rouge_score.rouge_scorer import RougeScorer
 

@@ -61,6 +61,9 @@ class LongSettings(FrameSettings):
     """Lengths of the footage, in clips."""
     max_frames: int = 32
     """Frames of uniform sampling; what they cost is the budget of both (default of --visual-tokens)."""
+    max_pixels: int | None = None
+    """recall, named: height times width of a picture that the model sees, at most (default: as in the run that trained the
+    model, or the processor's own limit)."""
     quiet: bool = False
     """recall: footage of the parts of other clips in which nothing is marked, instead of whole clips with their events."""
     limit: int = -1
@@ -139,7 +142,7 @@ def measure_recall(s: LongSettings, console: Console) -> list[dict]:
     clips = with_event(s, console)
     s = as_trained(s, s.model) if s.model else s
     _, processor = load_model(s.model or str(build_tiny(TEMPORARY)))
-    uniform = Preparation(processor, s.max_frames, visual_tokens=s.visual_tokens)
+    uniform = Preparation(processor, s.max_frames, max_pixels=s.max_pixels, visual_tokens=s.visual_tokens)
     ways = {"uniform": uniform, "skim": replace(uniform, skim=replace(s, frames="skim").how_to_look())}
     rows = []
     for length in s.lengths:
@@ -227,7 +230,8 @@ def measure_skim(s: LongSettings, console: Console) -> list[dict]:
         raise ValueError("--what skim: give --video FILE")
     clip = Clip(s.video, "", str(s.video))
     duration = read_clip(clip, lambda video: part_of(clip, video)[1])
-    (count, windows), seconds, cpu, peak = timed(skim_file, s.video, s.skim_fps or 2.0, s.windows, s.window_seconds)
+    how = replace(s, frames="skim").how_to_look()
+    (count, windows), seconds, cpu, peak = timed(skim_file, s.video, how.fps, how.windows, how.seconds)
     what = f"skim of {duration:.0f} s: {count} pictures, {len(windows)} windows"
     rows = [{"what": what, "seconds": seconds, "CPU seconds": cpu, "peak GiB": peak / 2**30, "CPU, times": 1.0}]
     part = min(s.seconds, duration)
@@ -344,7 +348,7 @@ def measure_named(s: LongSettings, console: Console) -> list[dict]:
     """Event named by length, uniform against skim, at the same budget, beside the chance that uniform frames see it."""
     s = as_trained(s, s.model or "runs/sft")
     lm, processor = load_model(s.model or "runs/sft")
-    uniform = Preparation(processor, s.max_frames, visual_tokens=s.visual_tokens)
+    uniform = Preparation(processor, s.max_frames, max_pixels=s.max_pixels, visual_tokens=s.visual_tokens)
     ways = {"uniform": uniform, "skim": replace(uniform, skim=replace(s, frames="skim").how_to_look())}
     rows = []
     for length in s.lengths:

@@ -5,7 +5,6 @@ architecture with random weights for measuring speed and memory where nothing ca
 """
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -188,19 +187,14 @@ def make_schedule(
 ) -> LambdaLR:
     """Warm-up, stable, decay: linearly up over a share of the steps, constant, down to zero over a share of the rest.
 
-    transformers has the same (get_wsd_schedule, get_linear_schedule_with_warmup), in a module that imports peft and
-    bitsandbytes with all that they need: four seconds.
+    warmup, decay: those shares, in [0, 1]; shape: of the way down.
     """
+    # Late: its module imports peft and bitsandbytes with all that they need, seconds before a script could say anything.
+    from transformers import get_wsd_schedule
+
     rising = int(warmup * steps)
     falling = int(decay * (steps - rising))
-
-    def share_of_peak(step: int) -> float:
-        if step < rising:
-            return step / rising
-        left = min(1.0, max(0, steps - step) / max(1, falling))  # 1 until the decay begins, 0 at the end
-        return left if shape == "linear" else 0.5 * (1 - math.cos(math.pi * left))
-
-    return LambdaLR(optimizer, share_of_peak)
+    return get_wsd_schedule(optimizer, rising, falling, steps, decay_type=shape)
 
 
 # --- Many processes: FSDP2 ----------------------------------------------------------------------------------------------

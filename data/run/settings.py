@@ -65,7 +65,9 @@ class FrameSettings:
         """How long videos are looked at; at_key_spans: in training."""
         if self.frames == "uniform":
             return None
-        return Skim(self.windows, self.window_seconds, self.skim_fps or 2.0, self.window_fps, at_key_spans=at_key_spans)
+        return Skim(
+            self.windows, self.window_seconds, self.skim_fps or Skim.fps, self.window_fps, at_key_spans=at_key_spans
+        )
 
 
 def as_trained(settings: Frames, model: str, console: Console | None = None) -> Frames:
