@@ -251,8 +251,8 @@ class Scored:
 class UpdatePass:
     """Some prompts with their rollouts in one packed sequence each, and what equation (5) needs of each of its M tokens.
 
-    examples: the prompts; places: their numbers in the batch. old_logp: when it was sampled, and, once the first epoch has
-    worked them out, under the policy before the update; ref_logp: under the frozen policy, or None.
+    examples: the prompts; places: their numbers in the batch. old_logp: when it was sampled, and from `start_from` on under
+    the policy before the update; ref_logp: under the frozen policy, or None.
     """
 
     examples: list[vp.Example]
@@ -262,6 +262,16 @@ class UpdatePass:
     ref_logp: Tensor | None
     advantage: Tensor
     weight: Tensor
+    sampling_gap: Tensor | None = None
+
+    def start_from(self, logp: Tensor) -> None:
+        """Take the log-probabilities of the first epoch as the old ones, and note how far those of the sampling were off.
+
+        Nothing has changed since the sampling, so every ratio is 1. Sampling goes token by token, on a GPU in bfloat16 all
+        the way: the numbers that it noted would already count as a change.
+        """
+        self.sampling_gap = (logp - self.old_logp).abs().mean()
+        self.old_logp = logp
 
 
 def take_prompts(loader: ClipLoader, clips: Sequence[Clip], count: int) -> list[Prompt]:
@@ -336,15 +346,19 @@ def on_host(rewards: Sequence[vp.Rewards]) -> list[vp.Rewards]:
 
 
 def pack_update(
-    lm: VideoLM, reference: VideoLM | None, scored: Sequence[Scored], video, num_tokens: float, s: Settings, run: Run
+    lm: VideoLM, reference: VideoLM | None, scored: Sequence[Scored], video, s: Settings, run: Run
 ) -> list[UpdatePass]:
     """3. Pack [prompt][y_1]...[y_G] of the prompts that teach something, a micro-batch at a time.
 
-    If the twin is trained on, its prompt and its descriptions are branches of the same sequence. num_tokens:
-    sampled tokens that are trained on in the whole batch, a process on average: what the loss is divided by.
+    If the twin is trained on, its prompt and its descriptions are branches of the same sequence.
     """
     lengths = torch.cat([x.sampled.lengths for x in scored])
-    # Divided by the tokens of the whole batch, those of skipped groups included.
+    # Of the whole batch, a process on average.
+    num_tokens, num_useful = run.mean_counts(int(lengths.sum()), sum(bool(x.useful.any()) for x in scored))
+    # Zeros, too, would age the optimizer's averages: where nothing is to be learned, there is no pass.
+    if not num_useful:
+        return []
+    # The loss is divided by all sampled tokens that could be trained on, those of skipped groups included.
     weights = vp.token_weights(lengths, s.loss_level, num_tokens) * torch.cat([x.useful for x in scored])
     weights = weights.split([len(x.useful) for x in scored])
     # A prompt of which nothing is learned costs nothing. Sharded processes gather weights together, though: all must make
@@ -446,25 +460,17 @@ def main(settings: Settings) -> dict | None:
             scored = score(sampled, encoder, preparation.processor, s)
             # 3. Pack: each prompt and its rollouts become one sequence.
             watch.start("update")
-            num_tokens, num_useful = run.mean_counts(
-                sum(int(x.sampled.lengths.sum()) for x in scored), sum(bool(x.useful.any()) for x in scored)
-            )  # fmt: skip
-            # Zeros, too, would age the optimizer's averages: where nothing is to be learned, there is no pass.
-            passes = pack_update(lm, reference, scored, video, num_tokens, s, run) if num_useful else []
-
+            passes = pack_update(lm, reference, scored, video, s, run)
             # 4. Update, several times on the same rollouts: the clipped loss keeps close to what sampled them.
-            gaps: list[Tensor] = []
             for epoch in range(s.epochs):
                 # Means over tokens, weighted as in the loss; those of the last epoch are logged.
                 totals = Totals(run.device)
                 for update in passes:
                     with run.autocast():
                         logp, entropy = lm.log_probs(update.packed, see(lm, update, video, s), s.temperature)
+                    # Before any change every ratio is 1, and the gradient is that of the plain policy gradient.
                     if epoch == 0:
-                        # Nothing has changed since the sampling, so every ratio is 1. Sampling goes token by token, on a
-                        # GPU in bfloat16 all the way: the numbers that it noted would already count as a change.
-                        gaps.append((logp.detach() - update.old_logp).abs().mean())
-                        update.old_logp = logp.detach()
+                        update.start_from(logp.detach())
                     loss, metrics = vp.grpo_loss(  # equation (5)
                         logp, update.old_logp, update.ref_logp, update.advantage, update.weight,
                         s.clip_low, s.clip_high, s.beta,
@@ -488,11 +494,11 @@ def main(settings: Settings) -> dict | None:
             for group in scored:
                 run.metrics.add(reward_metrics(group.rewards, group.twin, group.num_twin))
                 page.add(RolloutGroup.of(group.sampled.prompt.clip, group.texts, group.rewards))
-            run.metrics.add(
-                totals.metrics() | {"policy/grad_norm": grad_norm} | ({"policy/loss": loss} if num_useful else {})
-                | ({"policy/sampling_gap": torch.stack(gaps).mean()} if gaps else {})
-                | rollout_metrics(rollouts, s.num_rollouts, watch.seconds, run.num_processes)
-            )  # fmt: skip
+            if passes:
+                gaps = torch.stack([update.sampling_gap for update in passes])
+                run.metrics.add(totals.metrics() | {"policy/loss": loss, "policy/sampling_gap": gaps.mean()})
+            run.metrics.add({"policy/grad_norm": grad_norm})
+            run.metrics.add(rollout_metrics(rollouts, s.num_rollouts, watch.seconds, run.num_processes))
             if run.due(s.log_every) or run.step == s.steps:
                 state = {"lr": schedule.get_last_lr()[0], "policy/bad_steps": run.bad_steps.item()}
                 run.write_metrics(loader, run.metrics.numbers(), state)
