@@ -16,9 +16,11 @@ In training, windows are laid at the key spans, jittered, and some where nothing
 must not give away that there is an event.
 """
 
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,35 +62,72 @@ def skim(clip: Clip, video: Video | Folder | Footage, fps: float = 2.0, side: in
     return frames.pixels, times
 
 
+def frames_to_skip(video: Video, step: float) -> str:
+    """The most that FFmpeg may leave out of a file and still show a new picture every `step` seconds; a value of its
+    -skip_frame.
+
+    nokey: all but key frames. bidir: B-frames; of H.264 only, where frames that are built on them come out a little wrong,
+    which the curve hardly notices (docs/long-videos.md). noref: frames on which no other is built.
+    """
+
+    def often(seconds: Sequence[float]) -> bool:
+        return len(seconds) > 1 and float(np.diff(seconds).max()) <= step
+
+    if often(scan(video).keys.tolist()):
+        return "nokey"
+    if video.decoder.metadata.codec == "h264":
+        command = [
+            "ffprobe", "-v", "error", "-skip_frame", "bidir", "-read_intervals", "%+10",
+            "-select_streams", str(video.decoder.stream_index),
+            "-show_entries", "frame=best_effort_timestamp_time", "-of", "csv=p=0", str(video.path),
+        ]  # fmt: skip
+        shown = subprocess.run(command, capture_output=True, text=True).stdout.replace(",", " ").split()
+        if often([float(second) for second in shown if second != "N/A"]):
+            return "bidir"
+    return "noref"
+
+
 def skim_with_ffmpeg(clip: Clip, video: Video, unseen: float, duration: float, count: int, side: int) -> Tensor | None:
     """`count` pictures at even steps, by FFmpeg's own program; None if it does not give them.
 
-    It leaves out what a skim does not need: frames on which no other is built (B-frames: two in three of usual H.264), or,
-    where key frames come often enough, all but those; and the filter that smooths block edges. It makes pictures small
-    while it decodes, so that no large one is kept.
+    It leaves out frames that a skim does not need, and the filter that smooths block edges. It makes pictures small while
+    it decodes, so that no large one is kept.
+
+    Each core decodes a part of the file. The threads of one decoder would wait for one another: frames are built on frames.
     """
     picture = read_moments(clip, video, [unseen], duration, 1, 1.0, side).pixels
     height, width = picture.shape[-2:]
     step = (duration - unseen) / count
-    keys = scan(video).keys
-    often = len(keys) > 1 and float(keys.diff().max()) <= step
-    begin, rate = clip.start + unseen, 1 / step
-    command = [
-        "ffmpeg", "-v", "error", "-nostdin", "-threads", "0", "-skip_frame", "nokey" if often else "noref",
-        "-skip_loop_filter", "all", *(["-ss", f"{begin:.3f}"] if begin > 0 else []), "-i", str(video.path),
-        "-map", f"0:{video.decoder.stream_index}", "-t", f"{duration - unseen:.3f}", "-an", "-sn",
-        "-vf", f"fps={rate:.9f}:start_time=0,scale={width}:{height}:flags=area", "-pix_fmt", "rgb24", "-f", "rawvideo", "-",
-    ]  # fmt: skip
-    pictures, num = np.empty((count, height, width, 3), np.uint8), 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        try:
-            while num < count and process.stdout.readinto(memoryview(pictures[num]).cast("B")) == pictures[num].nbytes:
-                num += 1
-        finally:
-            process.kill()
-    if num < 0.9 * count:  # it knows the file less well than torchcodec does
-        return None
-    pictures[num:] = pictures[num - 1]
+    skipped = frames_to_skip(video, step)
+    # Where seeking finds its way by an index.
+    parts = min(os.cpu_count() or 1, int(duration / LONG)) if video.display.kind in ("mp4", "matroska") else 1
+    pictures = np.empty((count, height, width, 3), np.uint8)
+
+    def read(first: int, end: int) -> bool:
+        """Read pictures first to end - 1; whether nearly all of them came."""
+        begin = clip.start + unseen + first * step
+        command = [
+            "ffmpeg", "-v", "error", "-nostdin", "-filter_threads", "1", "-threads", "1" if parts > 1 else "0",
+            "-skip_frame", skipped, "-skip_loop_filter", "all",
+            *(["-ss", f"{begin:.3f}"] if begin > 0 else []), "-i", str(video.path),
+            "-map", f"0:{video.decoder.stream_index}", "-t", f"{(end - first) * step:.3f}", "-an", "-sn",
+            "-vf", f"fps={1 / step:.9f}:start_time=0,scale={width}:{height}:flags=area",
+            "-pix_fmt", "rgb24", "-f", "rawvideo", "-",
+        ]  # fmt: skip
+        num = first
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            try:
+                while num < end and process.stdout.readinto(memoryview(pictures[num]).cast("B")) == pictures[num].nbytes:
+                    num += 1
+            finally:
+                process.kill()
+        pictures[num:end] = pictures[num - 1]
+        return num - first >= 0.9 * (end - first)
+
+    bounds = [count * i // parts for i in range(parts + 1)]
+    with ThreadPoolExecutor(parts) as pool:
+        if not all(pool.map(read, bounds, bounds[1:])):  # it knows the file less well than torchcodec does
+            return None
     return torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
 

@@ -279,7 +279,8 @@ def make_world(settings: WorldSettings) -> Path:
         return settings.out
     settings.out.mkdir(parents=True, exist_ok=True)
     write_whole(settings.out / "world.json", json.dumps(stamp(settings)))  # whole: two runs may start at once
-    with worker_context("data.world").Pool(settings.workers or os.cpu_count()) as pool:
+    # A process a core: torch's own threads would only wait for one another.
+    with worker_context("data.world").Pool(settings.workers or os.cpu_count(), torch.set_num_threads, (1,)) as pool:
         for split, size in splits:
             lines = pool.imap(write_clip, [(settings, split, index) for index in range(size)], chunksize=32)
             text = "".join(line + "\n" for line in track(lines, f"drawing the world ({split})", size))

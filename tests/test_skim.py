@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+import os
 import random
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,13 +25,14 @@ import vp
 from data import videolm
 from data.clips import load_clips
 from data.curation import curate
+from data.decode import open_video
 from data.examples import Preparation, make_example, prepare, process_look
 from data.files import ClipError
 from data.look import Look, share_out, twin_sources
 from data.measure import evaluate as evaluation
 from data.measure import long
 from data.run.settings import FrameSettings
-from data.skim import Skim, choose_windows, lay_windows, motion_curve, skim
+from data.skim import Skim, choose_windows, frames_to_skip, lay_windows, motion_curve, skim
 from data.video import Clip, Frames, read_clip, read_frames
 
 LENGTH = 5  # tokens of a rollout
@@ -355,6 +358,30 @@ def test_skim_by_ffmpeg_is_the_same_curve(long_video, monkeypatch):
     assert fast.shape == slow.shape and times == again
     peaks = [int(motion_curve(pixels, times).argmax()) for pixels in (slow, fast)]
     assert abs(peaks[0] - peaks[1]) <= 1 and abs(times[peaks[1]] - 22.25) <= 0.5
+    # Each core takes a part, and the parts join without a seam.
+    for cores in (1, 2, 3):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        parts, _ = read_clip(clip, lambda video: skim(clip, video))
+        assert torch.equal(parts, fast)
+
+
+@pytest.mark.skipif(shutil.which("ffprobe") is None, reason="no ffprobe program")
+@pytest.mark.parametrize("more, name, step, skipped", [
+    (["-g", "100", "-bf", "3"], "a.mp4", 1.0, "bidir"),
+    (["-g", "100", "-bf", "3"], "a.mkv", 1.0, "bidir"),
+    (["-g", "4"], "a.mp4", 1.0, "nokey"),  # a key frame every half second
+    (["-g", "100", "-bf", "0"], "a.mp4", 1.0, "bidir"),  # no B-frames at all: nothing is left out
+    (["-g", "100", "-bf", "16", "-x264-params", "b-adapt=0"], "a.mp4", 0.5, "noref"),  # 17 frames lie between two others
+    (["-c:v", "mpeg4", "-g", "100", "-bf", "2"], "a.mp4", 1.0, "noref"),
+    (["-vf", "scale=128:128", "-c:v", "libx265", "-x265-params", "log-level=none:keyint=100"], "a.mp4", 1.0, "noref"),
+])  # fmt: skip
+def test_what_a_skim_leaves_out(more, name, step, skipped, long_video, tmp_path):
+    """Never so much that it would show one picture for longer than a step."""
+    path = tmp_path / name
+    done = subprocess.run(["ffmpeg", "-v", "error", "-i", long_video, "-t", "20", *more, path], capture_output=True)
+    if done.returncode:
+        pytest.skip("this FFmpeg has no such encoder")
+    assert frames_to_skip(open_video(path), step) == skipped
 
 
 def read_one(*arguments):
