@@ -495,13 +495,14 @@ def main(settings: Settings) -> dict | None:
                 run.metrics.add(reward_metrics(group.rewards, group.twin, group.num_twin))
                 page.add(RolloutGroup.of(group.sampled.prompt.clip, group.texts, group.rewards))
             if passes:
-                gaps = torch.stack([update.sampling_gap for update in passes])
-                run.metrics.add(totals.metrics() | {"policy/loss": loss, "policy/sampling_gap": gaps.mean()})
+                run.metrics.add(totals.metrics() | {"policy/loss": loss})
+                run.metrics.add({"policy/sampling_gap": torch.stack([update.sampling_gap for update in passes]).mean()})
             run.metrics.add({"policy/grad_norm": grad_norm})
             run.metrics.add(rollout_metrics(rollouts, s.num_rollouts, watch.seconds, run.num_processes))
             if run.due(s.log_every) or run.step == s.steps:
-                state = {"lr": schedule.get_last_lr()[0], "policy/bad_steps": run.bad_steps.item()}
-                run.write_metrics(loader, run.metrics.numbers(), state)
+                run.write_metrics(loader, run.metrics.numbers(), {
+                    "lr": schedule.get_last_lr()[0], "policy/bad_steps": run.bad_steps.item(),
+                })  # fmt: skip
             if run.is_main and (run.due(s.show_every) or run.is_last):
                 page.show(run.step)
             # Saved before it is evaluated: no evaluation can lose what was trained.
