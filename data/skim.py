@@ -75,7 +75,7 @@ def frames_to_skip(video: Video, step: float) -> str:
 
     if often(scan(video).keys.tolist()):
         return "nokey"
-    if video.decoder.metadata.codec == "h264":
+    if video.decoder.metadata.codec == "h264" and shutil.which("ffprobe"):  # which not every FFmpeg brings
         command = [
             "ffprobe", "-v", "error", "-skip_frame", "bidir", "-read_intervals", "%+10",
             "-select_streams", str(video.decoder.stream_index),

@@ -299,12 +299,17 @@ def distribution(logits: Tensor, processor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def sample(model: nn.Module, processor, prompt: dict[str, Tensor], numbers: np.ndarray, temperature: float):
+def sample(
+    model: nn.Module, processor, prompt: dict[str, Tensor], numbers: np.ndarray, temperature: float, theirs: list[Tensor]
+):
     """A text for each row of numbers, and the log-probabilities of its tokens.
 
-    One number decides a token, by the inverse of the cumulated distribution.
+    One number decides a token, by the inverse of the cumulated distribution. theirs: the script's texts, whose token is as
+    right where a number is nearer than 1e-5 to the border of two: rounding decides there (in each case one is nearer than
+    1e-6).
     """
     num, tokens, logps = len(numbers), [], []
+    theirs = nn.utils.rnn.pad_sequence([*theirs, torch.zeros(numbers.shape[1], dtype=torch.long)], True, -1)[:num]
     end, start = processor.tokenizer.eos_token_id, prompt["input_ids"].shape[1]
     at = positions(model, prompt, numbers.shape[1]).expand(3, num, -1)
     arguments = {name: x for name, x in prompt.items() if name != "second_per_grid_ts"}
@@ -314,7 +319,9 @@ def sample(model: nn.Module, processor, prompt: dict[str, Tensor], numbers: np.n
         logp = distribution(out.logits[:, -1], processor, temperature).expand(num, -1)
         p = logp.double().exp()
         numbers_now = torch.from_numpy(numbers[:, t]).double()[:, None] * p.sum(-1, keepdim=True)
-        tokens.append((p.cumsum(-1) <= numbers_now).sum(-1, keepdim=True))
+        low, own, high = ((p.cumsum(-1) <= numbers_now + off).sum(-1, keepdim=True) for off in (-1e-5, 0.0, 1e-5))
+        script = theirs[:, t : t + 1]
+        tokens.append(torch.where((low <= script) & (script <= high), script, own))
         logps.append(logp.gather(-1, tokens[-1]))
         place = at[..., start + t : start + t + 1]
         out = model(input_ids=tokens[-1], position_ids=place, past_key_values=out.past_key_values, use_cache=True)
@@ -373,8 +380,11 @@ class Group:
     frozen: list[Tensor]
 
 
-def reference_rl(model: nn.Module, processor, stories: list[Story], s) -> list[dict]:
-    """Stage 2 with plain transformers. Trains the model in place; returns what should be logged."""
+def reference_rl(model: nn.Module, processor, stories: list[Story], s, theirs: dict[int, list[Tensor]]) -> list[dict]:
+    """Stage 2 with plain transformers. Trains the model in place; returns what should be logged.
+
+    theirs: the script's texts by place, see `sample`.
+    """
     frozen, G = copy.deepcopy(model), s.num_rollouts
     model.model.visual.requires_grad_(not s.freeze_vision)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -390,11 +400,11 @@ def reference_rl(model: nn.Module, processor, stories: list[Story], s) -> list[d
             place += 1
             numbers = np.random.default_rng([s.seed, place]).random((G + s.num_twin_rollouts, s.max_new_tokens), np.float32)
             prompt = make_prompt(processor, story)
-            texts, old = sample(model, processor, prompt, numbers[:G], s.temperature)
+            texts, old = sample(model, processor, prompt, numbers[:G], s.temperature, theirs[place][:G])
             twin_texts, twin_old = [], []
             if story.keywords and s.num_twin_rollouts:
                 twin = make_prompt(processor, story, twin=True)
-                twin_texts, twin_old = sample(model, processor, twin, numbers[G:], s.temperature)
+                twin_texts, twin_old = sample(model, processor, twin, numbers[G:], s.temperature, theirs[place][G:])
             said = [processor.tokenizer.decode(y, skip_special_tokens=True) for y in texts + twin_texts]
             q = torch.tensor([quality(text, story.caption) for text in said])
             c = torch.tensor([recall(text, story.keywords) for text in said])
@@ -554,15 +564,23 @@ def test_stage_1(case, folder, stories, qwen2_5_learned):
 
 
 @pytest.mark.parametrize("case", RL_CASES)
-def test_stage_2(case, folder, stories, qwen2_5_learned):
+def test_stage_2(case, folder, stories, qwen2_5_learned, monkeypatch):
     """Rewards, losses, gradient norms, learning rates and weights of three steps are those of the reference loop."""
     more = dict(batch_size=3, num_rollouts=4, num_twin_rollouts=3, max_new_tokens=7, learning_rate=5e-4)
     more |= dict(model=str(qwen2_5_learned), data=folder / "clips.jsonl") | SMALL | RL_CASES[case]
     s = train_rl.Settings(out=folder / f"rl-{case}", **more)
+    theirs, roll_out = {}, train_rl.roll_out
+
+    def remember(*arguments):
+        found = roll_out(*arguments)
+        theirs.update({sampled.prompt.place: sampled.tokens for sampled in found[0]})
+        return found
+
+    monkeypatch.setattr(train_rl, "roll_out", remember)
     logged = run(train_rl, s)
     model, processor = load(qwen2_5_learned)
     before = weights(model)
-    expected = reference_rl(model, processor, stories, s)
+    expected = reference_rl(model, processor, stories, s, theirs)
     check_logs(logged, expected)
     assert all(line["policy/sampling_gap"] < 1e-4 for line in logged)  # sampling and update agree on every token
     if case == "relative":  # what is tested here has something to do
