@@ -445,7 +445,8 @@ def reference_rl(model: nn.Module, processor, stories: list[Story], s, theirs: d
                     }
                     for name, values in some.items():
                         sums[name] += float(weight * values.detach().sum())
-            loss.backward()
+            if loss.requires_grad:  # else no group has taught anything, and nothing changes
+                loss.backward()
             norm = nn.utils.clip_grad_norm_(trained, s.grad_clip)
             optimizer.step()
             schedule.step()
@@ -453,7 +454,8 @@ def reference_rl(model: nn.Module, processor, stories: list[Story], s, theirs: d
         line = {name: np.mean(values) for name, values in logged.items() if values}
         line["rollout/no_spread"] = np.mean(no_spread)
         line |= {f"policy/{name}": total / sums["weight"] for name, total in sums.items() if name != "weight"}
-        line |= {"step": step, "policy/loss": loss, "policy/grad_norm": norm, "rollout/length": np.mean(full_lengths)}
+        line |= {"step": step, "policy/grad_norm": norm, "rollout/length": np.mean(full_lengths)}
+        line |= {"policy/loss": loss} if loss.requires_grad else {}
         line["lr"] = schedule.get_last_lr()[0]
         lines.append({name: float(torch.as_tensor(value).detach()) for name, value in line.items()})
     return lines
@@ -582,11 +584,12 @@ def test_stage_2(case, folder, stories, qwen2_5_learned, monkeypatch):
     before = weights(model)
     expected = reference_rl(model, processor, stories, s, theirs)
     check_logs(logged, expected)
-    assert all(line["policy/sampling_gap"] < 1e-4 for line in logged)  # sampling and update agree on every token
+    assert all(line.get("policy/sampling_gap", 0.0) < 1e-4 for line in logged)  # sampling and update agree on every token
     if case == "relative":  # what is tested here has something to do
-        assert all(line["policy/grad_norm"] > s.grad_clip for line in expected)
-        assert max(line["policy/clipped"] for line in expected) > 0.05
-        assert max(line["policy/kl"] for line in expected) > 0.005
+        learned = [line for line in expected if "policy/loss" in line]
+        assert learned and all(line["policy/grad_norm"] > s.grad_clip for line in learned)
+        assert max(line["policy/clipped"] for line in learned) > 0.05
+        assert max(line["policy/kl"] for line in learned) > 0.005
     if case == "similarity":  # groups without spread are left out, their KL to the reference, too
         assert any(line["rollout/no_spread"] > 0 for line in expected)
     check_weights(before, weights(load(s.out / "checkpoint")[0]), weights(model), rounding=2e-4)  # measured: 2e-5
