@@ -30,7 +30,7 @@ from torch import Tensor
 
 import vp
 from data.batches import Rollouts
-from data.device import to_device
+from data.device import to_device, to_host
 from data.loader import ClipLoader
 from data.measure.evaluate import EVAL_CLIPS, RunEvaluation
 from data.packing import Packed
@@ -327,22 +327,13 @@ def score(sampled: Sequence[Sampled], encoder: TextEncoder, processor, s: Settin
         still = still_part(prompts[b].clip.caption, prompts[b].clip.keywords)
         of_twin.append(Comparison(texts[b][s.num_rollouts :], still, prompts[b].clip.keywords, num_twin[b]))
     embedded = embed_texts(encoder, of_full + of_twin)
-    # q, keyword recall, the comparison with the twin's, and of each description its advantage over its group.
-    rewards = on_host(vp.paired_rewards(embedded[: len(prompts)], s.reward, s.alpha, s.margin, s.divide_by_spread))
-    twins = dict(zip(trained, on_host(vp.twin_rewards(embedded[len(prompts) :], s.alpha, s.divide_by_spread))))
+    # q, keyword recall, the comparison with the twin's, and of each description its advantage over its group; on the host,
+    # where every prompt's are looked at.
+    rewards = to_host(vp.paired_rewards(embedded[: len(prompts)], s.reward, s.alpha, s.margin, s.divide_by_spread))
+    twins = dict(zip(trained, to_host(vp.twin_rewards(embedded[len(prompts) :], s.alpha, s.divide_by_spread))))
     # Both branches are trained on, or the full video's alone.
     kept = [y if b in twins else y.first(s.num_rollouts) for b, y in enumerate(sampled)]
     return [Scored(kept[b], texts[b], rewards[b], num_twin[b], twins.get(b)) for b in range(len(prompts))]
-
-
-def on_host(rewards: Sequence[vp.Rewards]) -> list[vp.Rewards]:
-    """Rewards on the CPU, where every prompt's are looked at; one copy for all."""
-    # Every field of every prompt in one row of numbers, and back in the same order.
-    parts = [x for of_prompt in rewards for x in vars(of_prompt).values()]
-    if not parts:
-        return []
-    read = iter(torch.cat([x.flatten() for x in parts]).cpu().split([x.numel() for x in parts]))
-    return [vp.Rewards(**{name: next(read).view_as(x) for name, x in vars(r).items()}) for r in rewards]
 
 
 def pack_update(
@@ -353,7 +344,7 @@ def pack_update(
     If the twin is trained on, its prompt and its descriptions are branches of the same sequence.
     """
     lengths = torch.cat([x.sampled.lengths for x in scored])
-    # Of the whole batch, a process on average.
+    # Counts of the whole batch, a process on average.
     num_tokens, num_useful = run.mean_counts(int(lengths.sum()), sum(bool(x.useful.any()) for x in scored))
     # Zeros, too, would age the optimizer's averages: where nothing is to be learned, there is no pass.
     if not num_useful:

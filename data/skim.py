@@ -99,7 +99,7 @@ def skim_with_ffmpeg(clip: Clip, video: Video, unseen: float, duration: float, c
     height, width = picture.shape[-2:]
     step = (duration - unseen) / count
     skipped = frames_to_skip(video, step)
-    # Where seeking finds its way by an index.
+    # A file with an index can be entered anywhere.
     parts = min(os.cpu_count() or 1, int(duration / LONG)) if video.display.kind in ("mp4", "matroska") else 1
     pictures = np.empty((count, height, width, 3), np.uint8)
 

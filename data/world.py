@@ -64,6 +64,8 @@ PIXELS, NUM_FRAMES, FPS = 48, 16, 8.0
 # For each action two of the twenty (shape, colour) pairs: a held-out clip's actor is always one of these, any other's
 # never. Each part of such an actor, and each pair of parts, is in the training split.
 HELD_OUT = [np.random.default_rng([4, action]).choice(4 * 5, 2, replace=False).tolist() for action in range(len(ACTIONS))]
+# x264 with threads of its own, or tuned to the processor, writes other bytes, and other pictures, from run to run.
+SAME_BYTES = {"x264-params": "cpu-independent=1:threads=1"}
 VERSION = 3  # part of every folder's settings: files of an older generator are never mixed with new ones
 
 
@@ -247,8 +249,7 @@ def write_clip(job: tuple[WorldSettings, str, int]) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.mp4")
         encoder = VideoEncoder(torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(), frame_rate=FPS)
-        same = {"x264-params": "cpu-independent=1:threads=1"}  # else x264's bytes vary from process to process
-        encoder.to_file(partial, crf=12, preset="veryfast", extra_options=same)
+        encoder.to_file(partial, crf=12, preset="veryfast", extra_options=SAME_BYTES)
         os.replace(partial, path)  # a kill leaves a whole file or none
     return json.dumps(line)
 

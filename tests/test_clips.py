@@ -29,6 +29,7 @@ from data.run.sizes import random_processor
 from data.tiny import build_tiny
 from data.user_text import SEAM, encode, encode_plain
 from data.video import Clip, Frames, read_frames, sample_times
+from data.world import SAME_BYTES
 
 GOOD = {"video": "a.mp4", "caption": "A man jumps off a wall.", "keywords": ["jumps off"], "key_spans": [[0.5, 0.9]]}
 
@@ -166,7 +167,7 @@ def write_video(path: Path, frames: int = 16, size: tuple[int, int] = (48, 64), 
     """A video whose frame t has brightness 10 t, and some noise."""
     rng = np.random.default_rng(seed)
     video = (10 * np.arange(frames)[:, None, None, None] + rng.integers(0, 5, (frames, 3, *size))) % 250
-    VideoEncoder(torch.from_numpy(video.astype(np.uint8)), frame_rate=fps).to_file(path)
+    VideoEncoder(torch.from_numpy(video.astype(np.uint8)), frame_rate=fps).to_file(path, extra_options=SAME_BYTES)
 
 
 def make_broken_files(folder: Path) -> list[Path]:
@@ -269,7 +270,9 @@ def test_small_pictures(tmp_path, height, width, want):
     noise = torch.randint(0, 255, (11, 3, height // 8, width // 8), generator=g, dtype=torch.uint8)
     pictures = torch.nn.functional.interpolate(noise, size=(height, width))
     pictures[:, :, ::2] //= 4  # dark lines: a picture made small by leaving lines out would come out too dark or too bright
-    VideoEncoder(pictures.contiguous(), frame_rate=8).to_file(tmp_path / "a.mp4", crf=1, pixel_format="yuv444p")
+    VideoEncoder(pictures.contiguous(), frame_rate=8).to_file(
+        tmp_path / "a.mp4", crf=1, pixel_format="yuv444p", extra_options=SAME_BYTES
+    )
     clip = Clip(tmp_path / "a.mp4", "x", "a")
     large, small = read_frames(clip, 9), read_frames(clip, 9, side=64)
     assert small.timestamps == large.timestamps and len(small.pixels) == 10 and small.pixels.dtype == torch.uint8

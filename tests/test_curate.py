@@ -22,7 +22,7 @@ from data.curation import curate, inspection
 from data.curation.page import group_of
 from data.files import ClipError
 from data.video import Clip, Frames
-from data.world import draw_clip
+from data.world import SAME_BYTES, draw_clip
 from tests.commands import Command, run
 from tests.test_clips import write_video
 
@@ -58,7 +58,7 @@ def test_every_line_is_kept_or_rejected_with_a_reason(world, tmp_path):
     frames = draw_clip("test", 3, quiet=0.0)[0]
     frames[:4] = frames[0]  # nothing happens in the first two slots
     video = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
-    VideoEncoder(video, frame_rate=8).to_file(world / "still.mp4", crf=12)
+    VideoEncoder(video, frame_rate=8).to_file(world / "still.mp4", crf=12, extra_options=SAME_BYTES)
     odd = {
         "malformed": "{not json",
         "unreadable": good[0] | {"video": "empty.mp4", "caption": "Something else vanishes: a cross."},
@@ -108,10 +108,10 @@ def test_limits(world, tmp_path):
 
 def test_a_frozen_clip(tmp_path):
     """A video of one picture is named frozen."""
-    from torchcodec.encoders import VideoEncoder
-
     picture = torch.randint(0, 255, (1, 3, 48, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    VideoEncoder(picture.repeat(24, 1, 1, 1), frame_rate=12).to_file(tmp_path / "still.mp4", crf=10)
+    VideoEncoder(picture.repeat(24, 1, 1, 1), frame_rate=12).to_file(
+        tmp_path / "still.mp4", crf=10, extra_options=SAME_BYTES
+    )
     path = write(tmp_path / "c.jsonl", [{"video": "still.mp4", "caption": "It jumps.", "keywords": ["jumps"]}])
     assert curated(path, tmp_path / "out")[1][0]["reason"] == "frozen"
 
@@ -119,11 +119,10 @@ def test_a_frozen_clip(tmp_path):
 def test_test_sets_are_left_out_by_file_and_by_picture(world, tmp_path):
     """--exclude finds the same bytes, and the same pictures encoded anew."""
     from torchcodec.decoders import VideoDecoder
-    from torchcodec.encoders import VideoEncoder
 
     lines = world_lines(world, 4)
     again = VideoDecoder(world / lines[2]["video"]).get_frames_in_range(0, 16).data
-    VideoEncoder(again.contiguous(), frame_rate=8).to_file(world / "again.mp4", crf=24)
+    VideoEncoder(again.contiguous(), frame_rate=8).to_file(world / "again.mp4", crf=24, extra_options=SAME_BYTES)
     tests = write(world / "benchmark.jsonl", [lines[0], lines[2] | {"video": "again.mp4"}])
     clips, rejected = curated(write(world / "four.jsonl", lines), tmp_path / "out", exclude=(tests,))
     assert [x["line"] for x in rejected] == [1, 3] and {x["reason"] for x in rejected} == {"in a test set"}

@@ -181,12 +181,13 @@ def test_train_sft(gpu, settings, monkeypatch):
 
 # Where a step of stage 2 waits, how often, and why.
 STAGE_2 = {
-    "data/device.py": 4,  # the rollouts are read: tokens, log-probabilities, lengths, ends, one behind the other
+    # The rollouts are read: tokens, log-probabilities, lengths, ends, one behind the other; then the rewards of full
+    # videos, and those of twins.
+    "data/device.py": 6,
     "sentence_transformers/": 2,  # a batch of texts: the library copies ids and mask,
     "transformers/masking_utils.py": 1,  # and asks whether any is masked
     "tolist: data/texts.py": 1,  # ids of all texts, to leave out the special ones
     "vp.py": 12,  # three a comparison, of two prompts and their twins: the reward's reference; its kernel has none
-    "on_host": 2,  # the rewards of full videos, and those of twins
 }
 
 

@@ -35,7 +35,7 @@ from transformers import (
 import train_rl
 import train_sft
 from data.tiny import build_tiny
-from data.world import draw_clip
+from data.world import SAME_BYTES, draw_clip
 from tests.mutations import FAULTS, HERE
 
 NUM_SLOTS, FPS = 5, 8.0  # a clip of this test: 10 frames, two in a slot
@@ -88,7 +88,7 @@ def stories(folder) -> list[Story]:
         for i, of_clip in enumerate(slots):
             frames, line = draw_clip("train", i, quiet=0.0)
             video = torch.from_numpy(frames[3 : 3 + 2 * NUM_SLOTS]).permute(0, 3, 1, 2).contiguous()
-            VideoEncoder(video, frame_rate=FPS).to_file(folder / f"{i}.mp4", crf=12)
+            VideoEncoder(video, frame_rate=FPS).to_file(folder / f"{i}.mp4", crf=12, extra_options=SAME_BYTES)
             action, actor = line["keywords"][0], f"the {line['truth']['actor']}"
             caption = f"{'A and a. ' * (i in (1, 4))}Something {action}: {actor}." if i < 5 else "?!"
             story = Story(folder / f"{i}.mp4", caption, [action, actor][: len(of_clip)], of_clip)
@@ -299,17 +299,12 @@ def distribution(logits: Tensor, processor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def sample(
-    model: nn.Module, processor, prompt: dict[str, Tensor], numbers: np.ndarray, temperature: float, theirs: list[Tensor]
-):
+def sample(model: nn.Module, processor, prompt: dict[str, Tensor], numbers: np.ndarray, temperature: float):
     """A text for each row of numbers, and the log-probabilities of its tokens.
 
-    One number decides a token, by the inverse of the cumulated distribution. theirs: the script's texts, whose token is as
-    right where a number is nearer than 1e-4 to the border of two: rounding decides there (in each case one is nearer than
-    1e-6).
+    One number decides a token, by the inverse of the cumulated distribution.
     """
     num, tokens, logps = len(numbers), [], []
-    theirs = nn.utils.rnn.pad_sequence([*theirs, torch.zeros(numbers.shape[1], dtype=torch.long)], True, -1)[:num]
     end, start = processor.tokenizer.eos_token_id, prompt["input_ids"].shape[1]
     at = positions(model, prompt, numbers.shape[1]).expand(3, num, -1)
     arguments = {name: x for name, x in prompt.items() if name != "second_per_grid_ts"}
@@ -319,9 +314,7 @@ def sample(
         logp = distribution(out.logits[:, -1], processor, temperature).expand(num, -1)
         p = logp.double().exp()
         numbers_now = torch.from_numpy(numbers[:, t]).double()[:, None] * p.sum(-1, keepdim=True)
-        low, own, high = ((p.cumsum(-1) <= numbers_now + off).sum(-1, keepdim=True) for off in (-1e-4, 0.0, 1e-4))
-        script = theirs[:, t : t + 1]
-        tokens.append(torch.where((low <= script) & (script <= high), script, own))
+        tokens.append((p.cumsum(-1) <= numbers_now).sum(-1, keepdim=True))
         logps.append(logp.gather(-1, tokens[-1]))
         place = at[..., start + t : start + t + 1]
         out = model(input_ids=tokens[-1], position_ids=place, past_key_values=out.past_key_values, use_cache=True)
@@ -380,11 +373,8 @@ class Group:
     frozen: list[Tensor]
 
 
-def reference_rl(model: nn.Module, processor, stories: list[Story], s, theirs: dict[int, list[Tensor]]) -> list[dict]:
-    """Stage 2 with plain transformers. Trains the model in place; returns what should be logged.
-
-    theirs: the script's texts by place, see `sample`.
-    """
+def reference_rl(model: nn.Module, processor, stories: list[Story], s) -> list[dict]:
+    """Stage 2 with plain transformers. Trains the model in place; returns what should be logged."""
     frozen, G = copy.deepcopy(model), s.num_rollouts
     model.model.visual.requires_grad_(not s.freeze_vision)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -400,11 +390,11 @@ def reference_rl(model: nn.Module, processor, stories: list[Story], s, theirs: d
             place += 1
             numbers = np.random.default_rng([s.seed, place]).random((G + s.num_twin_rollouts, s.max_new_tokens), np.float32)
             prompt = make_prompt(processor, story)
-            texts, old = sample(model, processor, prompt, numbers[:G], s.temperature, theirs[place][:G])
+            texts, old = sample(model, processor, prompt, numbers[:G], s.temperature)
             twin_texts, twin_old = [], []
             if story.keywords and s.num_twin_rollouts:
                 twin = make_prompt(processor, story, twin=True)
-                twin_texts, twin_old = sample(model, processor, twin, numbers[G:], s.temperature, theirs[place][G:])
+                twin_texts, twin_old = sample(model, processor, twin, numbers[G:], s.temperature)
             said = [processor.tokenizer.decode(y, skip_special_tokens=True) for y in texts + twin_texts]
             q = torch.tensor([quality(text, story.caption) for text in said])
             c = torch.tensor([recall(text, story.keywords) for text in said])
@@ -445,8 +435,7 @@ def reference_rl(model: nn.Module, processor, stories: list[Story], s, theirs: d
                     }
                     for name, values in some.items():
                         sums[name] += float(weight * values.detach().sum())
-            if loss.requires_grad:  # else no group has taught anything, and nothing changes
-                loss.backward()
+            loss.backward()
             norm = nn.utils.clip_grad_norm_(trained, s.grad_clip)
             optimizer.step()
             schedule.step()
@@ -454,8 +443,7 @@ def reference_rl(model: nn.Module, processor, stories: list[Story], s, theirs: d
         line = {name: np.mean(values) for name, values in logged.items() if values}
         line["rollout/no_spread"] = np.mean(no_spread)
         line |= {f"policy/{name}": total / sums["weight"] for name, total in sums.items() if name != "weight"}
-        line |= {"step": step, "policy/grad_norm": norm, "rollout/length": np.mean(full_lengths)}
-        line |= {"policy/loss": loss} if loss.requires_grad else {}
+        line |= {"step": step, "policy/loss": loss, "policy/grad_norm": norm, "rollout/length": np.mean(full_lengths)}
         line["lr"] = schedule.get_last_lr()[0]
         lines.append({name: float(torch.as_tensor(value).detach()) for name, value in line.items()})
     return lines
@@ -522,11 +510,11 @@ def check_weights(before: dict[str, Tensor], got: dict[str, Tensor], want: dict[
     """Weights are equal to 1e-5, and what training changed about them is, as a whole, the same up to `rounding`.
 
     Float32 rounds the two loops differently, and AdamW makes a whole step even of a gradient that is mostly rounding: one
-    weight in 2,000 may be further off than 1e-5 (measured: at most 428 of 2 million, nearly all of the contrastive heads).
+    weight in 5,000 may be further off than 1e-5 (measured: at most 336 of 2 million, nearly all of the contrastive heads).
     """
     assert got.keys() == want.keys()
     far = sum(((got[name] - want[name]).abs() > 1e-5).sum().item() for name in want)
-    assert far <= 5e-4 * sum(x.numel() for x in want.values()), f"{far} weights differ"
+    assert far <= 2e-4 * sum(x.numel() for x in want.values()), f"{far} weights differ"
     error, change = (
         torch.stack([(want[name] - other[name]).norm() for name in want]).norm().item() for other in (got, before)
     )
@@ -566,30 +554,21 @@ def test_stage_1(case, folder, stories, qwen2_5_learned):
 
 
 @pytest.mark.parametrize("case", RL_CASES)
-def test_stage_2(case, folder, stories, qwen2_5_learned, monkeypatch):
+def test_stage_2(case, folder, stories, qwen2_5_learned):
     """Rewards, losses, gradient norms, learning rates and weights of three steps are those of the reference loop."""
     more = dict(batch_size=3, num_rollouts=4, num_twin_rollouts=3, max_new_tokens=7, learning_rate=5e-4)
     more |= dict(model=str(qwen2_5_learned), data=folder / "clips.jsonl") | SMALL | RL_CASES[case]
     s = train_rl.Settings(out=folder / f"rl-{case}", **more)
-    theirs, roll_out = {}, train_rl.roll_out
-
-    def remember(*arguments):
-        found = roll_out(*arguments)
-        theirs.update({sampled.prompt.place: sampled.tokens for sampled in found[0]})
-        return found
-
-    monkeypatch.setattr(train_rl, "roll_out", remember)
     logged = run(train_rl, s)
     model, processor = load(qwen2_5_learned)
     before = weights(model)
-    expected = reference_rl(model, processor, stories, s, theirs)
+    expected = reference_rl(model, processor, stories, s)
     check_logs(logged, expected)
-    assert all(line.get("policy/sampling_gap", 0.0) < 1e-4 for line in logged)  # sampling and update agree on every token
+    assert all(line["policy/sampling_gap"] < 1e-4 for line in logged)  # sampling and update agree on every token
     if case == "relative":  # what is tested here has something to do
-        learned = [line for line in expected if "policy/loss" in line]
-        assert learned and all(line["policy/grad_norm"] > s.grad_clip for line in learned)
-        assert max(line["policy/clipped"] for line in learned) > 0.05
-        assert max(line["policy/kl"] for line in learned) > 0.005
+        assert all(line["policy/grad_norm"] > s.grad_clip for line in expected)
+        assert max(line["policy/clipped"] for line in expected) > 0.05
+        assert max(line["policy/kl"] for line in expected) > 0.005
     if case == "similarity":  # groups without spread are left out, their KL to the reference, too
         assert any(line["rollout/no_spread"] > 0 for line in expected)
     check_weights(before, weights(load(s.out / "checkpoint")[0]), weights(model), rounding=2e-4)  # measured: 2e-5

@@ -34,6 +34,7 @@ from data.measure import long
 from data.run.settings import FrameSettings
 from data.skim import Skim, choose_windows, frames_to_skip, lay_windows, motion_curve, skim
 from data.video import Clip, Frames, read_clip, read_frames
+from data.world import SAME_BYTES
 
 LENGTH = 5  # tokens of a rollout
 
@@ -45,7 +46,7 @@ def write_long(path: Path, seconds: float = 40.0, event: float | None = 27.0, fp
     video = np.repeat(scene, round(seconds * fps), 0) + rng.integers(0, 3, (round(seconds * fps), 3, 48, 48))
     if event is not None:
         video[round(event * fps) : round((event + 0.5) * fps), :, 12:28, 20:36] = 250
-    VideoEncoder(torch.from_numpy(video.astype(np.uint8)), frame_rate=fps).to_file(path, crf=12)
+    VideoEncoder(torch.from_numpy(video.astype(np.uint8)), frame_rate=fps).to_file(path, crf=12, extra_options=SAME_BYTES)
     return path
 
 

@@ -20,6 +20,7 @@ from data.clips import load_clips, parse_line
 from data.curation.fingerprints import fingerprint
 from data.files import ClipError
 from data.video import Clip, Frames, read_frames
+from data.world import SAME_BYTES
 
 MOMENTS = [0.125 + 0.25 * i for i in range(16)]  # the middles of 16 shares of 4 s
 
@@ -35,7 +36,9 @@ def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("videos")
     pictures = (20 + 2 * torch.arange(100, dtype=torch.uint8))[:, None, None, None].repeat(1, 3, 120, 160)
     pictures[:, 0, :60, :80], pictures[:, 1:, :60, :80] = 220, 20
-    VideoEncoder(pictures, frame_rate=25).to_file(folder / "raw.mp4", crf=1, pixel_format="yuv444p")
+    VideoEncoder(pictures, frame_rate=25).to_file(
+        folder / "raw.mp4", crf=1, pixel_format="yuv444p", extra_options=SAME_BYTES
+    )
     x264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-g", 50, "-bf", 3, "-crf", 12]
     ffmpeg("-i", folder / "raw.mp4", *x264, folder / "base.mp4")
     ffmpeg("-f", "lavfi", "-i", "sine=duration=6", "-c:a", "aac", folder / "tone.m4a")
