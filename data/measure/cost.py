@@ -21,7 +21,7 @@ from data.examples import Preparation, chat
 from data.loader import ClipLoader
 from data.run.log import describe_environment
 from data.run.memory import PeakMemory, held_bytes
-from data.run.models import load_model
+from data.run.models import load_model, load_plain
 from data.tiny import build_tiny
 from data.video import PROMPT
 
@@ -66,6 +66,14 @@ def step_seconds(model: str, data: Path, pairs: int = 30, batch_size: int = 16) 
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 
+def load_both(model: str) -> tuple[videolm.VideoLM, torch.nn.Module, object]:
+    """The same weights twice, as a VideoLM and as transformers' own model with nothing replaced; and their processor."""
+    torch.manual_seed(0)  # of random:NAME
+    lm, processor = load_model(model)
+    torch.manual_seed(0)
+    return lm, load_plain(model)[0], processor
+
+
 def long_example(lm: videolm.VideoLM, processor, visual_tokens: int) -> vp.Example:
     """A clip of random pixels with a prompt, a third of its slots key."""
     generator = torch.Generator().manual_seed(0)
@@ -87,7 +95,7 @@ def long_example(lm: videolm.VideoLM, processor, visual_tokens: int) -> vp.Examp
 def step_jobs(settings: CostSettings) -> dict:
     """A step of stage 1 on one clip: a plain loop, which encodes the twin's frames, runs both videos through the
     whole model and makes all logits, against ours; the same loss, the same gradient."""
-    lm, processor = load_model(settings.model)
+    lm, hf, processor = load_both(settings.model)
     example = long_example(lm, processor, settings.visual_tokens)
     caption = torch.randint(0, 256, (settings.new_tokens,), generator=torch.Generator().manual_seed(1))
     slots = example.source != torch.arange(len(example.source))
@@ -95,22 +103,22 @@ def step_jobs(settings: CostSettings) -> dict:
         example, input_ids=torch.cat([example.input_ids, caption]), keywords=[vp.Keyword("it", caption[:3], slots)],
         token_types=torch.cat([example.token_types, torch.zeros_like(caption)]),
     )  # fmt: skip
-    batch, hf, layer = lm.collate([example]), lm.hf, lm.contrastive_layer
+    batch, layer = lm.collate([example]), lm.contrastive_layer
     per_slot = len(example.pixels) // len(slots)
     degraded = example.pixels.view(-1, per_slot, example.pixels.shape[1])[example.source].flatten(0, 1)
     device = lm.device
     batch, degraded = batch.to(device), degraded.to(device)
 
-    def gradient(loss: torch.Tensor) -> torch.Tensor:
+    def gradient(loss: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
         loss.backward()
-        result = hf.model.language_model.layers[0].self_attn.q_proj.weight.grad.clone()
-        hf.zero_grad()
+        result = model.model.language_model.layers[0].self_attn.q_proj.weight.grad.clone()
+        model.zero_grad()
         lm.heads.zero_grad()
         return torch.cat([loss.detach().view(1), result.flatten()])
 
     def ours() -> torch.Tensor:
         out = lm(batch)
-        return gradient(out.lm_loss + out.contrastive_loss)
+        return gradient(out.lm_loss + out.contrastive_loss, lm.hf)
 
     def plain() -> torch.Tensor:
         inputs = lm.inputs(batch, None) | {"output_hidden_states": True, "use_cache": False}
@@ -119,17 +127,18 @@ def step_jobs(settings: CostSettings) -> dict:
         lm_loss = F.cross_entropy(full.logits.flatten(0, 1)[batch.label_rows].float(), batch.label_ids, reduction="sum")
         h, h_twin = (x.hidden_states[layer][:, : batch.prefix_length].flatten(0, 1)[batch.key_rows] for x in (full, twin))
         t = hf.get_input_embeddings()(batch.keyword_ids).detach().mean(1)
-        return gradient(lm_loss + lm.heads(h, h_twin, t, batch.key_tokens)[0])
+        return gradient(lm_loss + lm.heads(h, h_twin, t, batch.key_tokens)[0], hf)
 
     return {"step, plain transformers": plain, "step, twin by gather and early exit": ours}
 
 
 def cost_jobs(settings: CostSettings) -> dict:
     """The four measured functions and their names: each runs once when called and returns what its rival must equal."""
-    lm, processor = load_model(settings.model)
+    lm, plain, processor = load_both(settings.model)
     hf, example, G = lm.hf, long_example(lm, processor, settings.visual_tokens), settings.rollouts
     device = lm.device
-    hf.generation_config.eos_token_id = lm.config.text_config.vocab_size  # none: every description is as long as it may be
+    for model in (hf, plain):  # nothing ends a text: every description is as long as it may be
+        model.generation_config.eos_token_id = lm.config.text_config.vocab_size
     generator = torch.Generator().manual_seed(1)
     ys = [[torch.randint(0, 256, (settings.new_tokens,), generator=generator) for _ in range(G)]]
     with torch.no_grad():
@@ -162,7 +171,7 @@ def cost_jobs(settings: CostSettings) -> dict:
             }
             inputs = {k: v.to(device) for k, v in inputs.items()}
             # num_return_sequences needs sampling; top_k=1 makes it greedy, so that the tokens can be compared
-            out = hf.generate(
+            out = plain.generate(
                 **inputs, max_new_tokens=settings.new_tokens, do_sample=True, top_k=1, num_return_sequences=G,
                 suppress_tokens=lm.banned.tolist(),
             )  # fmt: skip
@@ -175,9 +184,10 @@ def cost_jobs(settings: CostSettings) -> dict:
 
 def question_jobs(settings: CostSettings) -> dict:
     """The same for questions about one video: a generate() each against one prefill for all."""
-    lm, processor = load_model(settings.model)
+    lm, plain, processor = load_both(settings.model)
     example, device = long_example(lm, processor, settings.visual_tokens), lm.device
-    lm.hf.generation_config.eos_token_id = lm.config.text_config.vocab_size  # none: every answer is as long as it may be
+    for model in (lm.hf, plain):  # nothing ends a text: every answer is as long as it may be
+        model.generation_config.eos_token_id = lm.config.text_config.vocab_size
     shared = int((example.input_ids == lm.config.vision_end_token_id).nonzero()[-1]) + 1
     tails = []
     for i in range(settings.rollouts):  # questions of unequal length
@@ -196,7 +206,7 @@ def question_jobs(settings: CostSettings) -> dict:
             inputs |= {"second_per_grid_ts": torch.tensor([0.5]), "attention_mask": torch.ones_like(ids)[None]}
             inputs = {k: v.to(device) for k, v in inputs.items()}
             banned = lm.banned.tolist()
-            out = lm.hf.generate(**inputs, max_new_tokens=settings.new_tokens, do_sample=False, suppress_tokens=banned)
+            out = plain.generate(**inputs, max_new_tokens=settings.new_tokens, do_sample=False, suppress_tokens=banned)
             said.append(out[0, len(ids) :])
         return torch.stack(said)
 
@@ -238,15 +248,18 @@ def run_cost(settings: CostSettings, console: Console) -> dict:
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             peaks = pool.starmap(peak_of_job, [(settings, plain), (settings, shared)], chunksize=1)
         medians = [statistics.median(seconds[n]) for n in (plain, shared)]
+        faster = sorted(a / b for a, b in zip(seconds[plain], seconds[shared]))  # in turn: other load slows both
         known = not any(map(math.isnan, peaks))
-        record[shared] = {"plain seconds": medians[0], "shared seconds": medians[1]}
+        record[shared] = {"plain seconds": medians[0], "shared seconds": medians[1], "times faster": faster}
         record[shared] |= {"plain bytes": peaks[0], "shared bytes": peaks[1]} if known else {}
-        for name, t, peak in zip((plain, shared), medians, peaks):
+        ratio = f"{statistics.median(faster):.1f} ({faster[0]:.1f} to {faster[-1]:.1f})"
+        for name, t, peak, times in zip((plain, shared), medians, peaks, ("1", ratio)):
             bytes_cells = f"{peak / 2**20:.0f} MiB | {peak / peaks[0]:.2f}" if known else "not known | not known"
-            rows.append(f"| {name} | {1e3 * t:.0f} ms | {medians[0] / t:.1f} | {bytes_cells} |")
+            rows.append(f"| {name} | {1e3 * t:.0f} ms | {times} | {bytes_cells} |")
     about = describe_environment()
     report = "\n".join([
-        f"| {settings.what} | time (median) | times faster | peak memory | of the plain way |", "|---" * 5 + "|", *rows,
+        f"| {settings.what} | time (median) | times faster (least to most) | peak memory | of the plain way |",
+        "|---" * 5 + "|", *rows,
         f"\n{settings.visual_tokens} visual tokens, {settings.new_tokens} new tokens, "
         + f"G = G' = {settings.rollouts}, " * (settings.what == "stage-2")
         + f"one clip; equal results; one run. Commit {about['commit']}, torch {about['torch']}, {about['device']}.",
