@@ -34,14 +34,14 @@ def block_change(a: Tensor, b: Tensor) -> Tensor:
     return F.avg_pool2d(change, block, max(1, block // 2)).flatten(1).unflatten(0, a.shape[:-3])
 
 
-def find_cuts(pixels: Tensor, threshold: float = 25.0) -> list[int]:
+def find_cuts(steps: Tensor, threshold: float = 25.0) -> list[int]:
     """Frames that begin another shot: most of the picture changes at once, far more than it does between other frames.
 
-    pixels: (F, C, H, W) float in [0, 255].
+    steps: (F-1, blocks), `block_change` from each of F frames to the next.
     """
-    if len(pixels) < 3:
+    if len(steps) < 2:
         return []
-    change = block_change(pixels[1:], pixels[:-1]).median(1).values  # (F-1,): of the block in the middle
+    change = steps.median(1).values  # (F-1,): of the block in the middle
     usual = change.median()
     cut = (change > threshold) & (change > 6 * usual + 5)
     return (cut.nonzero().squeeze(1) + 1).tolist()
@@ -56,7 +56,8 @@ def motion_evidence(frames: Tensor, timestamps: Sequence[float], reach: float = 
     pixels, count = shrink(frames), len(frames)
     step = (timestamps[-1] - timestamps[0]) / max(1, count - 1) or 1.0
     lag = max(1, round(reach / step))
-    cuts = find_cuts(pixels)
+    steps = block_change(pixels[1:], pixels[:-1]) if count > 1 else torch.zeros(1, 1)
+    cuts = find_cuts(steps)
     first, last = torch.zeros(count, dtype=torch.long), torch.full((count,), count - 1)
     for cut in cuts:
         first[cut:] = cut
@@ -74,7 +75,6 @@ def motion_evidence(frames: Tensor, timestamps: Sequence[float], reach: float = 
     everywhere = float(sides[side[peak], peak].median() / largest[side[peak], peak].clamp(min=1e-3))
     stands_out = 1 - float(curve.quantile(0.1) / curve[peak].clamp(min=1e-3))
     confidence = min(1.0, float(curve[peak]) / 20) * stands_out * (1 - everywhere)
-    steps = block_change(pixels[1:], pixels[:-1]) if count > 1 else torch.zeros(1, 1)
     moving = (steps > 4).float().mean()  # share of the picture that moves from frame to frame
     notes = []
     if moving > 0.6:

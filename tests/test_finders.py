@@ -62,10 +62,15 @@ def test_what_stays_or_creeps_is_no_event(kind):
     assert motion.motion_evidence(frames.clamp(0, 255).byte(), TIMES).confidence < 0.3
 
 
+def cuts_of(pixels):
+    """The cuts of shrunk frames."""
+    return motion.find_cuts(motion.block_change(pixels[1:], pixels[:-1]))
+
+
 def test_a_cut_is_no_event_and_evidence_does_not_cross_it():
     """Two scenes: the cut is named, nothing peaks at it; an event beside it is still the peak."""
     frames = torch.cat([still(18, seed=0), still(18, seed=5)])
-    assert motion.find_cuts(motion.shrink(frames)) == [18]
+    assert cuts_of(motion.shrink(frames)) == [18]
     found = motion.motion_evidence(frames, TIMES)
     assert found.confidence < 0.3 and "1 cut(s)" in found.notes
     frames[24:28, :, 10:22, 30:42] = 250
@@ -79,7 +84,7 @@ def test_evidence_stays_within_its_shot(first, last):
     """What is there from a shot's first frame and goes, or comes and is there to its last, does not come and go."""
     frames = torch.cat([still(18, seed=0), still(18, seed=5)])
     frames[first:last, :, 10:22, 30:42] = 250
-    assert motion.find_cuts(motion.shrink(frames)) == [18]
+    assert cuts_of(motion.shrink(frames)) == [18]
     assert motion.motion_evidence(frames, TIMES).curve.max() < 8
 
 
@@ -90,7 +95,7 @@ def test_a_restless_picture_has_no_cuts_and_no_event():
     places = zip(torch.randint(48, (36,), generator=g).tolist(), torch.randint(192, (36,), generator=g).tolist())
     torn = torch.stack([wide[:, y : y + 48, x : x + 64] for y, x in places])
     change = motion.block_change(torn[1:], torn[:-1]).median(1).values
-    assert (change > 25).float().mean() > 0.5 and motion.find_cuts(torn) == []
+    assert (change > 25).float().mean() > 0.5 and cuts_of(torn) == []
     frames = still()
     for i in range(36):
         y, x = torch.randint(36, (1,), generator=g), torch.randint(52, (1,), generator=g)
@@ -119,7 +124,7 @@ def test_close_frames_are_smoothed():
 def test_a_flash_is_not_a_cut():
     """Two bright frames of the whole picture are two changes at once; a slow pan has none."""
     pan = torch.stack([texture(0, width=160)[:, :, i : i + 64] for i in range(36)]).byte()
-    assert motion.find_cuts(motion.shrink(pan)) == []
+    assert cuts_of(motion.shrink(pan)) == []
 
 
 def test_a_moving_camera_lowers_the_confidence():

@@ -178,6 +178,8 @@ def look_tokens(look: Look, preparation: Preparation) -> int:
 
 
 def _in_process(job: Callable, arguments: tuple, answer) -> None:
+    import torchcodec.decoders  # noqa: F401  a second or two that are not the file's
+
     who, began = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN), time.perf_counter()
     before = sum(x.ru_utime + x.ru_stime for x in map(resource.getrusage, who))
     found = job(*arguments)
