@@ -23,8 +23,8 @@ class ReportSettings:
     """Train every variant of both stages on the embedded world with several seeds, and write the README's tables."""
 
     stage: Literal["both", 1, 2, "lora"] = "both"
-    """1: captions alone, without the twin, with it. 2: from where stage 1 with the twin ends. lora: stage 1 continues from
-    there with adapters, in full precision and in 4 bits."""
+    """1: captions alone, without the twin, with it. 2: from where stage 1 with the twin ends. lora: from where captions
+    alone end, stage 1 with the twin on all weights, on adapters, and on adapters over 4 bits."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; each gives every variant its own order of clips."""
     out: Path = Path("runs/report")
@@ -37,16 +37,21 @@ class ReportSettings:
     """Training clips of another world, made by data/world.py; its test and held-out clips must lie beside them."""
 
 
-LORA = ["--lora-rank", "16", "--steps", "150", "--learning-rate", "2e-3"]
+LORA = ["--lora-rank", "16", "--learning-rate", "2e-3"]
+CAPTIONS = "captions alone"
 DEFAULT = {1: "+ contrastive, twin (default)", 2: "+ stage 2 (default)"}
 VARIANTS = {
     1: {
-        "captions alone": ["--contrastive-weight", "0"],
+        CAPTIONS: ["--contrastive-weight", "0"],
         "+ contrastive, other clips only": ["--no-twin-negatives"],
         DEFAULT[1]: [],
     },
     2: {DEFAULT[2]: [], "relative, full video's branch only": ["--no-twin-branch"]},
-    "lora": {"LoRA, full precision": LORA, "LoRA, 4-bit": [*LORA, "--quantize", "nf4"]},
+    "lora": {
+        "then with the twin, all weights": [],
+        "then with the twin, LoRA": LORA,
+        "then with the twin, LoRA over 4 bits": [*LORA, "--quantize", "nf4"],
+    },
 }
 ABLATIONS = {
     "similarity": ["--reward", "similarity", "--no-twin-branch"],
@@ -134,13 +139,14 @@ def run_report(settings: ReportSettings, console: Console) -> str:
         lines.extend([f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"])
 
     head("world, test split")
+    begins_at = CAPTIONS if s.stage == "lora" else DEFAULT[1]
     for title, arguments in VARIANTS[1].items():
-        if s.stage in ("both", 1) or title == DEFAULT[1]:
+        if s.stage in ("both", 1) or title == begins_at:
             train(title, "train_sft.py", arguments)
     first = next(iter(runs.values()))[s.seeds[0]]  # it has evaluated the base that all runs begin with
     before = json.loads((first / "results.json").read_text())["before"]
     lines.insert(2, table_row("the base, before any fine-tuning", [{"test": before}], []))
-    start = runs[DEFAULT[1]]
+    start = runs[begins_at]
     if s.stage in ("both", 2):
         for title, arguments in (VARIANTS[2] | (ABLATIONS if s.ablation else {})).items():
             train(title, "train_rl.py", arguments, start)
@@ -159,7 +165,7 @@ def run_report(settings: ReportSettings, console: Console) -> str:
                      f"{with_twin / without:.2f} (medians of 30 pairs, batch 16, in turn in one process).")  # fmt: skip
     if s.stage == "both":
         draw_habits(runs, s.out / "habits.png")
-        shown = {title: runs[title][s.seeds[0]] for title in ("captions alone", DEFAULT[1], DEFAULT[2])}
+        shown = {title: runs[title][s.seeds[0]] for title in (CAPTIONS, DEFAULT[1], DEFAULT[2])}
         console.print(f"{write_page(shown, s.out / 'descriptions.html')}", highlight=False)
     report = "\n".join(lines) + "\n"
     (s.out / f"report-{s.stage}.md").write_text(report)
