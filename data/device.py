@@ -49,7 +49,7 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 def to_host(records: Sequence[Record]) -> list[Record]:
-    """Records whose fields are all tensors, on the CPU: one copy for all, since the host waits for each."""
+    """Records whose fields are all tensors of one dtype, on the CPU: one copy for all, since the host waits for each."""
     # Every field of every record in one row of numbers, and back in the same order.
     parts = [x for record in records for x in vars(record).values()]
     if not parts:

@@ -352,6 +352,12 @@ def test_describe_one_file(world, qwen2_5, tmp_path):
 
 def test_cost_of_a_step_compares_equal_work(qwen2_5):
     """What `eval.py cost --what stage-1` times: a plain loop over both videos and ours give one loss and one gradient."""
+    lm, hf, _ = cost.load_both(str(qwen2_5))
+    visual, language = hf.model.visual, hf.model.language_model.config._attn_implementation
+    assert type(visual.patch_embed).__module__.startswith("transformers.")  # nothing of the rival is ours
+    assert type(visual.patch_embed).forward.__module__.startswith("transformers.")
+    assert "chunked" not in visual.config._attn_implementation and "by_mask" not in language
+    assert all(torch.equal(a, b) for a, b in zip(lm.hf.state_dict().values(), hf.state_dict().values()))
     plain, ours = (job() for job in cost.step_jobs(cost.CostSettings("stage-1", str(qwen2_5), 64, 5)).values())
     assert plain[0] > 0 and plain[1:].abs().max() > 0
     torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-4)

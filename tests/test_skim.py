@@ -570,3 +570,10 @@ def test_named_counts_events_where_the_truth_is_known(monkeypatch, preparation):
     monkeypatch.setattr(long, "evaluate", lambda *_: {"full": scores.pop(0)})
     rows = long.measure_named(long.LongSettings(what="named", lengths=(4,)), Console())
     assert [(row["frames chosen"], row["event named"]) for row in rows] == [("uniform", 0.25), ("skim", 0.75)]
+
+
+def test_what_a_measured_job_raises_is_raised_here():
+    """A file that cannot be decoded ends `eval.py long` with its reason; it does not wait for ever."""
+    with pytest.raises(ZeroDivisionError):
+        long.timed(divmod, 1, 0)
+    assert long.measure(divmod, 7, 2)[0] == (3, 1)

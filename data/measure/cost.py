@@ -67,8 +67,11 @@ def step_seconds(model: str, data: Path, pairs: int = 30, batch_size: int = 16) 
 
 
 def load_both(model: str) -> tuple[videolm.VideoLM, torch.nn.Module, object]:
-    """The same weights twice, as a VideoLM and as transformers' own model with nothing replaced; and their processor."""
-    torch.manual_seed(0)  # of random:NAME
+    """The same weights twice, as a VideoLM and as transformers' own model; and their processor.
+
+    The second has the published positions (data/positions.py), so that both compute the same, and nothing else of ours.
+    """
+    torch.manual_seed(0)  # random:NAME draws its weights
     lm, processor = load_model(model)
     torch.manual_seed(0)
     return lm, load_plain(model)[0], processor

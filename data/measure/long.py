@@ -16,6 +16,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -177,7 +178,8 @@ def look_tokens(look: Look, preparation: Preparation) -> int:
 # --- Seconds and memory for a file ----------------------------------------------------------------------------------------
 
 
-def _in_process(job: Callable, arguments: tuple, answer) -> None:
+def measure(job: Callable, *arguments) -> tuple[object, float, float, int]:
+    """Run a job: its result, seconds, CPU seconds, and the most bytes that this process and its children have held."""
     import torchcodec.decoders  # noqa: F401  a second or two that are not the file's
 
     who, began = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -185,18 +187,13 @@ def _in_process(job: Callable, arguments: tuple, answer) -> None:
     found = job(*arguments)
     seconds, used = time.perf_counter() - began, [resource.getrusage(x) for x in who]
     cpu = sum(x.ru_utime + x.ru_stime for x in used) - before
-    answer.put((found, seconds, cpu, sum(x.ru_maxrss for x in used) * 1024))
+    return found, seconds, cpu, sum(x.ru_maxrss for x in used) * 1024
 
 
 def timed(job: Callable, *arguments) -> tuple[object, float, float, int]:
-    """Run a job in a process of its own: its result, seconds, CPU seconds, and the most bytes it holds, children too."""
-    context = multiprocessing.get_context("spawn")
-    answer = context.SimpleQueue()
-    process = context.Process(target=_in_process, args=(job, arguments, answer))
-    process.start()
-    found = answer.get()
-    process.join()
-    return found
+    """The same in a process of its own. What the job raises is raised here."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure, job, *arguments).result()
 
 
 def skim_file(path: Path, fps: float, windows: int, seconds: float) -> tuple[int, list[list[float]]]:
