@@ -184,31 +184,37 @@ def choose_by_mask(config) -> None:
 class RoomyLayer(DynamicLayer):
     """Keys and values in buffers with room for all that will come: a token is written into its place, nothing is copied.
 
-    First come the prompts of all clips, some at a time, padded to the right to one width; then tokens of all at once.
+    First come forked prompts, some clips at a time: each becomes a row for each of its videos, which holds what rollouts of
+    that video see, and nothing of the other. Then come tokens of all rows at once.
     """
 
-    def __init__(self, clips: int, width: int, room: int):
-        """room: tokens behind the prompts."""
+    def __init__(self, places: Sequence[Tensor], room: int):
+        """places: of each group of clips the keys of each row (B, videos, width), by their places in the clip's sequence;
+        see `Packed.by_video`. room: tokens behind the prompts."""
         super().__init__()
-        self.clips, self.width, self.room = clips, width, room
-        self.filled = self.length = 0
+        self.places, self.room, self.width = list(places), room, max(x.shape[2] for x in places)
+        self.rows, self.filled, self.length = sum(x.shape[0] * x.shape[1] for x in places), 0, 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Of prompts, which see no others, their own length; how many keys there are, and where they begin."""
-        return (query_length, 0) if self.filled < self.clips else super().get_mask_sizes(query_length)
+        return (query_length, 0) if self.places else super().get_mask_sizes(query_length)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         """Add keys and values (B, heads, n, head_dim). Returns those of prompts as they are; then all so far, as views."""
-        (B, heads, n, head_dim), new = key_states.shape, (key_states, value_states)
+        (_, heads, n, head_dim), new = key_states.shape, (key_states, value_states)
         if not self.is_initialized:
             # Zeros, since what stands behind a short prompt is multiplied, by a weight of 0.
-            shape = (self.clips, heads, self.width + self.room, head_dim)
+            shape = (self.rows, heads, self.width + self.room, head_dim)
             self.buffers = [x.new_zeros(shape) for x in new]
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        if self.filled < self.clips:
+        if self.places:
+            places = self.places.pop(0)
+            clip = torch.arange(len(places), device=places.device)[:, None, None]
+            rows = slice(self.filled, self.filled + places.shape[0] * places.shape[1])
             for buffer, x in zip(self.buffers, new):
-                buffer[self.filled : self.filled + B, :, :n] = x
-            self.filled, self.length = self.filled + B, self.width
+                seen = x.transpose(1, 2)[clip, places]  # (B, videos, width, heads, head_dim)
+                buffer[rows, :, : places.shape[2]] = seen.flatten(0, 1).transpose(1, 2)
+            self.filled, self.length = rows.stop, self.width
             self.keys, self.values = (buffer[:, :, : self.width] for buffer in self.buffers)
             return new
         for buffer, x in zip(self.buffers, new):

@@ -75,6 +75,18 @@ class Packed:
         clip = torch.arange(len(branch), device=branch.device)[:, None, None]
         return self.ancestors[clip, branch[:, :, None], self.branch[:, None, :]]
 
+    def by_video(self, num_videos: int) -> tuple[Tensor, Tensor]:
+        """Forked prompts video by video, the wanted rows of a clip being those of its full video, then those of its twin.
+
+        Returns the places (B, videos, W) in the clip's sequence of all that a video's wanted rows see, filled up with other
+        places to one width, and which of these each wanted row sees (B, videos, rows, W) bool.
+        """
+        B = len(self.branch)
+        sees = self.sees(self.branch.flatten()[self.rows].view(B, -1)).unflatten(1, (2, -1))[:, :num_videos]
+        seen = sees.any(2)  # (B, videos, T)
+        places = seen.int().argsort(dim=2, descending=True, stable=True)[..., : int(seen.sum(2).max())]
+        return places, sees.gather(3, places[:, :, None].expand(-1, -1, sees.shape[2], -1))
+
     def branches(self) -> list[list[Branch]]:
         """The branches of each clip in the order in which they stand; for `attend_by_branch`."""
         found, counts = [], F.one_hot(self.branch, self.ancestors.shape[-1]).sum(1)  # (B, n)

@@ -142,19 +142,23 @@ def test_query_heads_as_rows():
 
 
 def test_a_cache_with_room():
-    """Prompts of two groups, then tokens of all: what torch.cat would give, and no buffer is made anew."""
+    """Forked prompts of two groups, a row for each video, then tokens of all: what torch.cat would give, and no buffer is
+    made anew."""
     torch.manual_seed(0)
-    layer = RoomyLayer(3, 5, room=4)
-    prompts = [torch.randn(2, 2, 5, 8), torch.randn(1, 2, 3, 8)]
-    for x in prompts:
+    # Three tokens that fork behind the first; a clip without a twin; in a group of its own, one that forks at once.
+    places = [torch.tensor([[[0, 1, 2], [0, 3, 4]], [[0, 1, 4], [0, 1, 4]]]), torch.tensor([[[0, 1], [2, 3]]])]
+    layer = RoomyLayer(places, room=4)
+    prompts, rows = [torch.randn(2, 2, 5, 8), torch.randn(1, 2, 4, 8)], []
+    for x, of_group in zip(prompts, places):
         assert layer.get_mask_sizes(x.shape[2]) == (x.shape[2], 0)  # a group of prompts sees no other
         keys, values = layer.update(x, -x)
         assert torch.equal(keys, x) and torch.equal(values, -x)
-    padded = torch.cat([prompts[0], torch.nn.functional.pad(prompts[1], (0, 0, 0, 2))])
-    assert layer.get_seq_length() == 5 and layer.get_mask_sizes(2) == (7, 0)
+        rows += [x[b][:, seen] for b, clip in enumerate(of_group) for seen in clip]
+    padded = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, 3 - row.shape[1])) for row in rows])
+    assert layer.get_seq_length() == 3 and layer.get_mask_sizes(2) == (5, 0)
     place = layer.buffers[0].data_ptr()
     for _ in range(2):
-        new = torch.randn(3, 2, 2, 8)
+        new = torch.randn(6, 2, 2, 8)
         keys, values = layer.update(new, -new)
         padded = torch.cat([padded, new], 2)
         assert torch.equal(keys, padded) and torch.equal(values, -padded)
