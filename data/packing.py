@@ -75,17 +75,22 @@ class Packed:
         clip = torch.arange(len(branch), device=branch.device)[:, None, None]
         return self.ancestors[clip, branch[:, :, None], self.branch[:, None, :]]
 
-    def by_video(self, num_videos: int) -> tuple[Tensor, Tensor]:
-        """Forked prompts video by video, the wanted rows of a clip being those of its full video, then those of its twin.
+    def by_video(self, kinds: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
+        """What the rollouts of forked prompts see, video by video: the wanted rows of a clip are those of its full video,
+        then as many of its twin. kinds: of each video, which of these each of its rollouts grows from.
 
-        Returns the places (B, videos, W) in the clip's sequence of all that a video's wanted rows see, filled up with other
-        places to one width, and which of these each wanted row sees (B, videos, rows, W) bool.
+        Returns for each video that has rollouts the places (B, W) in the clip's sequence of all that they see, filled up
+        with others to one width, and which of these each of them sees (B, rollouts, W) bool.
         """
-        B = len(self.branch)
-        sees = self.sees(self.branch.flatten()[self.rows].view(B, -1)).unflatten(1, (2, -1))[:, :num_videos]
-        seen = sees.any(2)  # (B, videos, T)
-        places = seen.int().argsort(dim=2, descending=True, stable=True)[..., : int(seen.sum(2).max())]
-        return places, sees.gather(3, places[:, :, None].expand(-1, -1, sees.shape[2], -1))
+        wanted = self.branch.flatten()[self.rows].view(len(self.branch), 2, -1)  # (B, 2, wanted rows of a video)
+        found = []
+        for v, kind in enumerate(map(list, kinds)):
+            if kind:
+                sees = self.sees(wanted[:, v, kind])  # (B, rollouts, T)
+                seen = sees.any(1)
+                places = seen.int().argsort(dim=1, descending=True, stable=True)[:, : int(seen.sum(1).max())]
+                found.append((places, sees.gather(2, places[:, None].expand(-1, len(kind), -1))))
+        return found
 
     def branches(self) -> list[list[Branch]]:
         """The branches of each clip in the order in which they stand; for `attend_by_branch`."""

@@ -162,15 +162,14 @@ FAULTS = [
     Fault("clipped ratio not taken in equation (5)", "vp.py", "-torch.minimum(unclipped, clipped)", "-unclipped", RELATIVE),
     Fault("KL of the wrong direction in equation (5)", "vp.py", "        x = ref_logp - logp\n",
           "        x = logp - ref_logp\n", RELATIVE),
-    # Rollouts: a row of the cache for each video.
-    Fault("rollouts of the full video alone see the twin", "data/packing.py", "[:, :num_videos]", "[:, -num_videos:]",
-          "tests/test_rollouts.py::test_rollouts_do_not_depend_on_their_batch"),
-    Fault("keys of the full video for both", "data/attention.py",
-          "[clip, places]", "[clip, places[:, :1].expand_as(places)]",
+    # Rollouts: each attends to its own video.
+    Fault("rollouts of the twin see the full video", "data/packing.py", "self.sees(wanted[:, v, kind])",
+          "self.sees(wanted[:, 0, kind])", "tests/test_rollouts.py::test_rollouts_equal_whole_passes"),
+    Fault("keys of the full video for both", "data/attention.py", "buffer[clips, :, : places.shape[1]] = x.gather(2, seen)",
+          "buffer[clips, :, : places.shape[1]] = x[:, :, : places.shape[1]]",
           "tests/test_rollouts.py::test_rollouts_equal_whole_passes"),
-    Fault("numbers of one video for both", "data/generation.py",
-          "F.pad(x, (0, 0, 0, num - x.shape[1])) for x", "F.pad(parts[0], (0, 0, 0, num - counts[0])) for x",
-          "tests/test_rollouts.py::test_rollouts_equal_whole_passes"),
+    Fault("rollouts see one another", "data/generation.py", "torch.eye(count, dtype=torch.bool)",
+          "torch.ones(count, count, dtype=torch.bool)", "tests/test_rollouts.py::test_rollouts_equal_whole_passes"),
 ]  # fmt: skip
 
 
