@@ -73,7 +73,7 @@ class Settings(TrainSettings):
     decay: float = by_preset(0.25, 1.0, 1.0)
     """Share of the steps behind the warm-up, at the end, over which the learning rate falls to zero."""
     weight_decay: float = by_preset(0.1, 0.01, 0.01)
-    """Weight decay of AdamW."""
+    """AdamW's weight decay."""
     contrastive_weight: float = 0.5
     """lambda; 0 is the caption-only baseline and computes nothing of the rest."""
     twin_negatives: bool = True

@@ -112,6 +112,27 @@ def table_row(title: str, results: Sequence[dict[str, dict]], seconds: Sequence[
     return f"| {title} | " + " | ".join(cells) + " |"
 
 
+def event_table(runs: dict[str, dict[int, Path]], test: Path) -> list[str]:
+    """Event by event, over all seeds: how many of the rare ones are named, and how many of the twins are said to show it on
+    the floor where it is usual. Clips are told apart by the `truth` in their lines of the test split."""
+    truths = [json.loads(line)["truth"] for line in test.open()]
+    actions = sorted({truth["usual"] for truth in truths})
+    lines = ["| rare event named; claimed of twins where it is usual | " + " | ".join(actions) + " |"]
+    lines.append("|---" * (len(actions) + 1) + "|")
+    for title, of_title in runs.items():
+        named, claimed = ({action: [] for action in actions} for _ in range(2))
+        for out in of_title.values():
+            for row in json.loads((out / "results.json").read_text())["rows"]:
+                truth = truths[row["index"]]
+                if truth["kind"] == "rare":
+                    named[truth["action"]].append(row["scores"]["rare event named"])
+                if "twin scores" in row:
+                    claimed[truth["usual"]].append(row["twin scores"]["event claimed"])
+        cells = ("; ".join(f"{sum(x) / len(x):.2f}" if x else "-" for x in (named[a], claimed[a])) for a in actions)
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def run_report(settings: ReportSettings, console: Console) -> str:
     """The command `python eval.py report`."""
     s, lines, runs = settings, [], {}
@@ -153,6 +174,7 @@ def run_report(settings: ReportSettings, console: Console) -> str:
     if s.stage == "lora":
         for title, arguments in VARIANTS["lora"].items():
             train(title, "train_sft.py", arguments, start)
+    lines += ["", *event_table(runs, splits["test"])]
     last = next(reversed(runs.values()))[s.seeds[-1]]
     about = json.loads((last / "settings.json").read_text())
     lines.append(

@@ -105,8 +105,6 @@ class TrainSettings(FrameSettings):
     """Allow symbolic links that leave the folder of the videos, as hub caches have them."""
     eval_data: Path | None = None
     """Annotation file to evaluate on (default: the world's test split, or none)."""
-    weight_decay: float = 0.01
-    """AdamW's weight decay."""
     warmup: float = 0.05
     """Share of the steps that warms up."""
     grad_clip: float = 1.0
