@@ -20,6 +20,7 @@ from data.examples import Preparation
 from data.measure import cost, long
 from data.measure import evaluate as measure
 from data.measure.evaluate import DescribeSettings, EvalSettings, evaluate, markdown_row, run_describe, run_evaluation
+from data.measure.report import event_table
 from data.run.models import load_model
 from data.run.settings import as_trained
 from data.texts import EmbeddedText
@@ -361,3 +362,25 @@ def test_cost_of_a_step_compares_equal_work(qwen2_5):
     plain, ours = (job() for job in cost.step_jobs(cost.CostSettings("stage-1", str(qwen2_5), 64, 5)).values())
     assert plain[0] > 0 and plain[1:].abs().max() > 0
     torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_report_event_by_event(tmp_path):
+    """Rare events by what happens, claims by the floor's usual event, over all seeds; an event that never was rare has no
+    share."""
+    truths = [
+        {"kind": "rare", "usual": "fades", "action": "swells up"},
+        {"kind": "usual", "usual": "swells up", "action": "swells up"},
+        {"kind": "rare", "usual": "fades", "action": "swells up"},
+        {"kind": "quiet", "usual": "fades"},
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"truth": truth}) + "\n" for truth in truths))
+    said = {0: [(1.0, 1.0), (None, 0.0), (0.0, 1.0)], 1: [(1.0, 0.0), (None, 0.0), (0.0, 1.0)]}  # rare named, claimed
+    for seed, rows in said.items():
+        rows = [
+            {"index": i, "scores": {"rare event named": named}, "twin scores": {"event claimed": claimed}}
+            for i, (named, claimed) in enumerate(rows)
+        ] + [{"index": 3, "scores": {"event claimed": 1.0}}]  # a quiet clip has no twin
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / f"{seed}/results.json").write_text(json.dumps({"rows": rows[::-1]}))
+    lines = event_table({"some": {seed: tmp_path / str(seed) for seed in said}}, tmp_path / "test.jsonl")
+    assert lines[0].endswith("| fades | swells up |") and lines[2] == "| some | -; 0.75 | 0.50; 0.00 |"
