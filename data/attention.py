@@ -139,38 +139,16 @@ def attend_by_branch(
     return torch.cat(attended)
 
 
-def attend_by_video(
-    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, counts: Sequence[int],
-    scaling: float | None,
-) -> Tensor:  # fmt: skip
-    """Rollouts of a full video and of its twin, each over the keys of their own video; see `VideoLM.sample`.
-
-    query (B, heads, R, head_dim), of which the first counts[0] are the full video's and the others its twin's; keys and
-    values (B, key heads, S, head_dim) of each of the two; mask (B, 1, groups * R, S of the longer), to be added to scores.
-    Query heads that share keys attend as rows of one head, so that keys are not repeated: the mask holds the rows of the
-    first video, for one such head after the other, then those of the second. Returns (B, R, heads, head_dim).
-    """
-    groups, attended = query.shape[1] // keys[0].shape[1], []
-    masks = mask.split([groups * count for count in counts], dim=2)
-    for q, k, v, sees in zip(query.split(list(counts), dim=2), keys, values, masks):
-        q = q.to(v.dtype).unflatten(1, (-1, groups)).flatten(2, 3)  # (B, key heads, groups * rollouts, head_dim)
-        rows = F.scaled_dot_product_attention(q, k.to(v.dtype), v, sees[..., : k.shape[2]], scale=scaling)
-        attended.append(rows.unflatten(2, (groups, -1)).flatten(1, 2))
-    return torch.cat(attended, dim=2).transpose(1, 2)
-
-
 def attend_by_mask(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask | None,
-    otherwise: str, branches: Sequence[Sequence[Branch]] | None = None, counts: Sequence[int] | None = None, **more,
+    otherwise: str, branches: Sequence[Sequence[Branch]] | None = None, **more,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """flex_attention under a BlockMask, sdpa by branches, by videos, or under a mask of token pairs (B, 1, T, S), else
-    `otherwise`.
+    """flex_attention under a BlockMask, sdpa by branches or under a mask of token pairs (B, 1, T, S), else `otherwise`.
 
     What is handed over decides, and nothing else. A setting that is changed for the forward pass is gone when checkpointed
-    layers run again in the backward pass.
+    layers run again in the backward pass. A mask with the rows of all query heads that share keys, (B, 1, groups * T, S),
+    asks for one head of so many queries: keys and values are not repeated; see `VideoLM.sample`.
     """
-    if counts is not None:
-        return attend_by_video(query, key, value, attention_mask, counts, more.get("scaling")), None
     if attention_mask is None and branches is None:
         return ALL_ATTENTION_FUNCTIONS[otherwise](module, query, key, value, attention_mask, **more)
     # Under autocast, rotated queries and keys may be float32 where values are not.
@@ -180,7 +158,12 @@ def attend_by_mask(
     if isinstance(attention_mask, BlockMask):
         return attend_in_blocks(query, key, value, attention_mask, more.get("scaling")).transpose(1, 2), None
     if attention_mask.ndim == 4:
-        otherwise = "sdpa"  # flash-attn knows no mask that tells tokens apart
+        otherwise = "sdpa"  # flash-attn knows no mask that tells branches apart
+        groups, T = query.shape[1] // key.shape[1], query.shape[2]
+        if groups > 1 and attention_mask.shape[2] == groups * T:
+            query = query.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, key heads, groups * T, head_dim)
+            attended = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=more.get("scaling"))
+            return attended.unflatten(2, (groups, T)).flatten(1, 2).transpose(1, 2), None
     return ALL_ATTENTION_FUNCTIONS[otherwise](module, query, key, value, attention_mask, **more)
 
 
@@ -199,53 +182,40 @@ def choose_by_mask(config) -> None:
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of a full video and of its twin in buffers of their own, with room for all that will come: a token is
-    written into its place, nothing is copied, and no rollout meets a key of the other video.
+    """Keys and values in buffers with room for all that will come: a token is written into its place, nothing is copied.
 
-    First come forked prompts, some clips at a time; then tokens of all rollouts at once, those of the full video first.
+    First come the prompts of all clips, some at a time, padded to the right to one width; then tokens of all at once.
     """
 
-    def __init__(self, places: Sequence[Sequence[Tensor]], counts: Sequence[int], new_tokens: int):
-        """places: of each group of clips, for each video, the places (B, W) of its keys in the clip's sequence, see
-        `Packed.by_video`. counts: rollouts of each video, and new_tokens of each, at most."""
+    def __init__(self, clips: int, width: int, room: int):
+        """room: tokens behind the prompts."""
         super().__init__()
-        self.places, self.counts, self.new_tokens = list(places), list(counts), new_tokens
-        self.clips, self.filled, self.steps = sum(len(of_group[0]) for of_group in places), 0, 0
-        self.widths = [max(x.shape[1] for x in of_video) for of_video in zip(*places)]
+        self.clips, self.width, self.room = clips, width, room
+        self.filled = self.length = 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Of prompts, which see no others, their own length, and where they begin. Of later tokens nobody asks."""
-        return query_length, 0
+        """Of prompts, which see no others, their own length; how many keys there are, and where they begin."""
+        return (query_length, 0) if self.filled < self.clips else super().get_mask_sizes(query_length)
 
-    def get_seq_length(self) -> int:
-        """Keys of the longest video with its rollouts."""
-        return max(width + self.steps * count for width, count in zip(self.widths, self.counts))
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple:
-        """Add keys and values (B, heads, n, head_dim). Returns those of prompts as they are; then, of each video, all so
-        far, as views."""
-        (_, heads, _, head_dim), new = key_states.shape, (key_states, value_states)
+    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        """Add keys and values (B, heads, n, head_dim). Returns those of prompts as they are; then all so far, as views."""
+        (B, heads, n, head_dim), new = key_states.shape, (key_states, value_states)
         if not self.is_initialized:
             # Zeros, since what stands behind a short prompt is multiplied, by a weight of 0.
-            rooms = [width + self.new_tokens * count for width, count in zip(self.widths, self.counts)]
-            self.keys, self.values = ([x.new_zeros(self.clips, heads, n, head_dim) for n in rooms] for x in new)
+            shape = (self.clips, heads, self.width + self.room, head_dim)
+            self.buffers = [x.new_zeros(shape) for x in new]
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        if self.places:
-            of_group = self.places.pop(0)
-            clips = slice(self.filled, self.filled + len(key_states))
-            for buffers, x in zip((self.keys, self.values), new):
-                for buffer, places in zip(buffers, of_group):
-                    seen = places[:, None, :, None].expand(-1, heads, -1, head_dim)
-                    buffer[clips, :, : places.shape[1]] = x.gather(2, seen)
-            self.filled = clips.stop
+        if self.filled < self.clips:
+            for buffer, x in zip(self.buffers, new):
+                buffer[self.filled : self.filled + B, :, :n] = x
+            self.filled, self.length = self.filled + B, self.width
+            self.keys, self.values = (buffer[:, :, : self.width] for buffer in self.buffers)
             return new
-        starts = [width + self.steps * count for width, count in zip(self.widths, self.counts)]
-        self.steps += 1
-        for buffers, x in zip((self.keys, self.values), new):
-            for buffer, part, at in zip(buffers, x.split(self.counts, dim=2), starts):
-                buffer[:, :, at : at + part.shape[2]] = part
-        ends = [at + count for at, count in zip(starts, self.counts)]
-        return tuple([buffer[:, :, :end] for buffer, end in zip(buffers, ends)] for buffers in (self.keys, self.values))
+        for buffer, x in zip(self.buffers, new):
+            buffer[:, :, self.length : self.length + n] = x
+        self.length += n
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+        return self.keys, self.values
 
 
 def add_deepstack(hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:

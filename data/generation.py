@@ -40,8 +40,9 @@ class Generation:
             video = self.encode_examples(examples[some])
             clock.mark("vision")
             if self.shares_prefix:
+                kind = torch.tensor([0] * num_full + [1] * num_twin)
                 groups = self.group_prefixes(examples[some], video)
-                part = self.sample(groups, ([0] * num_full, [0] * num_twin), max_new_tokens, numbers, temperature)
+                part = self.sample(groups, kind, max_new_tokens, numbers, temperature)
             else:
                 batch = self.collate(examples[some], for_generation=True).to(self.device)
                 part = self.sample_plain(batch, video, num_full, num_twin, max_new_tokens, numbers, temperature)
@@ -65,7 +66,7 @@ class Generation:
         for some in in_chunks([forked_length(e) for e in examples], TOKENS_HELD):
             video = self.encode_examples(examples[some])
             groups = self.group_prefixes(examples[some], video, questions[some], most)
-            rollouts.append(self.sample(groups, (range(most), range(most * twin)), max_new_tokens))
+            rollouts.append(self.sample(groups, torch.arange((1 + twin) * most), max_new_tokens))
         return Rollouts.join(rollouts, self.pad_id)
 
     def group_prefixes(
@@ -78,7 +79,7 @@ class Generation:
         groups = []
         for some in in_chunks(lengths, TOKENS_AT_ONCE):
             packed = self.pack_prefixes(examples[some], questions and questions[some], most)
-            groups.append((packed, self.take_clips(video, range(some.start, some.stop))))
+            groups.append((packed.to(self.device), self.take_clips(video, range(some.start, some.stop))))
         return groups
 
     def pack_prefixes(
@@ -89,29 +90,32 @@ class Generation:
 
     @torch.no_grad()
     def sample(
-        self, groups: Sequence[tuple[Packed, Video]], kinds: tuple[Sequence[int], Sequence[int]], max_new_tokens: int,
+        self, groups: Sequence[tuple[Packed, Video]], kind: Tensor, max_new_tokens: int,
         uniform: Tensor | None = None, temperature: float = 1.0,
     ) -> Rollouts:  # fmt: skip
         """Continue from the wanted rows of forked prefixes, R rollouts a clip, from one prefill of each group of clips.
 
-        kinds: of the full video and of the twin, which of its wanted rows each rollout grows from: all from the one there
-        is, or each from its question. uniform: (B, R, max_new_tokens) numbers in [0, 1) that decide the tokens; None:
-        greedy. A step feeds one token of every rollout as one sequence a clip, behind the prefix and all earlier tokens in
-        the cache; each attends to its own video, and the mask lets it see its own tokens. The cache has room for all of
-        them, so that a step neither copies nor repeats it.
+        kind: (R,) which of its clip's wanted rows each rollout grows from: of full video and twin, or of its questions.
+        uniform: (B, R, max_new_tokens) numbers in [0, 1) that decide the tokens; None: greedy. A step feeds one token of
+        every rollout as one sequence a clip, behind the prefix and all earlier tokens in the cache; the mask lets each
+        see its own. The cache has room for all of them, and query heads that share keys attend as rows of one head, so
+        that a step neither copies the cache nor repeats it.
         """
-        device, banned, end_ids, text = self.device, self.banned, self.end_ids, self.config.text_config
-        clock, cache = Clock(device), DynamicCache(config=text)
-        layouts = [packed.by_video(kinds) for packed, _ in groups]
-        places = [[to_device(places, device) for places, _ in layout] for layout in layouts]
-        counts = [len(kind) for kind in kinds if len(kind)]
-        cache.layers = [RoomyLayer(places, counts, max_new_tokens) for _ in cache.layers]
-        starts = [self.prefill(packed.to(device), video, kinds, cache) for packed, video in groups]
-        h, position = torch.cat([x for x, _ in starts]), torch.cat([x for _, x in starts], 1)
-        sees = [[sees for _, sees in layout] for layout in layouts]
-        mask = self.sampling_mask(sees, max_new_tokens, cache.layers[0].dtype)
+        device, banned, end_ids, num = self.device, self.banned, self.end_ids, len(kind)
+        B, T = sum(len(p.input_ids) for p, _ in groups), max(p.input_ids.shape[1] for p, _ in groups)
+        clock, text = Clock(device), self.config.text_config
+        cache = DynamicCache(config=text)
+        cache.layers = [RoomyLayer(B, T, num * max_new_tokens) for _ in cache.layers]
+        starts = [self.prefill(*group, to_device(kind, device), cache) for group in groups]
+        h, position = torch.cat([x for x, _, _ in starts]), torch.cat([x for _, x, _ in starts], 1)
+        # (B, R, T); twin rollouts of a clip without a twin grow from the full video
+        sees_prefix = torch.cat([F.pad(x, (0, T - x.shape[2])) for _, _, x in starts])
+        sees_own = torch.eye(num, dtype=torch.bool, device=device).repeat(B, 1, max_new_tokens)  # (B, R, R * steps)
+        groups_of_heads = text.num_attention_heads // text.num_key_value_heads
+        sees = torch.cat([sees_prefix, sees_own], 2).repeat(1, groups_of_heads, 1)[:, None]
+        # As numbers to be added to the scores: a mask of bools would be made into these in every layer.
+        mask = torch.zeros(sees.shape, dtype=cache.layers[0].dtype, device=device).masked_fill(~sees, -torch.inf)
         clock.mark("prefill")
-        B, num = h.shape[:2]
         tokens = torch.full((B, num, max_new_tokens), self.pad_id, device=device)
         logps = torch.zeros(B, num, max_new_tokens, device=device)
         lengths = torch.zeros(B, num, dtype=torch.long, device=device)
@@ -129,44 +133,23 @@ class Generation:
             h = self.base.model.language_model(
                 inputs_embeds=self.base.get_input_embeddings()(tokens[:, :, t]),
                 position_ids=position + t,
-                attention_mask=mask,
+                attention_mask=mask[..., : T + num * (t + 1)],
                 past_key_values=cache,
                 use_cache=True,
-                counts=counts,
             ).last_hidden_state
         clock.mark("decode")
         return Rollouts(tokens[:, :, : t + 1], logps[:, :, : t + 1], lengths, done, clock)
 
-    def sampling_mask(self, sees: Sequence[Sequence[Tensor]], max_new_tokens: int, dtype: torch.dtype) -> Tensor:
-        """What rollouts see of the cache, as `attend_by_video` takes it: of their prompt, and of all that will be said, one
-        token of each rollout after the other, their own.
-
-        sees: of each group of clips, for each video, (B, rollouts, W) bool. Numbers to be added to the scores: a mask of
-        bools would be made into these in every layer.
-        """
-        text, rows = self.config.text_config, []
-        groups = text.num_attention_heads // text.num_key_value_heads
-        for of_video in zip(*sees):
-            width, count = max(x.shape[2] for x in of_video), of_video[0].shape[1]
-            prompt = torch.cat([F.pad(x, (0, width - x.shape[2])) for x in of_video])
-            own = torch.eye(count, dtype=torch.bool).repeat(len(prompt), 1, max_new_tokens)
-            rows.append(torch.cat([prompt, own], 2).repeat(1, groups, 1))  # (B, groups * rollouts, W + rollouts * steps)
-        width = max(x.shape[2] for x in rows)
-        seen = torch.cat([F.pad(x, (0, width - x.shape[2])) for x in rows], 1)[:, None]
-        mask = torch.full(seen.shape, -torch.inf, dtype=dtype, device=self.device)
-        return mask.masked_fill_(to_device(seen, self.device), 0.0)
-
     def prefill(
-        self, prefixes: Packed, video: Video, kinds: Sequence[Sequence[int]], cache: Cache
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Run forked prefixes and fill the cache. Returns of each rollout the state (B, R, D) that it grows from, and the
-        position (3, B, R) of its first token."""
+        self, prefixes: Packed, video: Video, kind: Tensor, cache: Cache
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Run forked prefixes and fill the cache. Returns of each rollout the state (B, R, D) that it grows from, the
+        position (3, B, R) of its first token, and which tokens of the prefix it sees (B, R, T)."""
         B = len(prefixes.input_ids)
-        wanted = len(prefixes.rows) // B // 2  # of a video
-        kind = to_device(torch.tensor([v * wanted + i for v, kind in enumerate(kinds) for i in kind]), self.device)
         h = self.run_packed(prefixes, video, cache).unflatten(0, (B, -1)).index_select(1, kind)
         rows = prefixes.rows.view(B, -1).index_select(1, kind)
-        return h, prefixes.position_ids.flatten(1)[:, rows] + 1
+        position = prefixes.position_ids.flatten(1)[:, rows] + 1
+        return h, position, prefixes.sees(prefixes.branch.flatten()[rows])
 
     @torch.no_grad()
     def sample_plain(

@@ -75,23 +75,6 @@ class Packed:
         clip = torch.arange(len(branch), device=branch.device)[:, None, None]
         return self.ancestors[clip, branch[:, :, None], self.branch[:, None, :]]
 
-    def by_video(self, kinds: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
-        """What the rollouts of forked prompts see, video by video: the wanted rows of a clip are those of its full video,
-        then as many of its twin. kinds: of each video, which of these each of its rollouts grows from.
-
-        Returns for each video that has rollouts the places (B, W) in the clip's sequence of all that they see, filled up
-        with others to one width, and which of these each of them sees (B, rollouts, W) bool.
-        """
-        wanted = self.branch.flatten()[self.rows].view(len(self.branch), 2, -1)  # (B, 2, wanted rows of a video)
-        found = []
-        for v, kind in enumerate(map(list, kinds)):
-            if kind:
-                sees = self.sees(wanted[:, v, kind])  # (B, rollouts, T)
-                seen = sees.any(1)
-                places = seen.int().argsort(dim=1, descending=True, stable=True)[:, : int(seen.sum(1).max())]
-                found.append((places, sees.gather(2, places[:, None].expand(-1, len(kind), -1))))
-        return found
-
     def branches(self) -> list[list[Branch]]:
         """The branches of each clip in the order in which they stand; for `attend_by_branch`."""
         found, counts = [], F.one_hot(self.branch, self.ancestors.shape[-1]).sum(1)  # (B, n)

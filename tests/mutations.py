@@ -162,14 +162,12 @@ FAULTS = [
     Fault("clipped ratio not taken in equation (5)", "vp.py", "-torch.minimum(unclipped, clipped)", "-unclipped", RELATIVE),
     Fault("KL of the wrong direction in equation (5)", "vp.py", "        x = ref_logp - logp\n",
           "        x = logp - ref_logp\n", RELATIVE),
-    # Rollouts: each attends to its own video.
-    Fault("rollouts of the twin see the full video", "data/packing.py", "self.sees(wanted[:, v, kind])",
-          "self.sees(wanted[:, 0, kind])", "tests/test_rollouts.py::test_rollouts_equal_whole_passes"),
-    Fault("keys of the full video for both", "data/attention.py", "buffer[clips, :, : places.shape[1]] = x.gather(2, seen)",
-          "buffer[clips, :, : places.shape[1]] = x[:, :, : places.shape[1]]",
+    # Rollouts.
+    Fault("rollouts see one another", "data/generation.py", "torch.eye(num, dtype=torch.bool, device=device)",
+          "torch.ones(num, num, dtype=torch.bool, device=device)",
           "tests/test_rollouts.py::test_rollouts_equal_whole_passes"),
-    Fault("rollouts see one another", "data/generation.py", "torch.eye(count, dtype=torch.bool)",
-          "torch.ones(count, count, dtype=torch.bool)", "tests/test_rollouts.py::test_rollouts_equal_whole_passes"),
+    Fault("rollouts of the twin grow from the full video", "data/generation.py", "[0] * num_full + [1] * num_twin",
+          "[0] * num_full + [0] * num_twin", "tests/test_rollouts.py::test_rollouts_equal_whole_passes"),
 ]  # fmt: skip
 
 

@@ -128,52 +128,37 @@ def test_doctor(monkeypatch):
 # --- Attention ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("counts", [[3], [1, 1], [2, 3]])
-def test_rollouts_attend_to_their_own_video(counts):
-    """Heads that share keys, folded into rows of one head, attend as each by itself, each to the keys of its video."""
+def test_query_heads_as_rows():
+    """Heads that share keys, folded into rows of one head, attend as each by itself, under masks of their own rows."""
     torch.manual_seed(0)
-    lengths = [11, 7][: len(counts)]
-    query = torch.randn(2, 6, sum(counts), 8)
-    keys, values = ([torch.randn(2, 2, n, 8) for n in lengths] for _ in range(2))
-    masks, want = [], []
-    for q, k, v in zip(query.split(counts, 2), keys, values):
-        sees = torch.rand(2, 1, q.shape[2], k.shape[2]) < 0.6
-        sees[..., 0] = True
-        mask = torch.zeros(sees.shape).masked_fill(~sees, -torch.inf)
-        scores = q @ k.repeat_interleave(3, 1).mT * 0.3 + mask
-        want.append((scores.softmax(-1) @ v.repeat_interleave(3, 1)).transpose(1, 2))
-        masks.append(torch.nn.functional.pad(mask.repeat(1, 1, 3, 1), (0, 11 - k.shape[2])))
-    more = {"scaling": 0.3, "counts": counts}
-    got, _ = attend_by_mask(torch.nn.Module(), query, keys, values, torch.cat(masks, 2), "sdpa", **more)
-    torch.testing.assert_close(got, torch.cat(want, 1))
+    query, key, value = torch.randn(2, 6, 3, 8), torch.randn(2, 2, 11, 8), torch.randn(2, 2, 11, 8)
+    sees = torch.rand(2, 1, 3, 11) < 0.6
+    sees[..., 0] = True
+    mask = torch.zeros(sees.shape).masked_fill(~sees, -torch.inf)
+    got, _ = attend_by_mask(torch.nn.Module(), query, key, value, mask.repeat(1, 1, 3, 1), "sdpa", scaling=0.3)
+    scores = query @ key.repeat_interleave(3, 1).mT * 0.3 + mask
+    want = (scores.softmax(-1) @ value.repeat_interleave(3, 1)).transpose(1, 2)
+    torch.testing.assert_close(got, want)
 
 
 def test_a_cache_with_room():
-    """Forked prompts of two groups, then tokens of all rollouts: of each video what torch.cat would give, and no buffer is
-    made anew."""
+    """Prompts of two groups, then tokens of all: what torch.cat would give, and no buffer is made anew."""
     torch.manual_seed(0)
-    # Three tokens that fork behind the first; a clip without a twin; in a group of its own, one that forks at once.
-    places = [[torch.tensor([[0, 1, 2], [0, 1, 4]]), torch.tensor([[0, 3, 4], [0, 1, 4]])]]
-    places += [[torch.tensor([[0, 1]]), torch.tensor([[2, 3]])]]
-    layer, counts = RoomyLayer(places, [2, 1], new_tokens=2), [2, 1]
-    prompts, rows = [torch.randn(2, 2, 5, 8), torch.randn(1, 2, 4, 8)], [[], []]
-    for x, of_group in zip(prompts, places):
+    layer = RoomyLayer(3, 5, room=4)
+    prompts = [torch.randn(2, 2, 5, 8), torch.randn(1, 2, 3, 8)]
+    for x in prompts:
         assert layer.get_mask_sizes(x.shape[2]) == (x.shape[2], 0)  # a group of prompts sees no other
         keys, values = layer.update(x, -x)
         assert torch.equal(keys, x) and torch.equal(values, -x)
-        for v, of_video in enumerate(of_group):
-            rows[v] += [x[b][:, seen] for b, seen in enumerate(of_video)]
-    want = [torch.stack([torch.nn.functional.pad(x, (0, 0, 0, 3 - x.shape[1])) for x in of_video]) for of_video in rows]
-    assert layer.get_seq_length() == 3
-    place = [x.data_ptr() for x in layer.keys]
+    padded = torch.cat([prompts[0], torch.nn.functional.pad(prompts[1], (0, 0, 0, 2))])
+    assert layer.get_seq_length() == 5 and layer.get_mask_sizes(2) == (7, 0)
+    place = layer.buffers[0].data_ptr()
     for _ in range(2):
-        new = torch.randn(3, 2, 3, 8)
+        new = torch.randn(3, 2, 2, 8)
         keys, values = layer.update(new, -new)
-        want = [torch.cat([x, part], 2) for x, part in zip(want, new.split(counts, 2))]
-        for v in range(2):
-            assert torch.equal(keys[v], want[v]) and torch.equal(values[v], -want[v])
-    assert place == [x.data_ptr() for x in layer.keys] == [x.data_ptr() for x in keys]
-    assert layer.get_seq_length() == 7
+        padded = torch.cat([padded, new], 2)
+        assert torch.equal(keys, padded) and torch.equal(values, -padded)
+    assert layer.buffers[0].data_ptr() == place == keys.data_ptr()
 
 
 @pytest.mark.parametrize("at_once, held", [(1, 10**9), (10**9, 1), (200, 400)])

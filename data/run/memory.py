@@ -150,18 +150,18 @@ def phases(hf: nn.Module, load: Load, settings: Mapping, gpu: bool) -> dict[str,
     if not s["freeze_vision"]:
         step["activations, vision encoder"] = encoder
 
-    def sampling(prompts: int, full: int, twin: int, new_tokens: int, keep_videos: bool) -> dict[str, float]:
-        """Descriptions of some prompts, so many of the full video and of its twin, as `VideoLM.roll_out` makes them."""
+    def sampling(prompts: int, branches: int, new_tokens: int, keep_videos: bool) -> dict[str, float]:
+        """Descriptions of some prompts, as `VideoLM.roll_out` makes them."""
         forked = 2 * prompt  # a prompt and all of its twin: the event may come first
         held = min(prompts, max(1, TOKENS_HELD // forked))
         prefill = min(held * forked, max(forked, TOKENS_AT_ONCE))
-        longest, branches = prompt + max(full, twin) * new_tokens, full + twin  # a video with its descriptions
+        width = forked + branches * new_tokens
         videos = prompts if keep_videos else held
         return {
             "prefill": prefill * forward + dequantised,
             "attention masks": prefill * (forked * 16 / 128**2 if gpu else prompt * 4),
-            "cache": float(held * layers * half * kv * (forked + branches * new_tokens)),
-            "masks of the cache": held * groups * branches * longest * (1 + half),
+            "cache": float(held * layers * half * kv * width),
+            "masks of the cache": held * groups * branches * width * (2 + half),
             "encoded videos": float(videos * load.visual_tokens * features),
             "logits": 5.0 * 4 * held * branches * text.vocab_size,
         }
@@ -169,9 +169,9 @@ def phases(hf: nn.Module, load: Load, settings: Mapping, gpu: bool) -> dict[str,
     found = {"update" if load.rollouts else "stage 1": step}
     found["vision encoder"] = {"activations, vision encoder": float(encoder)}
     if load.rollouts:
-        found["rollouts"] = sampling(load.prompts, load.rollouts, load.twin_rollouts, load.new_tokens, True)
+        found["rollouts"] = sampling(load.prompts, load.rollouts + load.twin_rollouts, load.new_tokens, True)
     if load.eval_clips:
-        found["evaluation"] = sampling(load.eval_clips, 1, 1, EVAL_TOKENS, False)
+        found["evaluation"] = sampling(load.eval_clips, 2, EVAL_TOKENS, False)
     return found
 
 
