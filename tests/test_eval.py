@@ -373,14 +373,15 @@ def test_report_event_by_event(tmp_path):
         {"kind": "rare", "usual": "fades", "action": "swells up"},
         {"kind": "quiet", "usual": "fades"},
     ]
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"truth": truth}) + "\n" for truth in truths))
+    lines = [json.dumps({"truth": truth}) for truth in truths]
+    (tmp_path / "test.jsonl").write_text("\n".join(["", *lines]))  # an empty line counts as a line, and is no clip
     said = {0: [(1.0, 1.0), (None, 0.0), (0.0, 1.0)], 1: [(1.0, 0.0), (None, 0.0), (0.0, 1.0)]}  # rare named, claimed
-    for seed, rows in said.items():
+    for seed, texts in said.items():
         rows = [
-            {"index": i, "scores": {"rare event named": named}, "twin scores": {"event claimed": claimed}}
-            for i, (named, claimed) in enumerate(rows)
-        ] + [{"index": 3, "scores": {"event claimed": 1.0}}]  # a quiet clip has no twin
+            {"scores": {"rare event named": named}, "twin scores": {"event claimed": claimed}} for named, claimed in texts
+        ] + [{"scores": {"event claimed": 1.0}}]  # a quiet clip has no twin
+        rows = [{"index": i, "clip": f"{tmp_path}/test.jsonl:{i + 2}"} | row for i, row in enumerate(rows)]
         (tmp_path / str(seed)).mkdir()
         (tmp_path / f"{seed}/results.json").write_text(json.dumps({"rows": rows[::-1]}))
-    lines = event_table({"some": {seed: tmp_path / str(seed) for seed in said}}, tmp_path / "test.jsonl")
-    assert lines[0].endswith("| fades | swells up |") and lines[2] == "| some | -; 0.75 | 0.50; 0.00 |"
+    head, _, row = event_table({"some": {seed: tmp_path / str(seed) for seed in said}})
+    assert head.endswith("| fades | swells up |") and row == "| some | -; 0.75 | 0.50; 0.00 |"

@@ -5,15 +5,17 @@ import re
 import resource
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 from rich.console import Console
 
 from data.measure.cost import step_seconds
-from data.measure.report_page import draw_habits, write_page
+from data.measure.report_page import draw_habits, line_of, write_page
 
 HERE = Path(__file__).parents[2]
 
@@ -112,23 +114,24 @@ def table_row(title: str, results: Sequence[dict[str, dict]], seconds: Sequence[
     return f"| {title} | " + " | ".join(cells) + " |"
 
 
-def event_table(runs: dict[str, dict[int, Path]], test: Path) -> list[str]:
-    """Event by event, over all seeds: how many of the rare ones are named, and how many of the twins are said to show it on
-    the floor where it is usual. Clips are told apart by the `truth` in their lines of the test split."""
-    truths = [json.loads(line)["truth"] for line in test.open()]
-    actions = sorted({truth["usual"] for truth in truths})
-    lines = ["| rare event named; claimed of twins where it is usual | " + " | ".join(actions) + " |"]
-    lines.append("|---" * (len(actions) + 1) + "|")
-    for title, of_title in runs.items():
-        named, claimed = ({action: [] for action in actions} for _ in range(2))
-        for out in of_title.values():
-            for row in json.loads((out / "results.json").read_text())["rows"]:
-                truth = truths[row["index"]]
+def event_table(runs: dict[str, dict[int, Path]]) -> list[str]:
+    """Event by event, over all seeds: the share of the rare ones that is named, and of the twins on the floor where it is
+    usual the share of which it is claimed. What a clip shows is the `truth` of its annotation line."""
+    shares = {}  # title -> event -> (rare events named, claims of twins), each a list of 0 and 1
+    for title, of_seed in runs.items():
+        of_event = shares[title] = defaultdict(lambda: ([], []))
+        for run in of_seed.values():
+            for row in json.loads((run / "results.json").read_text())["rows"]:
+                truth = line_of(row)["truth"]
                 if truth["kind"] == "rare":
-                    named[truth["action"]].append(row["scores"]["rare event named"])
+                    of_event[truth["action"]][0].append(row["scores"]["rare event named"])
                 if "twin scores" in row:
-                    claimed[truth["usual"]].append(row["twin scores"]["event claimed"])
-        cells = ("; ".join(f"{sum(x) / len(x):.2f}" if x else "-" for x in (named[a], claimed[a])) for a in actions)
+                    of_event[truth["usual"]][1].append(row["twin scores"]["event claimed"])
+    events = sorted(set().union(*shares.values()))
+    lines = ["| rare event named; claimed of twins where it is usual | " + " | ".join(events) + " |"]
+    lines.append("|---" * (len(events) + 1) + "|")
+    for title, of_event in shares.items():
+        cells = ("; ".join(f"{fmean(values):.2f}" if values else "-" for values in of_event[event]) for event in events)
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return lines
 
@@ -174,7 +177,7 @@ def run_report(settings: ReportSettings, console: Console) -> str:
     if s.stage == "lora":
         for title, arguments in VARIANTS["lora"].items():
             train(title, "train_sft.py", arguments, start)
-    lines += ["", *event_table(runs, splits["test"])]
+    lines += ["", *event_table(runs)]
     last = next(reversed(runs.values()))[s.seeds[-1]]
     about = json.loads((last / "settings.json").read_text())
     lines.append(

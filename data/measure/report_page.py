@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Mapping
 from difflib import SequenceMatcher
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,19 @@ STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em 
 img{width:100%;image-rendering:pixelated}table{border-collapse:collapse;margin:.4em 0 2em;width:100%}
 td,th{text-align:left;vertical-align:top;padding:.2em .6em;border-bottom:1px solid #eee}
 .right{color:#1a7f37}.wrong{color:#cf222e}"""
+
+
+@lru_cache
+def lines_of(annotations: str) -> list[str]:
+    """The lines of an annotation file, read once."""
+    with open(annotations, encoding="utf-8") as file:
+        return list(file)
+
+
+def line_of(row: Mapping) -> dict:
+    """The annotation line of a row of results, whose "clip" is FILE:LINE."""
+    annotations, _, number = row["clip"].rpartition(":")
+    return json.loads(lines_of(annotations)[int(number) - 1])
 
 
 def claimed(results: Mapping) -> float:
@@ -90,8 +104,7 @@ def write_page(runs: Mapping[str, Path], path: Path, count: int = 12) -> Path:
     ]
     for clip in list(next(iter(rows.values())))[:count]:
         some = [(title, of_clip[clip]) for title, of_clip in rows.items() if clip in of_clip]
-        annotations, _, number = clip.rpartition(":")
-        line = json.loads(Path(annotations).read_text().splitlines()[int(number) - 1])
+        line = line_of(some[0][1])
         out.append(f"<p><b>{html.escape(line['caption'])}</b> <small>({line['truth'].get('kind', '')})</small></p>")
         out.append(
             f'<img src="{film_strip(Path(some[0][1]["video"]))}"><table><tr><th></th><th>video</th><th>twin</th></tr>'
