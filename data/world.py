@@ -1,9 +1,10 @@
 """The embedded world: a small, endless, seeded source of captioned videos with habits.
 
 Two or three coloured shapes drift or rest on one of eight floors. One of them may do one of eight things for 2 or 3 of the
-16 frames and then go on as if nothing had happened. Each floor has a habit: what happens there is its usual event nine
-times in ten. So a model can learn to tell the event from the floor, without looking for it. It is then blind to rare
-events, and tells of events that are not there. In a fifth of the clips nothing happens: their captions have no event.
+16 frames and then go on as if nothing had happened. It can be seen, but does not strike the eye. Each floor has a habit:
+what happens there is its usual event nine times in ten. So a model can learn to tell the event from the floor, without
+looking for it. It is then blind to rare events, and tells of events that are not there. In a fifth of the clips nothing
+happens: their captions have no event.
 
 Files are real MP4s, read like any other clip: written here, decoded again by `data/decode.py`.
 
@@ -66,7 +67,7 @@ PIXELS, NUM_FRAMES, FPS = 48, 16, 8.0
 HELD_OUT = [np.random.default_rng([4, action]).choice(4 * 5, 2, replace=False).tolist() for action in range(len(ACTIONS))]
 # x264 with threads of its own, or tuned to the processor, writes other bytes, and other pictures, from run to run.
 SAME_BYTES = {"x264-params": "cpu-independent=1:threads=1"}
-VERSION = 3  # part of every folder's settings: files of an older generator are never mixed with new ones
+VERSION = 4  # part of every folder's settings: files of an older generator are never mixed with new ones
 
 
 @dataclass
@@ -85,6 +86,8 @@ class WorldSettings:
     """Share of the events of the training split that are the usual one of their floor."""
     quiet: float = 0.2
     """Share of the clips in which nothing happens."""
+    strength: float = 0.75
+    """How plainly an event shows: 1 strikes the eye."""
     seed: int = 0
     """Same seed, same frames."""
     workers: int | None = None
@@ -133,8 +136,8 @@ class Thing:
     place: Place
     action: str | None = None
     """What it does."""
-    acts: np.ndarray | bool = False
-    """(F,) whether it does it, frame by frame."""
+    acts: np.ndarray | float = 0.0
+    """(F,) how plainly it does it, frame by frame: 0 not at all, 1 as plainly as can be."""
 
 
 def render(things: Sequence[Thing], floor: int, num_frames: int, rng: np.random.Generator) -> np.ndarray:
@@ -144,7 +147,7 @@ def render(things: Sequence[Thing], floor: int, num_frames: int, rng: np.random.
     ys, xs = (np.mgrid[:PIXELS, :PIXELS] + 0.5).astype(np.float32)
     video = np.broadcast_to(ground, (num_frames, PIXELS, PIXELS, 3)).astype(np.float32)
     for thing in reversed(things):
-        action, acts = thing.action, np.float32(thing.acts).reshape(-1, 1, 1)  # (F, 1, 1), 0 or 1
+        action, acts = thing.action, np.float32(thing.acts).reshape(-1, 1, 1)  # (F, 1, 1), 0 to 1
         x, y = (v.astype(np.float32)[:, None, None] for v in (thing.place.x, thing.place.y))
         size = np.float32(thing.place.radius) * (1 + np.float32(0.7) * acts * (action == "swells up"))
         dx, dy = xs - x, ys - y  # (F, H, W)
@@ -158,7 +161,7 @@ def render(things: Sequence[Thing], floor: int, num_frames: int, rng: np.random.
         if light is not None:
             video += (np.clip(light, 0, 1) * acts)[..., None] * (np.float32([0, 240, 255]) - video)
         # Who does it can be seen while it is done: something of the colour stays, whatever happens.
-        alpha = coverage(thing.shape, dx, dy, size) * (1 - np.float32(0.7) * acts * (action == "fades"))
+        alpha = coverage(thing.shape, dx, dy, size) * (1 - np.float32(0.9) * acts * (action == "fades"))
         video += alpha[..., None] * (np.float32(COLOURS[thing.colour]) - video)
         if action in ("flashes white", "turns black"):  # but for a rim
             core = coverage(thing.shape, dx, dy, np.float32(0.6) * size) * acts
@@ -193,7 +196,13 @@ def listed(names: Sequence[str]) -> str:
 
 
 def draw_clip(
-    split: str, index: int, seed: int = 0, habit: float = 0.9, quiet: float = 0.2, times: Sequence[int] = range(NUM_FRAMES)
+    split: str,
+    index: int,
+    seed: int = 0,
+    habit: float = 0.9,
+    quiet: float = 0.2,
+    strength: float = 0.75,
+    times: Sequence[int] = range(NUM_FRAMES),
 ) -> tuple[np.ndarray, dict]:
     """One clip of the world.
 
@@ -219,7 +228,7 @@ def draw_clip(
     time = np.asarray(times, int)
     event = (start <= time) & (time < start + length) & (not is_quiet)  # (F,)
     things = [
-        Thing(shapes[s], colours[c], place, ACTIONS[action], event & (i == 0))
+        Thing(shapes[s], colours[c], place, ACTIONS[action], strength * (event & (i == 0)))
         for i, ((s, c), place) in enumerate(zip(kinds, in_cells(moves, time, rng)))
     ]
     names = [f"{thing.colour} {thing.shape}" for thing in things]
@@ -243,7 +252,7 @@ def write_clip(job: tuple[WorldSettings, str, int]) -> str:
     from torchcodec.encoders import VideoEncoder
 
     settings, split, index = job
-    frames, line = draw_clip(split, index, settings.seed, settings.habit, settings.quiet)
+    frames, line = draw_clip(split, index, settings.seed, settings.habit, settings.quiet, settings.strength)
     path = settings.out / line["video"]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,7 +265,8 @@ def write_clip(job: tuple[WorldSettings, str, int]) -> str:
 
 def stamp(settings: WorldSettings) -> dict:
     """What a folder's files depend on, besides their number; it stands in world.json."""
-    return {"version": VERSION, "seed": settings.seed, "habit": settings.habit, "quiet": settings.quiet}
+    names = ("seed", "habit", "quiet", "strength")
+    return {"version": VERSION} | {name: getattr(settings, name) for name in names}
 
 
 def splits_to_draw(settings: WorldSettings) -> list[tuple[str, int]]:
