@@ -90,6 +90,18 @@ def test_the_event_is_in_its_span_and_nowhere_else(index):
     assert line["keywords"] == [line["truth"]["action"]]
 
 
+@pytest.mark.parametrize("index", range(16))
+def test_strength(index):
+    """At half the strength an event changes its frames about half as much; the others are the same at every strength."""
+    none, half, full = (draw_clip("train", index, quiet=0.0, strength=s)[0].astype(float) for s in (0.0, 0.5, 1.0))
+    line = draw_clip("train", index, quiet=0.0, times=())[1]
+    start, end = (round(t * FPS) for t in line["truth"]["span"])
+    changes = [np.abs(frames - none).mean((1, 2, 3)) for frames in (half, full)]
+    for change in changes:
+        assert np.flatnonzero(change).tolist() == list(range(start, end))
+    assert changes[0].sum() / changes[1].sum() == pytest.approx(0.5, abs=0.1)
+
+
 @pytest.mark.parametrize("index", range(4))
 def test_nothing_happens_in_a_quiet_clip(index):
     """No event in the frames, none in the caption, no keyword, and no span."""
@@ -127,8 +139,10 @@ def test_resumed_and_parallel_worlds_are_equal(tmp_path):
 
 
 def test_worlds_are_not_mixed(tmp_path):
-    """A folder made with another seed is refused, in words."""
+    """A folder made with another seed, or with events of another strength, is refused, in words."""
     make_world(WorldSettings(tmp_path / "w", train=2, test=2, held_out=0, workers=1))
+    with pytest.raises(ValueError, match=r'"strength": 0.75.*asked for.*"strength": 0.5'):
+        make_world(WorldSettings(tmp_path / "w", train=2, test=2, held_out=0, strength=0.5, workers=1))
     with pytest.raises(ValueError, match=r'"seed": 0.*asked for.*"seed": 1'):
         make_world(WorldSettings(tmp_path / "w", train=2, test=2, held_out=0, seed=1, workers=1))
     assert len([json.loads(line) for line in (tmp_path / "w/train.jsonl").open()]) == 2
