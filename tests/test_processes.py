@@ -22,9 +22,10 @@ SMALL = {
 }  # fmt: skip
 
 
-# Stage 1 takes clips 3 2 0 5, 4 7 13 10, 11 6 9 12, 8 1 7 4: two steps without a keyword, one with, and one in which the
-# second of two processes has none.
+# The scripts take clips 3 2 0 5, 4 7 13 10, 11 6 9 12, 8 1 7 4. Stage 1: two steps without a keyword, one with, and one in
+# which the second of two processes has none. Stage 2: two steps in which every description is as bad as any other.
 KEYWORDS_AT = (6, 9, 8, 1)
+BEYOND_WORDS = (3, 2, 0, 5, 4, 7, 13, 10)
 
 
 def launch(script: str, num: int, arguments: list, cwd: Path) -> None:
@@ -50,6 +51,9 @@ def test_two_processes_equal_one(tmp_path, world, qwen2_5, script):
     lines = [json.loads(x) for x in (world / "train.jsonl").read_text().splitlines()[:14]]  # a bit more than an epoch
     if script == "train_sft":
         lines = [x | ({} if i in KEYWORDS_AT else {"keywords": []}) for i, x in enumerate(lines)]
+    else:
+        beyond = {"caption": "Zzyzx. Qwyjibo!", "keywords": ["Qwyjibo"]}
+        lines = [x | (beyond if i in BEYOND_WORDS else {}) for i, x in enumerate(lines)]
     data.write_text("\n".join(map(json.dumps, lines)))
     small = ["--model", qwen2_5, "--data", data, "--eval-data", world / "test.jsonl", "--workers", 0, "--log-every", 1]
     small += ["--steps", 4, "--save-every", 2, *SMALL[script]]
