@@ -87,11 +87,17 @@ class WorldSettings:
     quiet: float = 0.2
     """Share of the clips in which nothing happens."""
     strength: float = 0.75
-    """How plainly an event shows: 1 strikes the eye."""
+    """How plainly an event shows: 0 not at all, 1 strikes the eye."""
     seed: int = 0
     """Same seed, same frames."""
     workers: int | None = None
     """Processes (default: one a core)."""
+
+    def check(self) -> None:
+        """Raises ValueError, in words, for a share that is none."""
+        for name in ("habit", "quiet", "strength"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name}: got {getattr(self, name)}; give 0 to 1")
 
 
 def held_out(shape: int, colour: int, action: int) -> bool:
@@ -285,6 +291,7 @@ def splits_to_draw(settings: WorldSettings) -> list[tuple[str, int]]:
 
 def make_world(settings: WorldSettings) -> Path:
     """Write the world's clips and annotation files; what is already there is kept. Returns the folder."""
+    settings.check()
     splits = splits_to_draw(settings)
     if not splits:
         return settings.out
@@ -314,4 +321,7 @@ if __name__ == "__main__":
     import tyro
 
     __spec__ = None  # else every worker warns that it loads this module twice
-    make_world(tyro.cli(WorldSettings))
+    try:
+        make_world(tyro.cli(WorldSettings))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

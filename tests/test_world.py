@@ -90,9 +90,11 @@ def test_the_event_is_in_its_span_and_nowhere_else(index):
     assert line["keywords"] == [line["truth"]["action"]]
 
 
-@pytest.mark.parametrize("index", range(16))
-def test_strength(index):
+@pytest.mark.parametrize("action", ACTIONS)
+def test_strength(action):
     """At half the strength an event changes its frames about half as much; the others are the same at every strength."""
+    lines = enumerate(lines_of("train", 100, quiet=0.0))
+    index = next(i for i, line in lines if line["truth"]["action"] == action)
     none, half, full = (draw_clip("train", index, quiet=0.0, strength=s)[0].astype(float) for s in (0.0, 0.5, 1.0))
     line = draw_clip("train", index, quiet=0.0, times=())[1]
     start, end = (round(t * FPS) for t in line["truth"]["span"])
@@ -100,6 +102,14 @@ def test_strength(index):
     for change in changes:
         assert np.flatnonzero(change).tolist() == list(range(start, end))
     assert changes[0].sum() / changes[1].sum() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("setting, value", [("habit", 1.2), ("quiet", -0.1), ("strength", 2.0), ("strength", float("nan"))])
+def test_a_share_that_is_none_is_refused(tmp_path, setting, value):
+    """Which setting, what it was, what to give; nothing is written."""
+    with pytest.raises(ValueError, match=f"--{setting}: got {value}; give 0 to 1"):
+        make_world(WorldSettings(tmp_path / "w", train=2, workers=1, **{setting: value}))
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("index", range(4))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -114,25 +114,37 @@ def table_row(title: str, results: Sequence[dict[str, dict]], seconds: Sequence[
     return f"| {title} | " + " | ".join(cells) + " |"
 
 
+@dataclass
+class EventScores:
+    """What clips say of one event, 0 or 1 each."""
+
+    named: list[float] = field(default_factory=list)
+    """Where it happens and is rare: is it named?"""
+    claimed: list[float] = field(default_factory=list)
+    """Of the twins on the floor where it is usual: is an event claimed?"""
+
+    def __str__(self) -> str:
+        return "; ".join(f"{fmean(values):.2f}" if values else "-" for values in (self.named, self.claimed))
+
+
 def event_table(runs: dict[str, dict[int, Path]]) -> list[str]:
     """Event by event, over all seeds: the share of the rare ones that is named, and of the twins on the floor where it is
-    usual the share of which it is claimed. What a clip shows is the `truth` of its annotation line."""
-    shares = {}  # title -> event -> (rare events named, claims of twins), each a list of 0 and 1
+    usual the share of which an event is claimed. What a clip shows is the `truth` of its annotation line."""
+    scores_of = {}  # title -> event -> EventScores
     for title, of_seed in runs.items():
-        of_event = shares[title] = defaultdict(lambda: ([], []))
+        of_event = scores_of[title] = defaultdict(EventScores)
         for run in of_seed.values():
             for row in json.loads((run / "results.json").read_text())["rows"]:
                 truth = line_of(row)["truth"]
                 if truth["kind"] == "rare":
-                    of_event[truth["action"]][0].append(row["scores"]["rare event named"])
+                    of_event[truth["action"]].named.append(row["scores"]["rare event named"])
                 if "twin scores" in row:
-                    of_event[truth["usual"]][1].append(row["twin scores"]["event claimed"])
-    events = sorted(set().union(*shares.values()))
+                    of_event[truth["usual"]].claimed.append(row["twin scores"]["event claimed"])
+    events = sorted(set().union(*scores_of.values()))
     lines = ["| rare event named; claimed of twins where it is usual | " + " | ".join(events) + " |"]
     lines.append("|---" * (len(events) + 1) + "|")
-    for title, of_event in shares.items():
-        cells = ("; ".join(f"{fmean(values):.2f}" if values else "-" for values in of_event[event]) for event in events)
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    for title, of_event in scores_of.items():
+        lines.append(f"| {title} | " + " | ".join(str(of_event[event]) for event in events) + " |")
     return lines
 
 
