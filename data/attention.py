@@ -141,13 +141,14 @@ def attend_by_branch(
 
 def attend_by_mask(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask | None,
-    otherwise: str, branches: Sequence[Sequence[Branch]] | None = None, **more,
+    otherwise: str, branches: Sequence[Sequence[Branch]] | None = None, wanted_rows: Tensor | None = None, **more,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """flex_attention under a BlockMask, sdpa by branches or under a mask of token pairs (B, 1, T, S), else `otherwise`.
 
     What is handed over decides, and nothing else. A setting that is changed for the forward pass is gone when checkpointed
     layers run again in the backward pass. A mask with the rows of all query heads that share keys, (B, 1, groups * T, S),
-    asks for one head of so many queries: keys and values are not repeated; see `VideoLM.sample`.
+    asks for one head of so many queries: keys and values are not repeated; see `VideoLM.sample`. wanted_rows: for the last
+    layer's MLP; other layers hand all that they are given to their attention, and it stays here.
     """
     if attention_mask is None and branches is None:
         return ALL_ATTENTION_FUNCTIONS[otherwise](module, query, key, value, attention_mask, **more)

@@ -43,6 +43,25 @@ def embed_patches_by_product(patch_embed: nn.Module) -> None:
         patch_embed.__class__ = type(kind.__name__, (kind,), {"forward": forward})
 
 
+def run_wanted_rows(layer: nn.Module) -> None:
+    """Let a decoder layer run its MLP on some rows only: on those of `wanted_rows` (M,), counted through the flattened
+    (B*T) sequence, if it is given them. It then returns their states (M, D).
+
+    For the last layer, of which most rows are never read. The class is changed, not the weights, and the rows come as an
+    argument: so they are still there when a checkpointed layer runs again in the backward pass.
+    """
+    kind = type(layer)
+
+    def forward(self, hidden_states: Tensor, wanted_rows: Tensor | None = None, **more) -> Tensor:
+        if wanted_rows is None:
+            return kind.forward(self, hidden_states, **more)
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **more)
+        states = (hidden_states + attended).flatten(0, 1).index_select(0, wanted_rows)
+        return states + self.mlp(self.post_attention_layernorm(states))
+
+    layer.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+
+
 class VideoLM(Generation, nn.Module):
     """A Hugging Face video-language model, seen as the method needs it: vision once, full and twin from it.
 
@@ -63,6 +82,10 @@ class VideoLM(Generation, nn.Module):
             vision_config._attn_implementation = "chunked_not_flash"
         choose_by_mask(base.model.language_model.config)
         embed_patches_by_product(base.model.visual.patch_embed)
+        # Of families whose layers were read: others run all rows, and the wanted ones are picked then.
+        self.cuts_rows = self.config.model_type in ("qwen2_5_vl", "qwen3_vl")
+        if self.cuts_rows:
+            run_wanted_rows(base.model.language_model.layers[-1])
         if hasattr(base.model.language_model, "_deepstack_process"):
             base.model.language_model._deepstack_process = add_deepstack
         self.copies: dict[tuple, Tensor] = {}  # see `copied_ids`
@@ -224,12 +247,13 @@ class VideoLM(Generation, nn.Module):
 
     def run_language(
         self, input_ids: Tensor, token_types: Tensor, position_ids: Tensor, video: Video,
-        attention_mask: Tensor | None = None, layers: slice = slice(None), **more,
+        attention_mask: Tensor | None = None, layers: slice = slice(None), wanted_rows: Tensor | None = None, **more,
     ):  # fmt: skip
         """One pass of the language model over text (B, T) and encoded videos, which stand where token_types are 2.
 
-        No attention_mask: causal. layers: some of them; without the last there is no final norm, either. The multimodal
-        model would do the same, and count the visual tokens on the device, for which the host would wait.
+        No attention_mask: causal. layers: some of them; without the last there is no final norm, either. wanted_rows: (M,)
+        of the flattened (B*T) sequence; their last states (M, D) take the place of all. The multimodal model would do the
+        same, and count the visual tokens on the device, for which the host would wait.
         """
         language, visual = self.base.model.language_model, token_types == 2
         embedded = self.base.get_input_embeddings()(input_ids)
@@ -241,7 +265,12 @@ class VideoLM(Generation, nn.Module):
             language = copy.copy(language)  # a shallow copy that shares all weights
             cut = {"layers": language.layers[layers], "norm": nn.Identity()}
             language._modules = language._modules | cut
-        return language(inputs_embeds=embedded, position_ids=position_ids, attention_mask=attention_mask, **more)
+        if self.cuts_rows and wanted_rows is not None:
+            more["wanted_rows"], wanted_rows = wanted_rows, None
+        out = language(inputs_embeds=embedded, position_ids=position_ids, attention_mask=attention_mask, **more)
+        if wanted_rows is not None:
+            out.last_hidden_state = out.last_hidden_state.flatten(0, 1).index_select(0, wanted_rows)
+        return out
 
     def inputs(self, batch: Batch, video: Video | None) -> dict:
         """Keyword arguments of the Hugging Face model for a batch and its encoded video."""
@@ -266,9 +295,9 @@ class VideoLM(Generation, nn.Module):
         # Padding is on the right, where no token looks: no mask, so that attention takes its causal kernel.
         full = self.run_language(
             batch.input_ids, batch.token_types, batch.position_ids, video,
-            output_hidden_states=self.caught if contrastive else False, use_cache=False,
+            wanted_rows=batch.label_rows, output_hidden_states=self.caught if contrastive else False, use_cache=False,
         )  # fmt: skip
-        states = full.last_hidden_state.flatten(0, 1).index_select(0, batch.label_rows)  # (L, D): no full logits
+        states = full.last_hidden_state  # (L, D): no full logits
         if self.plain_head:
             lm_loss = cross_entropy_from_states(states, self.base.lm_head.weight, batch.label_ids)
         else:
@@ -353,9 +382,9 @@ class VideoLM(Generation, nn.Module):
             attention = {"attention_mask": packed.block_mask()} if self.flex else {"branches": packed.branches()}
         out = self.run_language(
             packed.input_ids, packed.token_types, packed.position_ids, self.gather_video(video, packed.visual_index),
-            past_key_values=cache, use_cache=cache is not None, **attention,
+            past_key_values=cache, use_cache=cache is not None, wanted_rows=packed.rows, **attention,
         )  # fmt: skip
-        return out.last_hidden_state.flatten(0, 1).index_select(0, packed.rows)
+        return out.last_hidden_state
 
     def log_probs(self, packed: Packed, video: Video, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probability (M,) of every token of packed rollouts, and the entropy (M,) where it was chosen."""

@@ -86,6 +86,8 @@ FAULTS = [
     Fault("every epoch in the same order", "data/loader.py", "default_rng([self.seed, epoch])",
           "default_rng([self.seed, 0])", CONTRASTIVE),
     Fault("the twin is the full video", LM, "self.gather_video(video, batch.twin_index)", "video", CONTRASTIVE),
+    Fault("the last layer's MLP runs all rows", LM, "if self.cuts_rows and wanted_rows is not None:", "if False:",
+          "tests/test_videolm.py::test_last_mlp_runs_what_is_read"),
     Fault("text vectors carry gradients", LM, "(batch.keyword_ids).detach()", "(batch.keyword_ids)", CONTRASTIVE),
     Fault("twins never shown as quiet clips", SFT, "twin_captions=s.twin_captions,", "twin_captions=0.0,", TWIN_CAPTIONS),
     Fault("quiet clips keep the event's pixels", "data/examples.py",

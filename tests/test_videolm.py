@@ -174,6 +174,32 @@ def test_vision_once_and_twin_leaves_early(lm, ragged):
         assert (len(vision), len(low), len(high), len(heads)) == (3, 4, 3, 2)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_last_mlp_runs_what_is_read(lm, ragged, checkpointed):
+    """The last layer's MLP runs rows that a label or a rollout reads, no others; losses, log-probabilities and gradients
+    are those of all rows, checkpointed layers included."""
+    if checkpointed:
+        (getattr(lm.hf, "activation_checkpointing_enable", None) or lm.hf.gradient_checkpointing_enable)()
+        lm.hf.enable_input_require_grads()
+    layers, sizes, found = lm.base.model.language_model.layers, [], []
+    layers[-1].mlp.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[:-1]))
+    batch, ys = lm.collate(ragged), [[torch.tensor([5, 6, 7]), torch.tensor([8])]] * len(ragged)
+    for cuts in (True, False):
+        lm.cuts_rows = cuts
+        lm.zero_grad()
+        out = lm(batch)
+        logp, _ = lm.log_probs(packed := lm.pack_rollouts(ragged, ys), lm.encode_video(batch))
+        (out.lm_loss + out.contrastive_loss + logp.sum()).backward()
+        gradients = [p.grad.clone() for p in lm.parameters() if p.grad is not None]
+        found.append([out.lm_loss.detach(), out.contrastive_loss.detach(), logp.detach(), *gradients])
+    passes = 1 + checkpointed  # a checkpointed layer runs again in the backward pass
+    read, whole = [(len(batch.label_rows),), (len(packed.rows),)], [batch.input_ids.shape, packed.input_ids.shape]
+    assert sorted(sizes) == sorted([*read * passes, *whole * passes])
+    assert len(batch.label_rows) < batch.input_ids.numel() / 2
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_micro_batches_change_nothing(lm, ragged):
     """Summed losses over one-clip batches, divided by the whole batch's counts, give the whole batch's gradient."""
     whole = lm.collate(ragged)

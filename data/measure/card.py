@@ -86,7 +86,7 @@ def random_example(
     side = round((per_slot * v.spatial_merge_size**2) ** 0.5)
     return vp.Example(
         name="random", input_ids=ids, token_types=2 * (ids == c.video_token_id).long(), prompt_length=len(ids) - caption,
-        pixels=torch.zeros(slots * side * side, width, dtype=torch.bfloat16), grid=torch.tensor([slots, side, side]),
+        pixels=torch.randn(slots * side * side, width, dtype=torch.bfloat16), grid=torch.tensor([slots, side, side]),
         seconds_per_slot=0.5, source=vp.twin_sources(key), keywords=[vp.Keyword("it", ids[-5:-2], key)],
     )  # fmt: skip
 
