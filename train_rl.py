@@ -35,6 +35,7 @@ from data.loader import ClipLoader
 from data.measure.evaluate import EVAL_CLIPS, RunEvaluation
 from data.packing import Packed
 from data.run import checkpoints, memory, models
+from data.run.hard_prompts import choose_prompts
 from data.run.log import Stopwatch
 from data.run.processes import finish_gradients, first_process_first, skip_if_not_finite
 from data.run.rollout_metrics import Totals, reward_metrics, rollout_metrics
@@ -79,6 +80,8 @@ class Settings(TrainSettings):
     text_encoder: str | None = by_preset(None, MINILM, MINILM)
     """sentence-transformers model whose token embeddings score descriptions (default: one that knows equal
     words only, made on the spot; for the world also kinds of words)."""
+    hard_prompts: int = by_preset(300, 0, 0)
+    """Describe so many clips whose captions the model finds least likely, and as many others (0: all clips)."""
     num_rollouts: int = 8
     """G, descriptions of the full video a prompt."""
     num_twin_rollouts: int = 4
@@ -126,6 +129,8 @@ def resolve(settings: Settings) -> Settings:
     s.check()
     s.check_above_zero("steps", "batch_size", "micro_batch_size", "learning_rate", "log_every", "temperature")
     s.check_above_zero("max_new_tokens", "epochs")
+    if s.hard_prompts < 0:
+        raise ValueError(f"--hard-prompts: got {s.hard_prompts}; give a number above 0, or 0 for all clips")
     # An advantage is the distance from the mean of the group: one description alone has none.
     if s.num_rollouts < 2:
         raise ValueError(f"--num-rollouts: got {s.num_rollouts}; a group needs 2 descriptions to compare")
@@ -140,8 +145,9 @@ def resolve(settings: Settings) -> Settings:
     if s.text_encoder is None and s.data is None:
         s.text_encoder = str(build_text_encoder(Path("runs/text-encoder")))
     if s.data is None:
-        s.data, test = embedded_world(s.world_clips)
-        s.eval_data = s.eval_data or test
+        # Clips that stage 1 has not seen: those that it has, it describes without a mistake.
+        world = embedded_world(s.world_clips)
+        s.data, s.eval_data = world / "prompts.jsonl", s.eval_data or world / "test.jsonl"
     return s
 
 
@@ -415,6 +421,8 @@ def main(settings: Settings) -> dict | None:
     with budget.explained():
         lm, reference = load_policy(s, run, budget)
         encoder = load_encoder(s, run, clips)
+        # What stage 1 describes well already teaches nothing.
+        clips = choose_prompts(run, lm, preparation, clips, s.hard_prompts)
     # In training windows lie at the key spans, and where nothing happens: that there is one gives nothing away.
     loader = ClipLoader(
         clips, replace(preparation, skim=s.how_to_look(at_key_spans=True)), s.seed, s.workers, s.time_limit,

@@ -392,3 +392,14 @@ class VideoLM(Generation, nn.Module):
         if self.plain_head:
             return log_probs_from_states(states, head.weight, packed.targets, self.banned, temperature)
         return selected_log_probs(head(states), packed.targets, self.banned, temperature)
+
+    @torch.no_grad()
+    def caption_log_probs(self, examples: Sequence[Example]) -> Tensor:
+        """How likely each example's caption is (B,): the sum of the log-probabilities of its tokens."""
+        found = []
+        for some in in_chunks([len(e.input_ids) for e in examples], TOKENS_AT_ONCE):
+            captions = [e.input_ids[e.prompt_length :] for e in examples[some]]
+            packed = self.pack_rollouts(examples[some], [[caption] for caption in captions]).to(self.device)
+            logp, _ = self.log_probs(packed, self.encode_examples(examples[some]))
+            found += [of_clip.sum() for of_clip in logp.split([len(caption) for caption in captions])]
+        return torch.stack(found)

@@ -8,9 +8,10 @@ happens: their captions have no event.
 
 Files are real MP4s, read like any other clip: written here, decoded again by `data/decode.py`.
 
-    python -m data.world --out runs/world                      # 6,000 train, 400 test and 200 held-out clips
+    python -m data.world --out runs/world                      # 6,000 train, 2,400 prompts, 400 test, 200 held-out clips
     python -m data.world --out runs/world80k --train 80000     # any size; resumable, one process a core
 
+The clips of the split "prompts" are like those of the training split: stage 2 describes what stage 1 has not seen.
 Half of the test split's events are rare ones. Sixteen combinations of shape, colour and action are kept from training and
 test; they are the actors of the held-out split. The ground truth goes into the `truth` field of a line, which only
 evaluation reads; training finds its key slots by looking at the frames.
@@ -60,7 +61,7 @@ FLOORS = (
     (70, 120, 124),
     (168, 150, 190),
 )
-SPLITS = ("train", "test", "held-out")
+SPLITS = ("train", "test", "held-out", "prompts")
 PIXELS, NUM_FRAMES, FPS = 48, 16, 8.0
 # For each action two of the twenty (shape, colour) pairs: a held-out clip's actor is always one of these, any other's
 # never. Each part of such an actor, and each pair of parts, is in the training split.
@@ -75,9 +76,11 @@ class WorldSettings:
     """Settings of `python -m data.world`."""
 
     out: Path = Path("runs/world")
-    """Folder to write: train.jsonl, test.jsonl, held-out.jsonl and one MP4 a clip."""
+    """Folder to write: an annotation file for each split, such as train.jsonl, and one MP4 a clip."""
     train: int = 6000
-    """Number of training clips."""
+    """Number of training clips, of stage 1."""
+    prompts: int = 2400
+    """Number of further clips like these, for stage 2."""
     test: int = 400
     """Number of test clips; half of their events are rare on their floor."""
     held_out: int = 200
@@ -219,7 +222,7 @@ def draw_clip(
     shapes, colours = list(SHAPES), list(COLOURS)
     floor = int(rng.integers(len(FLOORS)))
     is_quiet = bool(rng.random() < quiet) and split != "held-out"
-    is_usual = bool(rng.random() < (habit if split == "train" else 0.5))
+    is_usual = bool(rng.random() < (habit if split in ("train", "prompts") else 0.5))
     while True:  # the actor: drawn until it belongs to the split
         shape, colour = int(rng.integers(len(shapes))), int(rng.integers(len(colours)))
         action = floor if is_usual else int((floor + rng.integers(1, len(ACTIONS))) % len(ACTIONS))
@@ -283,7 +286,7 @@ def splits_to_draw(settings: WorldSettings) -> list[tuple[str, int]]:
             f"{folder}: holds a world of {json.dumps(there)}, asked for {json.dumps(asked)}. "
             "Delete the folder, or draw the other world elsewhere: python -m data.world --out FOLDER"
         )
-    sizes = dict(zip(SPLITS, (settings.train, settings.test, settings.held_out)))
+    sizes = dict(zip(SPLITS, (settings.train, settings.test, settings.held_out, settings.prompts)))
     files = {split: folder / f"{split}.jsonl" for split in SPLITS}
     whole = {split for split, file in files.items() if file.exists() and sum(1 for _ in file.open()) == sizes[split]}
     return [(split, size) for split, size in sizes.items() if split not in whole]
@@ -306,15 +309,17 @@ def make_world(settings: WorldSettings) -> Path:
     return settings.out
 
 
-def embedded_world(num_train: int, folder: Path = Path("runs/world")) -> tuple[Path, Path]:
-    """The training and test annotations of the world with default settings, drawn if they are not there yet.
+def embedded_world(num_train: int, folder: Path = Path("runs/world")) -> Path:
+    """The folder of the world with default settings, drawn if it is not there yet; a small one has few prompts, too.
 
     In a process of its own: it starts one process a core, and each of them would import all of the calling script.
     """
-    if splits_to_draw(WorldSettings(folder, train=num_train)):
-        command = [sys.executable, "-m", "data.world", "--out", str(folder), "--train", str(num_train)]
+    prompts = min(num_train, WorldSettings.prompts)
+    if splits_to_draw(WorldSettings(folder, train=num_train, prompts=prompts)):
+        command = [sys.executable, "-m", "data.world", "--out", str(folder)]
+        command += ["--prompts", str(prompts), "--train", str(num_train)]
         subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
-    return folder / "train.jsonl", folder / "test.jsonl"
+    return folder
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def run_set(folder: Path, annotations: Path, minutes: float, run_script: Callabl
 def fuzz(settings: Settings, folder: Path, run_script: Callable = run_script) -> dict[str, Outcome]:
     """Make both sets below a folder, and run them."""
     rng = random.Random(settings.seed)
-    world = make_world(WorldSettings(folder / "world", train=16, test=2, held_out=0, workers=1))
+    world = make_world(WorldSettings(folder / "world", train=16, test=2, held_out=0, prompts=0, workers=1))
     lines = (world / "train.jsonl").read_text().splitlines()
     broken = folder / "lines"
     shutil.copytree(world, broken)

@@ -51,7 +51,7 @@ SMALLER = {
     "eval.py cost": "--visual-tokens 32 --new-tokens 2 --rollouts 2 --repeats 1",
     "eval.py long": "--lengths 1 2",
     "-m data.curation.curate": "--workers 0 --samples 1",
-    "-m data.world": "--train 3 --test 2 --held-out 2 --workers 1",
+    "-m data.world": "--train 3 --prompts 2 --test 2 --held-out 2 --workers 1",
 }
 # What the commands of a page need, those of earlier pages have made.
 ORDER = ("README", "long-videos", "long-runs", "data", "benchmarks", "results", "gpu")
@@ -77,7 +77,8 @@ def make_home(home: Path, world: Path, checkpoint: Path) -> None:
             video.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(world / line["video"], video)
         lines_file(home / "runs/world" / f"{split}.jsonl", *lines[split][:count])
-    shutil.copy(home / "runs/world/test.jsonl", home / "runs/world/held-out.jsonl")
+    for split, like in (("held-out", "test"), ("prompts", "train")):
+        shutil.copy(home / f"runs/world/{like}.jsonl", home / f"runs/world/{split}.jsonl")
     clips = []
     for i, line in enumerate(lines["train"][:6]):
         for folder in ("videos", "footage"):
@@ -126,7 +127,7 @@ def small_world() -> None:
         yield SimpleNamespace(starmap=lambda function, rows, chunksize: [function(*row) for row in rows])
 
     settings.best_device = lambda: SimpleNamespace(type="a GPU")
-    data.world.embedded_world = lambda *_: (Path("runs/world/train.jsonl"), Path("runs/world/test.jsonl"))
+    data.world.embedded_world = lambda *_: Path("runs/world")
     cost.multiprocessing = SimpleNamespace(get_context=lambda _: SimpleNamespace(Pool=here))
 
 

@@ -62,7 +62,7 @@ def gpu() -> torch.device:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A smaller world than that of the other tests."""
-    return make_world(WorldSettings(tmp_path_factory.mktemp("world"), train=8, test=2, workers=1))
+    return make_world(WorldSettings(tmp_path_factory.mktemp("world"), train=8, test=2, held_out=0, prompts=0, workers=1))
 
 
 # --- The device itself --------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from tests.commands import HERE, Command
 SMALL = {
     "train_sft": ["--batch-size", 4, "--micro-batch-size", 2, "--sheets", 0],
     "train_rl": ["--batch-size", 4, "--micro-batch-size", 1, "--beta", 0.1, "--num-rollouts", 4, "--num-twin-rollouts", 2,
-                 "--max-new-tokens", 5],
+                 "--max-new-tokens", 5, "--hard-prompts", 0],
 }  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def test_same_seed_same_weights_and_micro_batches(tmp_path, data):
         ["--reward", "similarity", "--num-twin-rollouts", 0, "--no-twin-branch"],
         ["--epochs", 2, "--beta", 0.1, "--divide-by-spread", "--loss-level", "sequence", "--reward", "pooled"],
         ["--lora-rank", 4, "--learning-rate", 1e-2, "--reward", "recall"],
-        ["--no-freeze-vision", "--max-new-tokens", 3],
+        ["--no-freeze-vision", "--hard-prompts", 3, "--max-new-tokens", 3],
     ],
 )
 def test_every_setting_trains(tmp_path, data, more):

@@ -200,6 +200,22 @@ def test_last_mlp_runs_what_is_read(lm, ragged, checkpointed):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [1, 10**9])
+def test_how_likely_a_caption_is(lm, plain, ragged, at_once, monkeypatch):
+    """The log-probabilities of its tokens, summed, under plain transformers, without tokens that no text may hold; the same
+    however many clips are run at once."""
+    monkeypatch.setattr(videolm, "TOKENS_AT_ONCE", at_once)
+    got = lm.eval().caption_log_probs(ragged)
+    for found, e in zip(got, ragged, strict=True):
+        with torch.no_grad():
+            logits = plain_forward(plain, e).logits[0]
+        logits[:, lm.banned] = -torch.inf
+        at = torch.arange(e.prompt_length, len(e.input_ids))
+        want = logits.log_softmax(-1)[at - 1, e.input_ids[at]].sum()
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    assert len({round(x, 4) for x in got.tolist()}) == len(ragged) and not got.requires_grad
+
+
 def test_micro_batches_change_nothing(lm, ragged):
     """Summed losses over one-clip batches, divided by the whole batch's counts, give the whole batch's gradient."""
     whole = lm.collate(ragged)

@@ -16,6 +16,7 @@ from data.world import (
     FPS,
     NUM_FRAMES,
     SHAPES,
+    SPLITS,
     WorldSettings,
     draw_clip,
     embedded_world,
@@ -112,6 +113,18 @@ def test_a_share_that_is_none_is_refused(tmp_path, setting, value):
     assert not (tmp_path / "w").exists()
 
 
+def test_prompts_are_like_training_clips_but_others():
+    """As many usual, rare and quiet ones, no held-out actor, and none of the training clips again."""
+    lines = {split: lines_of(split, 1500) for split in ("train", "prompts")}
+    kinds = {split: Counter(line["truth"]["kind"] for line in lines[split]) for split in lines}
+    assert all(abs(kinds["train"][kind] - kinds["prompts"][kind]) < 80 for kind in ("usual", "rare", "quiet"))
+    assert kinds["prompts"]["rare"] < 200 < kinds["prompts"]["quiet"]
+    same = [a["caption"] == b["caption"] for a, b in zip(lines["train"], lines["prompts"])]
+    assert sum(same) < 15
+    actors = [combination(line) for line in lines["prompts"] if "actor" in line["truth"]]
+    assert not any(held_out(SHAPES.index(s), list(COLOURS).index(c), ACTIONS.index(a)) for s, c, a in actors)
+
+
 @pytest.mark.parametrize("index", range(4))
 def test_nothing_happens_in_a_quiet_clip(index):
     """No event in the frames, none in the caption, no keyword, and no span."""
@@ -135,13 +148,13 @@ def test_files_decode_to_what_was_drawn(world):
 
 def test_resumed_and_parallel_worlds_are_equal(tmp_path):
     """A world interrupted half-way and finished by other processes equals one made at once; finished files stay."""
-    whole = make_world(WorldSettings(tmp_path / "whole", train=10, test=4, held_out=2, workers=1))
-    part = make_world(WorldSettings(tmp_path / "part", train=5, test=2, held_out=1, workers=2))
+    whole = make_world(WorldSettings(tmp_path / "whole", train=10, test=4, held_out=2, prompts=3, workers=1))
+    part = make_world(WorldSettings(tmp_path / "part", train=5, test=2, held_out=1, prompts=0, workers=2))
     kept = (part / "train/000/000001.mp4").stat().st_mtime_ns
     (part / "train/000/000003.mp4").unlink()
-    make_world(WorldSettings(tmp_path / "part", train=10, test=4, held_out=2, workers=2))
+    make_world(WorldSettings(tmp_path / "part", train=10, test=4, held_out=2, prompts=3, workers=2))
     assert (part / "train/000/000001.mp4").stat().st_mtime_ns == kept
-    for split in ("train", "test", "held-out"):
+    for split in SPLITS:
         assert (whole / f"{split}.jsonl").read_text() == (part / f"{split}.jsonl").read_text()
     for file in sorted(whole.rglob("*.mp4")):
         assert file.read_bytes() == (part / file.relative_to(whole)).read_bytes()
@@ -150,11 +163,11 @@ def test_resumed_and_parallel_worlds_are_equal(tmp_path):
 
 def test_worlds_are_not_mixed(tmp_path):
     """A folder made with another seed, or with events of another strength, is refused, in words."""
-    make_world(WorldSettings(tmp_path / "w", train=2, test=2, held_out=0, workers=1))
+    make_world(WorldSettings(tmp_path / "w", train=2, test=2, held_out=0, prompts=0, workers=1))
     with pytest.raises(ValueError, match=r'"strength": 0.75.*asked for.*"strength": 0.5'):
-        make_world(WorldSettings(tmp_path / "w", train=2, test=2, held_out=0, strength=0.5, workers=1))
+        make_world(WorldSettings(tmp_path / "w", train=2, test=2, held_out=0, prompts=0, strength=0.5, workers=1))
     with pytest.raises(ValueError, match=r'"seed": 0.*asked for.*"seed": 1'):
-        make_world(WorldSettings(tmp_path / "w", train=2, test=2, held_out=0, seed=1, workers=1))
+        make_world(WorldSettings(tmp_path / "w", train=2, test=2, held_out=0, prompts=0, seed=1, workers=1))
     assert len([json.loads(line) for line in (tmp_path / "w/train.jsonl").open()]) == 2
 
 
@@ -164,12 +177,12 @@ def test_a_world_that_is_there_costs_no_process(tmp_path, monkeypatch):
     monkeypatch.setattr(world.subprocess, "run", lambda command, **_: drawn.append(command[-1]))
     folder = tmp_path / "w"
     embedded_world(3, folder)
-    for split, count in (("train", 3), ("test", 400), ("held-out", 200)):
+    for split, count in (("train", 3), ("prompts", 3), ("test", 400), ("held-out", 200)):
         folder.mkdir(exist_ok=True)
         (folder / f"{split}.jsonl").write_text("{}\n" * count)
     settings = WorldSettings(folder)
     (folder / "world.json").write_text(json.dumps(world.stamp(settings)))
-    assert embedded_world(3, folder) == (folder / "train.jsonl", folder / "test.jsonl") and drawn == ["3"]
+    assert embedded_world(3, folder) == folder and drawn == ["3"]
     embedded_world(4, folder)
     assert drawn == ["3", "4"]
     (folder / "world.json").write_text(json.dumps(world.stamp(settings) | {"version": world.VERSION - 1}))

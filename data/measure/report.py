@@ -151,7 +151,6 @@ def event_table(runs: dict[str, dict[int, Path]]) -> list[str]:
 def run_report(settings: ReportSettings, console: Console) -> str:
     """The command `python eval.py report`."""
     s, lines, runs = settings, [], {}
-    data = [] if s.data is None else ["--data", str(s.data), "--eval-data", str(s.data.with_name("test.jsonl"))]
     world = (s.data or Path("runs/world/train.jsonl")).parent
     splits = {split: world / f"{split}.jsonl" for split in ("test", "held-out")}
     steps = [] if s.steps is None else ["--steps", str(s.steps)]
@@ -164,7 +163,11 @@ def run_report(settings: ReportSettings, console: Console) -> str:
             begin = [] if start is None else ["--model", str(start[seed])]
             more = ["--seed", str(seed), "--out", str(out), "--resume", "--eval-every", "-1"]
             more += ["--no-eval-before"] * bool(runs)  # of the first run it is enough
-            run_once([script, *begin, *more, *data, *arguments, *steps], out / "results.json", console)
+            if s.data is not None:  # stage 2 has clips of its own, where the world has them
+                prompts = world / "prompts.jsonl"
+                data = prompts if script == "train_rl.py" and prompts.exists() else s.data
+                more += ["--data", str(data), "--eval-data", str(world / "test.jsonl")]
+            run_once([script, *begin, *more, *arguments, *steps], out / "results.json", console)
             results.append(scores(out, splits, console))
             seconds.append(float((out / "cpu_seconds.json").read_text()))
             runs.setdefault(title, {})[seed] = out

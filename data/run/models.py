@@ -211,7 +211,7 @@ def shard(lm: nn.Module, device: torch.device) -> None:
     for block in [*lm.base.model.visual.blocks, *lm.base.model.language_model.layers]:
         fully_shard(block, mesh=mesh, mp_policy=mixed)
     fully_shard(lm, mesh=mesh, mp_policy=mixed, ignored_params=set(lm.heads.parameters()))
-    for method in ("encode_examples", "log_probs", "roll_out"):
+    for method in ("encode_examples", "log_probs", "caption_log_probs", "roll_out"):
         register_fsdp_forward_method(lm, method)
 
 
