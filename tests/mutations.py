@@ -27,6 +27,7 @@ from rich.table import Table
 
 HERE = Path(__file__).parent.parent
 SFT, RL, LM, MODELS = "train_sft.py", "train_rl.py", "data/videolm.py", "data/run/models.py"
+HARD = "data/run/hard_prompts.py"
 # The tests of tests/test_reference_loops.py, by case.
 CONTRASTIVE, CAPTION_ONLY = "stage_1[contrastive]", "stage_1[caption-only]"
 NO_TWIN, TWIN_CAPTIONS = "stage_1[no-twin]", "stage_1[twin-captions]"
@@ -86,6 +87,11 @@ FAULTS = [
     Fault("every epoch in the same order", "data/loader.py", "default_rng([self.seed, epoch])",
           "default_rng([self.seed, 0])", CONTRASTIVE),
     Fault("the twin is the full video", LM, "self.gather_video(video, batch.twin_index)", "video", CONTRASTIVE),
+    Fault("stage 2 describes what is known already", HARD, "order = sorted(likely, key=likely.get)",
+          "order = sorted(likely, key=likely.get, reverse=True)",
+          "tests/test_hard_prompts.py::test_the_hardest_are_all_there"),
+    Fault("a resumed run chooses its clips anew", HARD, "    if run.resumed.path:\n", "    if False:\n",
+          "tests/test_hard_prompts.py::test_hard_ones_and_others_are_described"),
     Fault("the last layer's MLP runs all rows", LM, "if self.cuts_rows and wanted_rows is not None:", "if False:",
           "tests/test_videolm.py::test_last_mlp_runs_what_is_read"),
     Fault("text vectors carry gradients", LM, "(batch.keyword_ids).detach()", "(batch.keyword_ids)", CONTRASTIVE),

@@ -52,6 +52,17 @@ def test_hard_ones_and_others_are_described(tmp_path, data):
     assert failed.returncode == 1 and "prompts.json" in failed.stderr
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_hardest_are_all_there(seed):
+    """The lowest numbers, and of the others every one now and then; the same seed, the same clips."""
+    likely = {index: -float(x) for index, x in enumerate(torch.rand(20, generator=torch.manual_seed(seed)))}
+    lowest = set(sorted(likely, key=likely.get)[:4])
+    drawn = [hard_prompts.hardest_and_others(likely, 4, s) for s in range(60)]
+    assert all(lowest < set(found) and len(found) == len(set(found)) == 8 for found in drawn)
+    assert set().union(*drawn) == set(likely)
+    assert hard_prompts.hardest_and_others(dict(reversed(likely.items())), 4, 7) == drawn[7]
+
+
 def test_all_clips_where_there_are_no_more(world):
     """No model is asked."""
     clips, _ = load_clips(world / "train.jsonl")

@@ -200,7 +200,7 @@ def test_train_rl(gpu, settings, monkeypatch):
     encoder = build_text_encoder(settings["out"] / "encoder")
     s = train_rl.Settings(
         **settings | {"steps": 2}, batch_size=2, micro_batch_size=1, num_rollouts=3, num_twin_rollouts=2, max_new_tokens=6,
-        eval_before=False, text_encoder=str(encoder), epochs=1, beta=0.1,
+        hard_prompts=2, eval_before=False, text_encoder=str(encoder), epochs=1, beta=0.1,
     )  # fmt: skip
     roll_out = train_rl.roll_out
 

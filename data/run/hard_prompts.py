@@ -1,7 +1,8 @@
 """Prompts of stage 2: clips that stage 1 finds hard, and as many others.
 
 Where all descriptions of a clip earn the same there is nothing to learn. What a model describes well already is such a
-clip, and what stage 1 was trained on it describes well.
+clip, and what stage 1 was trained on it describes well. The others are there because among hard clips alone whatever a
+model goes by looks wrong: from those it unlearned who did it (docs/results.md).
 """
 
 import json
