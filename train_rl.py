@@ -110,7 +110,7 @@ class Settings(TrainSettings):
     """Weight of the KL to the frozen stage-1 policy; 0 keeps no reference and computes nothing for it."""
     loss_level: Literal["token", "sequence"] = "token"
     """Whether every token of a batch counts alike, or every description."""
-    freeze_vision: bool = True
+    freeze_vision: bool = by_preset(False, True, True)
     """Leave the vision encoder as it is; otherwise its pass is repeated in the update, with gradients."""
     log_every: int = 5
     """Steps between two lines of metrics."""

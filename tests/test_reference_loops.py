@@ -473,15 +473,15 @@ SFT_CASES = {
 RL_CASES = {
     "relative": dict(
         alpha=0.7, margin=0.3, temperature=0.9, beta=0.5, clip_low=0.05, clip_high=0.1, learning_rate=1e-3, warmup=0.2,
-        weight_decay=0.1, grad_clip=0.1, micro_batch_size=2,
+        weight_decay=0.1, grad_clip=0.1, micro_batch_size=2, freeze_vision=True,
     ),
     "pooled": dict(
         reward="pooled", divide_by_spread=True, loss_level="sequence", epochs=3, seed=1, warmup=0.0, steps=2, beta=0.1,
-        micro_batch_size=3, freeze_vision=False, num_rollouts=3,
+        micro_batch_size=3, num_rollouts=3,
     ),
     "recall": dict(
         reward="recall", alpha=2.0, epochs=1, num_twin_rollouts=0, twin_branch=False, warmup=0.0, temperature=1.2,
-        micro_batch_size=3,
+        micro_batch_size=3, freeze_vision=True,
     ),
     "similarity": dict(
         reward="similarity", num_rollouts=2, twin_branch=False, warmup=0.0, micro_batch_size=1, max_new_tokens=3, steps=2,

@@ -93,21 +93,21 @@ def test_same_seed_same_weights_and_micro_batches(tmp_path, data):
 @pytest.mark.parametrize(
     "more",
     [
-        ["--reward", "similarity", "--num-twin-rollouts", 0, "--no-twin-branch"],
+        ["--freeze-vision", "--reward", "similarity", "--num-twin-rollouts", 0, "--no-twin-branch"],
         ["--epochs", 2, "--beta", 0.1, "--divide-by-spread", "--loss-level", "sequence", "--reward", "pooled"],
-        ["--lora-rank", 4, "--learning-rate", 1e-2, "--reward", "recall"],
-        ["--no-freeze-vision", "--hard-prompts", 3, "--max-new-tokens", 3],
+        ["--freeze-vision", "--lora-rank", 4, "--learning-rate", 1e-2, "--reward", "recall"],
+        ["--hard-prompts", 3, "--max-new-tokens", 3],
     ],
 )
 def test_every_setting_trains(tmp_path, data, more):
-    """Each setting trains: finite metrics, changed weights; the vision encoder only moves when asked to."""
+    """Each setting trains: finite metrics, changed weights; the vision encoder moves unless it is frozen."""
     run(HERE / "train_rl.py", *FAST, *data, "--out", tmp_path / "o", *more, cwd=tmp_path)
     lines = steps(tmp_path / "o")
     assert len(lines) == 3 and all(math.isfinite(v) for line in lines for v in line.values())
     assert all(("policy/kl" in line) == ("--beta" in more) for line in lines)
     before, after = load_file(Path(data[1]) / "model.safetensors"), weights(tmp_path / "o")
     moved = {k for k in after if k in before and not torch.equal(before[k], after[k])}
-    assert moved and any("visual" in k for k in moved) == ("--no-freeze-vision" in more)
+    assert moved and any("visual" in k for k in moved) == ("--freeze-vision" not in more)
 
 
 def test_linear_attention_falls_back_and_says_so(tmp_path, data):
