@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: demo test setup
 demo: setup
 	$(BIN)/python train_sft.py
-	$(BIN)/python train_rl.py --no-eval-before
+	$(BIN)/python train_rl.py --no-eval-before --steps 80
 	$(BIN)/python eval.py progress
 
 test: setup
