@@ -110,8 +110,6 @@ class Settings(TrainSettings):
     """Weight of the KL to the frozen stage-1 policy; 0 keeps no reference and computes nothing for it."""
     loss_level: Literal["token", "sequence"] = "token"
     """Whether every token of a batch counts alike, or every description."""
-    freeze_vision: bool = by_preset(False, True, True)
-    """Leave the vision encoder as it is; otherwise its pass is repeated in the update, with gradients."""
     log_every: int = 5
     """Steps between two lines of metrics."""
     show_every: int = 50
@@ -145,7 +143,7 @@ def resolve(settings: Settings) -> Settings:
     if s.text_encoder is None and s.data is None:
         s.text_encoder = str(build_text_encoder(Path("runs/text-encoder")))
     if s.data is None:
-        # Clips that stage 1 has not seen: those that it has, it describes without a mistake.
+        # Clips that stage 1 has not seen: of those that it was trained on, it describes nearly all without a mistake.
         world = embedded_world(s.world_clips)
         s.data, s.eval_data = world / "prompts.jsonl", s.eval_data or world / "test.jsonl"
     return s
@@ -421,12 +419,12 @@ def main(settings: Settings) -> dict | None:
     with budget.explained():
         lm, reference = load_policy(s, run, budget)
         encoder = load_encoder(s, run, clips)
-        # What stage 1 describes well already teaches nothing.
-        clips = choose_prompts(run, lm, preparation, clips, s.hard_prompts)
-    # In training windows lie at the key spans, and where nothing happens: that there is one gives nothing away.
+        # In training windows lie at the key spans, and where nothing happens: that there is one gives nothing away.
+        shown = replace(preparation, skim=s.how_to_look(at_key_spans=True))
+        # What stage 1 describes well already teaches little.
+        clips = choose_prompts(run, lm, shown, clips, s.hard_prompts)
     loader = ClipLoader(
-        clips, replace(preparation, skim=s.how_to_look(at_key_spans=True)), s.seed, s.workers, s.time_limit,
-        s.max_bad_share, **run.share(num_prompts),
+        clips, shown, s.seed, s.workers, s.time_limit, s.max_bad_share, **run.share(num_prompts)
     )  # fmt: skip
     # No weight decay, small steps: a reward says little, and must not undo what stage 1 has learned.
     optimizer = models.make_optimizer(lm, s.learning_rate, s.weight_decay)

@@ -82,7 +82,7 @@ class VideoLM(Generation, nn.Module):
             vision_config._attn_implementation = "chunked_not_flash"
         choose_by_mask(base.model.language_model.config)
         embed_patches_by_product(base.model.visual.patch_embed)
-        # Of families whose layers were read: others run all rows, and the wanted ones are picked then.
+        # Only in families whose layers we know line by line; others run all rows, and the wanted ones are picked later.
         self.cuts_rows = self.config.model_type in ("qwen2_5_vl", "qwen3_vl")
         if self.cuts_rows:
             run_wanted_rows(base.model.language_model.layers[-1])

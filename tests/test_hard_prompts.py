@@ -11,6 +11,7 @@ import train_rl
 from data.clips import load_clips
 from data.run import hard_prompts
 from tests.commands import HERE, run
+from tests.test_processes import launch
 from tests.test_train_rl import FAST
 
 
@@ -50,6 +51,17 @@ def test_hard_ones_and_others_are_described(tmp_path, data):
     (part / "prompts.json").unlink()
     failed = run(*more, "--out", part, "--resume", cwd=tmp_path, check=False)
     assert failed.returncode == 1 and "prompts.json" in failed.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--shard"]])
+def test_processes_choose_together(tmp_path, data, more):
+    """Two processes, each of which has asked the model about half of the clips, describe what one alone would."""
+    small = [*FAST, *data, "--steps", 1, "--hard-prompts", 2, "--eval-every", -1]
+    launch("train_rl", 1, [*small, "--out", "one"], tmp_path)
+    launch("train_rl", 2, [*small, *more, "--micro-batch-size", 1, "--out", "two"], tmp_path)
+    one, two = (json.loads((tmp_path / name / "prompts.json").read_text()) for name in ("one", "two"))
+    assert one["clips"] == two["clips"]
+    assert two["caption log-probabilities"] == pytest.approx(one["caption log-probabilities"], rel=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -21,14 +21,14 @@ from data.run.run import Run
 from data.video import Clip
 from data.videolm import VideoLM
 
-AT_ONCE = 16  # clips
+AT_ONCE = 16  # clips of a forward pass, at most
 
 
 def caption_log_probs(run: Run, lm: VideoLM, preparation: Preparation, clips: Sequence[Clip]) -> dict[int, float]:
     """The log-probability of each clip's caption, by the clip's number. Clips that cannot be used are noted as problems of
     the run. Processes share the clips, and all get all."""
     s, found = run.settings, {}
-    loader = ClipLoader(clips, preparation, s.seed, s.workers, s.time_limit, math.inf, shuffle=False, **run.share(AT_ONCE))
+    loader = ClipLoader(clips, preparation, s.seed, s.workers, s.time_limit, math.inf, shuffle=False, **run.share(1))
     lm.eval()
     with loader, run.autocast(), gathered(lm):
         stream = loader.examples(epochs=1)
@@ -71,6 +71,6 @@ def choose_prompts(run: Run, lm: VideoLM, preparation: Preparation, clips: Seque
     if run.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({"clips": chosen, "caption log-probabilities": [likely[i] for i in chosen]}) + "\n")
-    others = f"and {len(chosen) - number} others"
+    others = f"and {max(0, len(chosen) - number)} others"
     run.console.print(f"described, of {len(clips)} clips: {number} whose captions the model finds least likely, {others}")
     return [clips[index] for index in chosen]
