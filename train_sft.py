@@ -2,9 +2,10 @@
 
     L = L_LM(caption | full video) + lambda * L_con(keywords; full video's key slots against the twin's)
 
-For each clip: find the key slots of its keywords, encode the video once, gather the twin's visual tokens from
-it, run the caption loss on the full video, catch its states after l layers, run the twin through the same l
-layers, and pull the keywords toward the full video's key-slot states and away from the twin's.
+For each clip: find the key slots of its keywords, encode the video once, and gather the twin's visual tokens from
+it. Run the full video, and behind what the two share the twin's event, through the first l layers; pull the
+keywords toward the full video's key-slot states there, and away from the twin's. Run the full video through the
+other layers for the caption loss.
 
     python train_sft.py                                                           # embedded world, tiny model, CPU
     python train_sft.py --contrastive-weight 0                                    # the caption-only baseline
@@ -66,7 +67,7 @@ class Settings(TrainSettings):
     """Optimizer steps."""
     batch_size: int = by_preset(8, 16, 32)
     """Clips a step, over all micro-batches and processes."""
-    micro_batch_size: int = by_preset(8, 1, 4)
+    micro_batch_size: int = by_preset(8, 1, 2)
     """Clips a forward pass."""
     learning_rate: float = by_preset(1e-3, 1e-4, 1e-4)
     """Peak learning rate (AdamW, linear warm-up, constant, then a cosine to zero)."""
@@ -160,7 +161,7 @@ def main(settings: Settings) -> dict | None:
     num_micro = run.split_batch(s.micro_batch_size)
     # Lines that cannot be used are named here, with file and line, before the model is touched.
     clips, eval_clips, preparation = run.load_clips(new_tokens=0)
-    # What a step will need is known before anything is loaded. The twin leaves after l layers.
+    # What a step will need is known before anything is loaded. The twin's event leaves after l layers.
     budget = run.budget(memory.Load(
         s.micro_batch_size, *memory.longest(clips, preparation), eval_clips=min(len(eval_clips), EVAL_CLIPS),
         twin_layers=(s.contrastive_layer or run.architecture.config.text_config.num_hidden_layers // 2) * contrastive,

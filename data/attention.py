@@ -20,7 +20,7 @@ from transformers.vision_utils import (
 )
 
 from data.device import to_device
-from data.packing import Branch
+from data.packing import Attends
 
 
 def vision_layout(visual: nn.Module, grid: Tensor, device: torch.device) -> dict[str, Tensor | int]:
@@ -117,31 +117,33 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask,
 
 
 def attend_by_branch(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, branches: Sequence[Sequence[Branch]],
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, branches: Sequence[tuple[list[int], list[Attends]]],
     scaling: float | None,
 ) -> Tensor:  # fmt: skip
     """What `attend_in_blocks` does, where there is no flex_attention, by a call of sdpa for each branch of each clip.
 
-    query (B, heads, T, head_dim), keys and values of fewer heads as they are. Returns (B, T, heads, head_dim). Under one
-    mask of all pairs of tokens, scores would be computed that no token sees: more than half of them.
+    query (B, heads, T, head_dim), keys and values of fewer heads as they are; branches: `Packed.branches`. Returns
+    (B, T, heads, head_dim). Under one mask of all pairs of tokens, scores would be computed that no token sees: more than
+    half of them.
     """
     sdpa, attended = ALL_ATTENTION_FUNCTIONS["sdpa"], []
-    for q, k, v, clip in zip(query, key, value, branches):
-        q, k, v = (x.split([branch.length for branch in clip], dim=1) for x in (q, k, v))
+    for q, k, v, (lengths, attends) in zip(query, key, value, branches):
+        q, k, v = (x.split(lengths, dim=1) for x in (q, k, v))
         parts = []
-        for own, branch in zip(q, clip):
-            if not branch.length:  # another clip of the batch has more branches
-                continue
-            keys, values = (torch.cat([x[i] for i in branch.sees], 1)[None] for x in (k, v))
-            mask = None if branch.mask is None else branch.mask[None, None].to(own.dtype)
-            parts.append(sdpa(module, own[None], keys, values, mask, scaling=scaling, is_causal=mask is None)[0])
+        for length, sees, mask in attends:
+            keys, values = (torch.cat([x[i] for i in sees], 1)[None] for x in (k, v))
+            queries = (torch.cat([q[i] for i in sees], 1) if mask is None else q[sees[-1]])[None]
+            mask = None if mask is None else mask[None, None].to(queries.dtype)
+            out = sdpa(module, queries, keys, values, mask, scaling=scaling, is_causal=mask is None)[0]
+            parts.append(out[:, -length:])
         attended.append(torch.cat(parts, 1))
     return torch.cat(attended)
 
 
 def attend_by_mask(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask | None,
-    otherwise: str, branches: Sequence[Sequence[Branch]] | None = None, wanted_rows: Tensor | None = None, **more,
+    otherwise: str, branches: Sequence[tuple[list[int], list[Attends]]] | None = None,
+    wanted_rows: Tensor | None = None, **more,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """flex_attention under a BlockMask, sdpa by branches or under a mask of token pairs (B, 1, T, S), else `otherwise`.
 
@@ -160,6 +162,7 @@ def attend_by_mask(
         return attend_in_blocks(query, key, value, attention_mask, more.get("scaling")).transpose(1, 2), None
     if attention_mask.ndim == 4:
         otherwise = "sdpa"  # flash-attn knows no mask that tells branches apart
+        attention_mask = attention_mask.to(query.dtype) if attention_mask.is_floating_point() else attention_mask
         groups, T = query.shape[1] // key.shape[1], query.shape[2]
         if groups > 1 and attention_mask.shape[2] == groups * T:
             query = query.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, key heads, groups * T, head_dim)

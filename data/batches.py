@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.device import Clock
-from data.packing import move
+from data.packing import Packed, move
 from kernels.contrastive import ids_shown
 from vp import Example, KeyTokens
 
@@ -110,9 +110,10 @@ class Batch:
     input_ids, attention_mask, token_types (B, T); position_ids (3, B, T) or None; pixels, grid (all runs, 3) and
     seconds_per_slot of each run, as in `Example`; num_runs: of each clip. label_rows (L,): rows of the flattened (B*T)
     sequence that predict label_ids.
-    twin_index (V,): the visual token that the twin shows in the place of each. prefix_length: tokens up to the last
-    visual one. key_rows (N,): key-slot tokens as rows of the flattened (B*prefix_length) prefix. keyword_ids (K, W)
-    padded with keyword_mask (K, W). key_tokens: who asks for whom.
+    twin_index (V,): the visual token that the twin shows in the place of each. forked: the same sequences with the twins'
+    events behind them, see `caption_trees`; None for generation. key_rows (N,): key-slot tokens as rows of the flattened
+    (B*T) sequence; twin_rows (N,): the twins' as rows of flattened `forked`. keyword_ids (K, W) padded with keyword_mask
+    (K, W). key_tokens: who asks for whom.
     """
 
     input_ids: Tensor
@@ -126,8 +127,9 @@ class Batch:
     label_rows: Tensor
     label_ids: Tensor
     twin_index: Tensor
-    prefix_length: int
+    forked: Packed | None
     key_rows: Tensor
+    twin_rows: Tensor
     keyword_ids: Tensor
     keyword_mask: Tensor
     key_tokens: KeyTokens
@@ -152,21 +154,21 @@ def by_clip(video: Video, num_runs: Sequence[int]) -> Video:
 
 
 def index_keywords(
-    examples: Sequence[Example], visual_places: Sequence[Sequence[Tensor]], prefix_length: int
+    examples: Sequence[Example], visual_places: Sequence[Sequence[Tensor]]
 ) -> tuple[Tensor, Tensor, KeyTokens]:
     """Key-slot tokens and keywords of a batch, those of clips without a twin left out.
 
-    visual_places: for each clip and slot the places of its tokens in the sequence. Returns key_rows (N,), keyword_ids
-    (K, W) padded with -1, and who asks for whom; see `Batch`.
+    visual_places: for each clip and slot the places of its tokens in the sequence. Returns the places (N,) of
+    key-slot tokens in their clip's sequence, keyword_ids (K, W) padded with -1, and who asks for whom; see `Batch`.
     """
     shown = [[k for k in e.keywords if e.source is not None and k.slots.any()] for e in examples]  # by clip
     keywords = [keyword for of_clip in shown for keyword in of_clip]
-    key_rows, clip, slot = [], [], []
+    key_places, clip, slot = [], [], []
     for b, (places, of_clip) in enumerate(zip(visual_places, shown)):
         is_key = torch.stack([keyword.slots for keyword in of_clip]).any(0).tolist() if of_clip else []
         for s, key in enumerate(is_key):
             if key:
-                key_rows.append(b * prefix_length + places[s])
+                key_places.append(places[s])
                 clip.append(torch.full_like(places[s], b))
                 slot.append(torch.full_like(places[s], s))
     keyword_slots = torch.zeros(len(keywords), max(len(p) for p in visual_places), dtype=torch.bool)
@@ -183,7 +185,7 @@ def index_keywords(
         keyword_slots=keyword_slots,
     )
     return (
-        torch.cat([none, *key_rows]),
+        torch.cat([none, *key_places]),
         nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1) if ids else torch.full((0, 1), -1),
         KeyTokens(**asks, shown=ids_shown(**asks)),
     )

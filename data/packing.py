@@ -35,10 +35,11 @@ def move(record, device: torch.device | str):
     return replace(record, **values)
 
 
-class Branch(NamedTuple):
-    """How many tokens a branch has, and which branches of its clip's sequence it sees: numbers, in order, itself last.
+class Attends(NamedTuple):
+    """How many tokens attend together, and which branches they see: numbers in order, their own last.
 
-    mask: (length, tokens of all those), to be added to scores; None for a root, which is causal and nothing else.
+    mask: (length, tokens of all those), to be added to scores. None: tokens of all those attend, each to itself and what
+    came before, and the last `length` results are kept.
     """
 
     length: int
@@ -75,19 +76,33 @@ class Packed:
         clip = torch.arange(len(branch), device=branch.device)[:, None, None]
         return self.ancestors[clip, branch[:, :, None], self.branch[:, None, :]]
 
-    def branches(self) -> list[list[Branch]]:
-        """The branches of each clip in the order in which they stand; for `attend_by_branch`."""
+    def branches(self) -> list[tuple[list[int], list[Attends]]]:
+        """The lengths of each clip's branches, and how their tokens attend, in order; for `attend_by_branch`.
+
+        A root and the branch that follows it at once attend as one. A branch that is longer than what it grows from lets
+        its ancestors attend again: that is less than to look at every pair and mask what comes later.
+        """
         found, counts = [], F.one_hot(self.branch, self.ancestors.shape[-1]).sum(1)  # (B, n)
         for lengths, ancestors in zip(counts.tolist(), self.ancestors.tolist()):
-            clip = []
-            for length, row in zip(lengths, ancestors):
-                sees = [i for i, seen in enumerate(row) if seen]
-                total, mask = sum(lengths[i] for i in sees), None
-                if total > length:  # all of its ancestors, and of itself what came before
+            attends: list[Attends] = []
+            for i, (length, row) in enumerate(zip(lengths, ancestors)):
+                if not length:  # another clip of the batch has more branches
+                    continue
+                sees, mask = [j for j, seen in enumerate(row) if seen], None
+                total = sum(lengths[j] for j in sees)
+                if i and attends[-1].sees == sees[:-1] and attends[-1].length == total - length:
+                    attends[-1] = Attends(total, sees, None)
+                    continue
+                if length <= total / 2:
                     mask = torch.full((length, total), -torch.inf, device=self.branch.device).triu(total - length + 1)
-                clip.append(Branch(length, sees, mask))
-            found.append(clip)
+                attends.append(Attends(length, sees, mask))
+            found.append((lengths, attends))
         return found
+
+    def pair_mask(self) -> Tensor:
+        """The same for all tokens of a clip's sequence at once: (B, 1, T, T), to be added to scores."""
+        sees = self.sees(self.branch).tril()  # (B, T, T): what came before, of itself and its ancestors
+        return torch.zeros(sees.shape, device=sees.device).masked_fill(~sees, -torch.inf)[:, None]
 
     def block_mask(self, size: int = BLOCK) -> BlockMask:
         """What flex_attention is told: the blocks that nobody sees are left out.
@@ -204,10 +219,23 @@ def number_visual_tokens(examples: Sequence[Example]) -> list[Tensor]:
     return list(torch.arange(sum(counts)).split(counts))
 
 
+def replaced_places(e: Example) -> tuple[slice, slice]:
+    """From the first to the last token that the twin replaces: their places in the sequence, and which visual tokens."""
+    own = torch.arange(int((e.token_types == 2).sum()))
+    changed = (twin_tokens(e, own) != own).nonzero().squeeze(1)[[0, -1]]
+    first, last = torch.nonzero(e.token_types == 2).squeeze(1)[changed].tolist()
+    return slice(first, last + 1), slice(int(changed[0]), int(changed[1]) + 1)
+
+
+def cut(e: Example, positions: Tensor, places: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, types and positions (3, t) of a part of an example's sequence."""
+    return e.input_ids[places], e.token_types[places], positions[:, places]
+
+
 def grow_prompt(e: Example, positions: Tensor, shown: Tensor) -> tuple[Tree, int]:
     """A prompt in one branch. positions (3, prompt_length); shown (V,): the encoded visual tokens in it."""
-    tree, n = Tree(), e.prompt_length
-    return tree, tree.grow(-1, e.input_ids[:n], e.token_types[:n], positions, shown)
+    tree = Tree()
+    return tree, tree.grow(-1, *cut(e, positions, slice(e.prompt_length)), shown)
 
 
 def grow_fork(e: Example, positions: Tensor, shown: Tensor) -> tuple[Tree, int, int]:
@@ -216,15 +244,43 @@ def grow_fork(e: Example, positions: Tensor, shown: Tensor) -> tuple[Tree, int, 
     if e.source is None:
         tree, full = grow_prompt(e, positions, shown)
         return tree, full, full
-    tree, n = Tree(), e.prompt_length
-    ids, types, replaced = e.input_ids[:n], e.token_types[:n], twin_tokens(e, shown)
-    first = int((replaced != shown).nonzero()[0])  # the first visual token that is replaced
-    fork = int(torch.nonzero(types == 2)[first])
-    shared = tree.grow(-1, ids[:fork], types[:fork], positions[:, :fork], shown[:first])
-    full, twin = (
-        tree.grow(shared, ids[fork:], types[fork:], positions[:, fork:], video[first:]) for video in (shown, replaced)
-    )
+    tree, (places, tokens) = Tree(), replaced_places(e)
+    shared = tree.grow(-1, *cut(e, positions, slice(places.start)), shown[: tokens.start])
+    rest = cut(e, positions, slice(places.start, e.prompt_length))
+    full, twin = (tree.grow(shared, *rest, video[tokens.start :]) for video in (shown, twin_tokens(e, shown)))
     return tree, full, twin
+
+
+def caption_trees(
+    examples: Sequence[Example], positions: Tensor, share_prefix: bool = True
+) -> tuple[list[Tree], list[tuple[int, int]]]:
+    """Clips with their captions, and behind what comes before the event the twin's event, which sees that and itself: its
+    tokens from the first replaced slot to the last. What comes later in the twin, nobody asks for.
+
+    positions (3, B, T) of the full sequences. Without share_prefix the twins stand in sequences of their own, behind all
+    others. Returns, beside the trees, where each clip's twin is: in which sequence, and how far from the places where the
+    same tokens of the full one are (without a twin: no matter where).
+    """
+    trees, twins, found = [], [], []
+    for b, (e, shown) in enumerate(zip(examples, number_visual_tokens(examples))):
+        at, n, tree = positions[:, b], len(e.input_ids), Tree()
+        trees.append(tree)
+        found.append((b, 0))
+        if e.source is None:
+            tree.grow(-1, *cut(e, at, slice(n)), shown)
+            continue
+        (places, tokens), video = replaced_places(e), twin_tokens(e, shown)
+        if share_prefix:
+            shared = tree.grow(-1, *cut(e, at, slice(places.start)), shown[: tokens.start])
+            tree.grow(shared, *cut(e, at, slice(places.start, n)), shown[tokens.start :])
+            tree.grow(shared, *cut(e, at, places), video[tokens])
+            found[b] = (b, n - places.start)
+        else:
+            tree.grow(-1, *cut(e, at, slice(n)), shown)
+            twins.append(Tree())
+            twins[-1].grow(-1, *cut(e, at, slice(places.stop)), video[: tokens.stop])
+            found[b] = (len(examples) + len(twins) - 1, 0)
+    return trees + twins, found
 
 
 def prefix_trees(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache
 
 from data.attention import add_deepstack, choose_by_mask, vision_layout
@@ -22,7 +22,7 @@ from data.batches import (
 )
 from data.device import compute_dtype, to_device
 from data.generation import Generation
-from data.packing import BLOCK, Packed, rollout_trees, twin_tokens
+from data.packing import BLOCK, Packed, caption_trees, pack, rollout_trees, twin_tokens
 from data.positions import rope_index, use_published_positions
 from kernels.logprob import cross_entropy_from_states, log_probs_from_states, selected_log_probs
 from vp import ContrastiveHeads, Example
@@ -60,6 +60,18 @@ def run_wanted_rows(layer: nn.Module) -> None:
         return states + self.mlp(self.post_attention_layernorm(states))
 
     layer.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+
+
+def some_layers(language: nn.Module, layers: slice) -> nn.Module:
+    """A language model with some of its layers, which shares their weights; the norm belongs to the last layer."""
+    part, kept = copy.copy(language), language.layers[layers]
+    part._modules = language._modules | {"layers": kept}
+    if kept[-1] is not language.layers[-1]:
+        part._modules["norm"] = nn.Identity()
+    if getattr(language.config, "layer_types", None):  # what kind of attention each has is looked up by its number
+        part.config = copy.copy(language.config)
+        part.config.layer_types = language.config.layer_types[layers]
+    return part
 
 
 class VideoLM(Generation, nn.Module):
@@ -120,16 +132,6 @@ class VideoLM(Generation, nn.Module):
         """The conditional-generation model, without any adapter wrapper."""
         return self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
 
-    @property
-    def caught(self) -> list[int]:
-        """What `output_hidden_states` must be to catch the states after l layers; see `states_after_l`."""
-        return [self.contrastive_layer - 1, self.contrastive_layer]
-
-    def states_after_l(self, hidden_states: Sequence[Tensor | None]) -> Tensor:
-        """The states after l layers among those caught: transformers counts the embeddings, too, but not before 5.23."""
-        embeddings_count = len(hidden_states) > len(self.base.model.language_model.layers)
-        return hidden_states[self.contrastive_layer - (not embeddings_count)]
-
     def collate(self, examples: Sequence[Example], for_generation: bool = False) -> Batch:
         """Pad examples into a batch: to the right with captions for training, to the left without them for generation."""
         length = [e.prompt_length if for_generation else len(e.input_ids) for e in examples]
@@ -147,11 +149,15 @@ class VideoLM(Generation, nn.Module):
             visual_places.append(e.by_slot(visual))
             twin_index.append(offset + twin_tokens(e, torch.arange(len(visual))))
             offset += len(visual)
-        prefix_length = max(int(places[-1][-1]) + 1 for places in visual_places)
-        key_rows, keyword_ids, key_tokens = index_keywords(examples, visual_places, prefix_length)
-        position_ids = None
+        key_places, keyword_ids, key_tokens = index_keywords(examples, visual_places)
+        key_rows = twin_rows = key_tokens.clip * width + key_places
+        position_ids = forked = None
         if not for_generation:  # generate() works them out for itself
             position_ids = self.positions(examples, input_ids, token_types, attention_mask)
+            trees, twins = caption_trees(examples, position_ids, self.shares_prefix)
+            forked = pack(trees, pad_id, self.block)
+            sequence, shift = torch.tensor(twins)[key_tokens.clip].unbind(1)
+            twin_rows = sequence * forked.input_ids.shape[1] + key_places + shift
         return Batch(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -164,8 +170,9 @@ class VideoLM(Generation, nn.Module):
             label_rows=torch.cat(label_rows),
             label_ids=torch.cat(label_ids),
             twin_index=torch.cat(twin_index),
-            prefix_length=prefix_length,
+            forked=forked,
             key_rows=key_rows,
+            twin_rows=twin_rows,
             keyword_ids=keyword_ids.clamp(min=0),
             keyword_mask=(keyword_ids >= 0).float(),
             key_tokens=key_tokens,
@@ -245,32 +252,37 @@ class VideoLM(Generation, nn.Module):
         """
         return video.change(lambda layer: [torch.cat(layer).index_select(0, index)])
 
-    def run_language(
-        self, input_ids: Tensor, token_types: Tensor, position_ids: Tensor, video: Video,
-        attention_mask: Tensor | None = None, layers: slice = slice(None), wanted_rows: Tensor | None = None, **more,
-    ):  # fmt: skip
-        """One pass of the language model over text (B, T) and encoded videos, which stand where token_types are 2.
+    def embed(self, input_ids: Tensor, token_types: Tensor, video: Video) -> dict:
+        """What the language model begins with: text (B, T), and encoded videos where token_types are 2.
 
-        No attention_mask: causal. layers: some of them; without the last there is no final norm, either. wanted_rows: (M,)
-        of the flattened (B*T) sequence; their last states (M, D) take the place of all. The multimodal model would do the
-        same, and count the visual tokens on the device, for which the host would wait.
+        The multimodal model would do the same, and count the visual tokens on the device, for which the host would wait.
         """
-        language, visual = self.base.model.language_model, token_types == 2
-        embedded = self.base.get_input_embeddings()(input_ids)
+        visual, embedded = token_types == 2, self.base.get_input_embeddings()(input_ids)
         embedded = embedded.masked_scatter(visual[..., None], torch.cat(video.pooler_output).to(embedded.dtype))
-        if video.deepstack_features is not None:
-            more["visual_pos_masks"] = visual
-            more["deepstack_visual_embeds"] = [torch.cat(layer) for layer in video.deepstack_features]
+        if video.deepstack_features is None:
+            return {"inputs_embeds": embedded}
+        deepstack = [torch.cat(layer) for layer in video.deepstack_features]
+        return {"inputs_embeds": embedded, "visual_pos_masks": visual, "deepstack_visual_embeds": deepstack}
+
+    def run_language(
+        self, embedded: dict, position_ids: Tensor, layers: slice = slice(None), wanted_rows: Tensor | None = None,
+        attention_mask: Tensor | BlockMask | None = None, cache: Cache | None = None, **more,
+    ) -> Tensor:  # fmt: skip
+        """States (B, T, D) after some layers of the language model; the last is followed by its norm.
+
+        embedded: from `embed`, or the states after the layers before, {"inputs_embeds": (B, T, D)}. No attention_mask:
+        causal. wanted_rows: (M,) of the flattened (B*T) sequence; their states (M, D) are returned in place of all.
+        """
+        language = self.base.model.language_model
         if layers != slice(None):
-            language = copy.copy(language)  # a shallow copy that shares all weights
-            cut = {"layers": language.layers[layers], "norm": nn.Identity()}
-            language._modules = language._modules | cut
+            language = some_layers(language, layers)
         if self.cuts_rows and wanted_rows is not None:
             more["wanted_rows"], wanted_rows = wanted_rows, None
-        out = language(inputs_embeds=embedded, position_ids=position_ids, attention_mask=attention_mask, **more)
-        if wanted_rows is not None:
-            out.last_hidden_state = out.last_hidden_state.flatten(0, 1).index_select(0, wanted_rows)
-        return out
+        states = language(
+            **embedded, position_ids=position_ids, attention_mask=attention_mask, past_key_values=cache,
+            use_cache=cache is not None, **more,
+        ).last_hidden_state  # fmt: skip
+        return states if wanted_rows is None else states.flatten(0, 1).index_select(0, wanted_rows)
 
     def inputs(self, batch: Batch, video: Video | None) -> dict:
         """Keyword arguments of the Hugging Face model for a batch and its encoded video."""
@@ -288,36 +300,29 @@ class VideoLM(Generation, nn.Module):
     def forward(self, batch: Batch, contrastive: bool = True, twin_negatives: bool = True) -> SFTOutput:
         """Caption loss on the full video and, if asked, the contrastive loss of full against twin (method, section 2).
 
-        The full pass is the ordinary one, its layer-l states caught on the way; the twin runs the visual prefix through
-        the first l layers only. Without `contrastive` nothing of that is computed.
+        Of the twin only its event is run, behind what it shares with the full video, and only through the first l layers.
+        Without `contrastive` nothing of that is computed.
         """
-        video = self.encode_video(batch)
-        # Padding is on the right, where no token looks: no mask, so that attention takes its causal kernel.
-        full = self.run_language(
-            batch.input_ids, batch.token_types, batch.position_ids, video,
-            wanted_rows=batch.label_rows, output_hidden_states=self.caught if contrastive else False, use_cache=False,
-        )  # fmt: skip
-        states = full.last_hidden_state  # (L, D): no full logits
+        (B, T), video = batch.input_ids.shape, self.encode_video(batch)
+        first, others = slice(self.contrastive_layer), slice(self.contrastive_layer, None)
+        if contrastive and twin_negatives:
+            all_states = self.run_branches(batch.forked, video, by_pairs=True, layers=first)
+        else:
+            # Padding is on the right, where no token looks: no mask, so that attention takes its causal kernel.
+            embedded = self.embed(batch.input_ids, batch.token_types, video)
+            all_states = self.run_language(embedded, batch.position_ids, first)
+        full = all_states[:B, :T].contiguous()  # twins stand behind it
+        states = self.run_language({"inputs_embeds": full}, batch.position_ids, others, batch.label_rows)  # (L, D)
         if self.plain_head:
             lm_loss = cross_entropy_from_states(states, self.base.lm_head.weight, batch.label_ids)
         else:
             lm_loss = F.cross_entropy(self.base.lm_head(states).float(), batch.label_ids, reduction="sum")
-        # Sharded processes gather weights together: one without a keyword makes the twin's pass for the others' sake.
-        is_asked = len(batch.keyword_ids) > 0
-        if not contrastive or not (is_asked or isinstance(self, FSDPModule)):
+        if not contrastive or len(batch.keyword_ids) == 0:
             return SFTOutput(lm_loss, lm_loss.new_zeros(()), {})
 
-        prefix = slice(0, batch.prefix_length)
-        h = self.states_after_l(full.hidden_states)[:, prefix].flatten(0, 1).index_select(0, batch.key_rows)  # (N, D)
-        h_twin = None
+        h, h_twin = full.flatten(0, 1).index_select(0, batch.key_rows), None  # (N, D)
         if twin_negatives:
-            twin = self.run_language(
-                batch.input_ids[:, prefix], batch.token_types[:, prefix], batch.position_ids[..., prefix],
-                self.gather_video(video, batch.twin_index), layers=slice(self.contrastive_layer), use_cache=False,
-            ).last_hidden_state  # fmt: skip
-            h_twin = twin.flatten(0, 1).index_select(0, batch.key_rows)
-        if not is_asked:  # no row of either: a loss of 0, whose backward pass the others make, too
-            return SFTOutput(lm_loss, h.sum() if h_twin is None else h_twin.sum(), {})
+            h_twin = all_states.flatten(0, 1).index_select(0, batch.twin_rows)
         # t_j: mean input embedding of the keyword's tokens, detached: it has never looked at the video.
         embedded = self.base.get_input_embeddings()(batch.keyword_ids).detach()  # (K, W, D)
         mask = batch.keyword_mask[..., None]
@@ -376,15 +381,22 @@ class VideoLM(Generation, nn.Module):
 
     def run_packed(self, packed: Packed, video: Video, cache: Cache | None = None) -> Tensor:
         """States (M, D) of the wanted rows, from one pass in which nothing shared is run twice; fills `cache`."""
+        return self.run_branches(packed, video, wanted_rows=packed.rows, cache=cache)
+
+    def run_branches(self, packed: Packed, video: Video, by_pairs: bool = False, **more) -> Tensor:
+        """`run_language` on packed sequences, in which each token sees its own branch and what it grows from.
+
+        by_pairs: where there is no flex_attention, one mask of all pairs of tokens in place of a call for each branch.
+        Faster if branches are few and short.
+        """
         if not self.shares_prefix:
             attention = {"attention_mask": (packed.branch < packed.ancestors.shape[-1] - 1).long()}  # all but padding
+        elif self.flex:
+            attention = {"attention_mask": packed.block_mask()}
         else:
-            attention = {"attention_mask": packed.block_mask()} if self.flex else {"branches": packed.branches()}
-        out = self.run_language(
-            packed.input_ids, packed.token_types, packed.position_ids, self.gather_video(video, packed.visual_index),
-            past_key_values=cache, use_cache=cache is not None, wanted_rows=packed.rows, **attention,
-        )  # fmt: skip
-        return out.last_hidden_state
+            attention = {"attention_mask": packed.pair_mask()} if by_pairs else {"branches": packed.branches()}
+        embedded = self.embed(packed.input_ids, packed.token_types, self.gather_video(video, packed.visual_index))
+        return self.run_language(embedded, packed.position_ids, **attention, **more)
 
     def log_probs(self, packed: Packed, video: Video, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probability (M,) of every token of packed rollouts, and the entropy (M,) where it was chosen."""

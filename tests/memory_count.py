@@ -140,7 +140,7 @@ CASES = [
     Case("stage 1", "random:qwen2.5-vl-3b", 1, 16, 256, SMALL),
     Case("stage 1", "random:qwen2.5-vl-7b", 1, 16, 256, SMALL),
     Case("stage 1", "random:qwen3-vl-4b", 1, 16, 256, SMALL),
-    Case("stage 1", "random:qwen2.5-vl-7b", 4, 32, 529, LARGE),
+    Case("stage 1", "random:qwen2.5-vl-7b", 2, 32, 529, LARGE),
     Case("update", "random:qwen2.5-vl-7b", 1, 16, 256, SMALL),
     Case("rollouts", "random:qwen2.5-vl-3b", 8, 16, 256, SMALL),
     Case("rollouts", "random:qwen2.5-vl-7b", 16, 32, 529, LARGE),
@@ -160,7 +160,8 @@ def count(case: Case, layers: int | None = None) -> tuple[float, float, pretend_
         depth = lm.config.text_config.num_hidden_layers
     visual = case.slots * case.per_slot
     clips = case.clips if case.what in ("stage 1", "update") else 1
-    load = memory.Load(clips, visual, TEXT, twin_layers=depth // 2 * (case.what == "stage 1"))
+    twin = {"twin_layers": depth // 2, "event_tokens": 2 * case.per_slot} if case.what == "stage 1" else {}
+    load = memory.Load(clips, visual, TEXT, **twin)
     if case.what != "stage 1":
         load = memory.Load(
             clips, visual, TEXT, rollouts=G, twin_rollouts=G_TWIN, twin_branch=True, new_tokens=NEW, prompts=case.clips

@@ -86,7 +86,10 @@ FAULTS = [
     Fault("the seed does not decide the order", SFT, "        s.seed, s.workers,", "        0, s.workers,", NO_TWIN),
     Fault("every epoch in the same order", "data/loader.py", "default_rng([self.seed, epoch])",
           "default_rng([self.seed, 0])", CONTRASTIVE),
-    Fault("the twin is the full video", LM, "self.gather_video(video, batch.twin_index)", "video", CONTRASTIVE),
+    Fault("the twin is the full video", "data/packing.py", "video = replaced_places(e), twin_tokens(e, shown)",
+          "video = replaced_places(e), shown", CONTRASTIVE),
+    Fault("the twin ends where its event begins", "data/packing.py", "return slice(first, last + 1)",
+          "return slice(first, first + 1)", "tests/test_videolm.py::test_vision_once_and_of_the_twin_its_event"),
     Fault("stage 2 describes what is known already", HARD, "order = sorted(likely, key=likely.get)",
           "order = sorted(likely, key=likely.get, reverse=True)",
           "tests/test_hard_prompts.py::test_the_hardest_are_all_there"),
@@ -158,8 +161,8 @@ FAULTS = [
     # Branches of a shared prefix.
     Fault("a token sees the one behind it", "data/packing.py", ".triu(total - length + 1)",
           ".triu(total - length + 2)", PACKED),
-    Fault("rollouts see one another", "data/packing.py", "for i, seen in enumerate(row) if seen]",
-          "for i, seen in enumerate(row) if seen or i == 1]", PACKED),
+    Fault("rollouts see one another", "data/packing.py", "for j, seen in enumerate(row) if seen]",
+          "for j, seen in enumerate(row) if seen or j == 1]", PACKED),
     # The method itself.
     Fault("a tie goes to the later neighbour", "vp.py", "return kept[distance.argmin(1)]",
           "return kept.flip(0)[distance.flip(1).argmin(1)]", CONTRASTIVE),

@@ -1,15 +1,18 @@
 """Rollouts and packed updates against plain transformers: both families, random weights, float32, ragged clips."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vp
 from data import attention, videolm
+from data.attention import attend_by_branch
 from data.batches import Rollouts
 from data.clips import load_clips
 from data.examples import Preparation, prepare
@@ -232,14 +235,20 @@ def test_block_mask_against_torch(seed):
         for at in nums.nonzero().tolist():
             k = int(nums[tuple(at)])
             assert sorted(ours[tuple(at)][:k].tolist()) == sorted(theirs[tuple(at)][:k].tolist())
-    pairs = torch.zeros(B, T, T, dtype=torch.bool)  # the branches, as they are told to attend_by_branch, see the same pairs
-    for seen, clip in zip(pairs, packed.branches()):
-        places = torch.arange(T).split([branch.length for branch in clip])
-        for own, branch in zip(places, clip):
-            mask = torch.ones(branch.length, branch.length).tril() > 0 if branch.mask is None else branch.mask == 0
-            seen[own[:, None], torch.cat([places[i] for i in branch.sees])] = mask
+    # The same pairs under one mask, and branch by branch: outputs and gradients.
     b, q, k = (x.flatten() for x in torch.meshgrid(*map(torch.arange, (B, T, T)), indexing="ij"))
-    assert torch.equal(pairs.flatten(), mine.mask_mod(b, 0, q, k))
+    sees = mine.mask_mod(b, 0, q, k).view(B, 1, T, T)
+    assert torch.equal(packed.pair_mask() == 0, sees)
+    module = SimpleNamespace(num_key_value_groups=2, training=True)
+    query = torch.randn(B, 4, T, 8, generator=g, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(B, 2, T, 8, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    repeated = (x.repeat_interleave(2, 1) for x in (key, value))
+    expected = F.scaled_dot_product_attention(query, *repeated, sees, scale=0.3).transpose(1, 2)
+    found = attend_by_branch(module, query, key, value, packed.branches(), 0.3)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn(found.shape, generator=g, dtype=torch.float64)
+    for a, w in zip(*(torch.autograd.grad((x * weight).sum(), (query, key, value)) for x in (found, expected))):
+        torch.testing.assert_close(a, w)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: flex_attention has no backward on a CPU")

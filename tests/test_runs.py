@@ -17,6 +17,7 @@ from transformers import AutoProcessor
 import vp
 from data.clips import load_clips
 from data.examples import Preparation, prepare
+from data.packing import Packed
 from data.run import log as runs
 from data.run.run import Run
 from data.run.settings import changed_settings
@@ -107,13 +108,13 @@ def test_records_survive_a_device_copy(lm, ragged):
     """Batch.to copies every tensor, the nested ones too, but pixels and grid, which are read on the host."""
     batch = lm.collate(ragged)
     moved = batch.to("meta")
-    for record, other in ((batch, moved), (batch.key_tokens, moved.key_tokens)):
+    for record, other in ((batch, moved), (batch.key_tokens, moved.key_tokens), (batch.forked, moved.forked)):
         for name, value in vars(record).items():
             if name in ("pixels", "grid"):
                 assert getattr(other, name) is value
             elif isinstance(value, torch.Tensor):
                 assert getattr(other, name).is_meta and getattr(other, name).shape == value.shape
-            elif not isinstance(value, vp.KeyTokens):
+            elif not isinstance(value, (vp.KeyTokens, Packed)):
                 assert getattr(other, name) == value
 
 

@@ -184,8 +184,11 @@ def test_mixed_contrastive_loss(lm, mixed):
     for b, e in enumerate(mixed):
         places = e.by_slot((e.token_types == 2).nonzero().squeeze(1))
         key = torch.stack([k.slots for k in e.keywords]).any(0).tolist() if e.source is not None else []
-        rows += [b * batch.prefix_length + places[s] for s, is_key in enumerate(key) if is_key]
+        rows += [b * batch.input_ids.shape[1] + places[s] for s, is_key in enumerate(key) if is_key]
     assert torch.equal(batch.key_rows, torch.cat(rows))
+    twins = batch.forked.position_ids.flatten(1)[:, batch.twin_rows]
+    assert torch.equal(twins, batch.position_ids.flatten(1)[:, batch.key_rows])
+    assert (batch.forked.branch.flatten()[batch.twin_rows] == 2).all()  # 0: what is shared, 1: the full video
     out = lm(batch)
     out.contrastive_loss.backward()
     shown = [replace(e, pixels=degraded(e)) for e in mixed]

@@ -153,25 +153,49 @@ def test_contrastive_gradient_against_separate_runs(lm, ragged):
 
 
 def count_calls(module: torch.nn.Module) -> list:
-    """A list that grows by one at each forward of the module."""
+    """A list that grows at each forward of the module: by (B, T), if states come in."""
     calls = []
-    module.register_forward_pre_hook(lambda *_: calls.append(1))
+    module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs and tuple(inputs[0].shape[:2])))
     return calls
 
 
-def test_vision_once_and_twin_leaves_early(lm, ragged):
-    """One vision pass serves both videos; layers above l run once, those below twice; the baseline runs nothing extra."""
+def test_vision_once_and_of_the_twin_its_event(lm, ragged):
+    """One vision pass serves both videos. Layers below l run the full videos and the twins' tokens from the first key slot
+    to the last, those above the full ones; without twins nothing else is run."""
     layers = lm.base.model.language_model.layers
     vision, low, high = (count_calls(m) for m in (lm.base.model.visual, layers[0], layers[lm.contrastive_layer]))
-    heads = count_calls(lm.heads)
-    batch = lm.collate(ragged)
+    heads, batch = count_calls(lm.heads), lm.collate(ragged)
+    full, lengths = tuple(batch.input_ids.shape), []
+    for e in ragged:
+        event = 0
+        if e.source is not None:
+            key = torch.stack([k.slots for k in e.keywords]).any(0).nonzero().flatten().tolist()
+            places = (e.token_types == 2).nonzero().flatten().view(int(e.grid[0]), -1)
+            event = int(places[key[-1], -1] + 1 - places[key[0], 0])
+            assert event < e.prompt_length / 2 or len(key) > 1
+        lengths.append(len(e.input_ids) + event)
+    both = (len(ragged), max(lengths))
+    assert max(lengths) > full[1] and batch.forked.branch.ne(batch.forked.ancestors.shape[-1] - 1).sum() == sum(lengths)
     with torch.no_grad():
         lm(batch)
-        assert (len(vision), len(low), len(high), len(heads)) == (1, 2, 1, 1)
+        assert (len(vision), low, high, len(heads)) == (1, [both], [full], 1)
         lm(batch, twin_negatives=False)
-        assert (len(vision), len(low), len(high), len(heads)) == (2, 3, 2, 2)
+        assert (len(vision), low, high, len(heads)) == (2, [both, full], [full] * 2, 2)
         lm(batch, contrastive=False)
-        assert (len(vision), len(low), len(high), len(heads)) == (3, 4, 3, 2)
+        assert (len(vision), low, high, len(heads)) == (3, [both, full, full], [full] * 3, 2)
+
+
+def test_twins_where_no_prefix_can_be_shared(lm, ragged):
+    """With twins in sequences of their own the losses, and the gradient of each, are the same."""
+    found = []
+    for shares in (True, False):
+        lm.shares_prefix = shares
+        batch = lm.collate(ragged)
+        num_twins = sum(e.source is not None for e in ragged)
+        assert len(batch.forked.input_ids) == len(ragged) + num_twins * (not shares)
+        found.append(gradients(lm, batch))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

@@ -82,12 +82,10 @@ def head_evidence(lm: videolm.VideoLM, example: vp.Example) -> list[Evidence]:
     best slot stands out, which is near 1 for an event that the model knows and near 0 for none.
     """
     batch = lm.collate([example]).to(lm.device)
-    out = lm.run_language(
-        batch.input_ids, batch.token_types, batch.position_ids, lm.encode_video(batch),
-        output_hidden_states=lm.caught, use_cache=False,
-    )  # fmt: skip
+    embedded = lm.embed(batch.input_ids, batch.token_types, lm.encode_video(batch))
+    states = lm.run_language(embedded, batch.position_ids, layers=slice(lm.contrastive_layer))[0]
     places = torch.nonzero(example.token_types == 2).squeeze(1).view(int(example.grid[0]), -1)
-    states = F.normalize(lm.heads.visual(lm.states_after_l(out.hidden_states)[0][places.to(lm.device)].float()), dim=-1)
+    states = F.normalize(lm.heads.visual(states[places.to(lm.device)].float()), dim=-1)
     evidence = []
     for keyword in example.keywords:
         text = lm.base.get_input_embeddings()(keyword.ids.to(states.device)).mean(0)

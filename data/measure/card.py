@@ -32,7 +32,7 @@ GIB = 2**30
 # micro-batch in stages 1 and 2, prompts of a step, slots, visual tokens a slot.
 SMALL = dict(quantize="nf4", lora_rank=16, freeze_vision=True, gradient_checkpointing=True, shard=False, max_frames=32)
 LARGE = SMALL | dict(quantize="none", lora_rank=64, max_frames=64)
-PRESETS = {"gpu-24gb": (SMALL, (1, 1, 8), (16, 256)), "gpu-80gb": (LARGE, (4, 2, 16), (32, 529))}
+PRESETS = {"gpu-24gb": (SMALL, (1, 1, 8), (16, 256)), "gpu-80gb": (LARGE, (2, 2, 16), (32, 529))}
 TEXT, NEW, G, G_TWIN = 160, 128, 8, 4
 
 
@@ -163,8 +163,9 @@ def run_preset(preset: str, settings: CardSettings, speed: float) -> list[dict]:
     packed = memory.Load(
         update_prompts, visual, TEXT, rollouts=G, twin_rollouts=G_TWIN, twin_branch=True, new_tokens=NEW, prompts=prompts
     )  # fmt: skip
+    alone = memory.Load(micro, visual, TEXT, twin_layers=layers // 2, event_tokens=2 * per_slot)
     work = {
-        "stage 1": (stage_1, micro, memory.Load(micro, visual, TEXT, twin_layers=layers // 2), 6),
+        "stage 1": (stage_1, micro, alone, 6),
         "rollouts": (rollouts, prompts, packed, 2),
         "update": (update, update_prompts, packed, 6),
     }

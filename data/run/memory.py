@@ -38,14 +38,15 @@ class Load:
     clips: of a micro-batch; visual_tokens, text_tokens: of the longest clip. rollouts: descriptions that are packed behind
     each prompt (stage 2; 0 in stage 1), twin_rollouts as many more while sampling, new_tokens long each, prompts at a
     time. twin_branch: the update packs the twin's descriptions, too, and the twin's prompt. twin_layers: layers that the
-    twin runs through in stage 1. eval_clips: described at a time in evaluations (0: none).
-    reference: a frozen second model is held.
+    twin's event runs through in stage 1, event_tokens: how many it has (None: it may be the whole video). eval_clips:
+    described at a time in evaluations (0: none). reference: a frozen second model is held.
     """
 
     clips: int
     visual_tokens: int
     text_tokens: int
     twin_layers: int = 0
+    event_tokens: int | None = None
     rollouts: int = 0
     twin_rollouts: int = 0
     twin_branch: bool = False
@@ -125,10 +126,11 @@ def phases(hf: nn.Module, load: Load, settings: Mapping, gpu: bool) -> dict[str,
     forward = half * (LAYER_FORWARD[0] * I + LAYER_FORWARD[1] * D)
     kept = wide * D * layers if s["gradient_checkpointing"] else layer * layers
     prompt = load.visual_tokens + load.text_tokens
+    event = load.clips * (load.visual_tokens if load.event_tokens is None else load.event_tokens) * (load.twin_layers > 0)
     packed = (load.rollouts + load.twin_rollouts * load.twin_branch) * load.new_tokens
     sequence = prompt * (1 + load.twin_branch) + packed  # the event may come first: then the twin shares nothing
     tokens = load.clips * sequence
-    twin = load.clips * load.visual_tokens * kept * load.twin_layers / layers
+    twin = event * (kept * load.twin_layers / layers + peak)
 
     # The vision encoder: all clips of a micro-batch if it is trained, else some at a time and nothing kept.
     block = half * (8 * W + 3 * vision.intermediate_size)  # of a patch
@@ -140,12 +142,12 @@ def phases(hf: nn.Module, load: Load, settings: Mapping, gpu: bool) -> dict[str,
     labels = load.clips * (packed or load.text_tokens)
     logits = 2 * labels * STRETCH + 4 * labels * D if gpu else 2 * 4 * min(labels, 4096) * text.vocab_size
     # Bytes a token: flex_attention's mask is of blocks of 128 x 128 tokens; elsewhere a branch has one of what it sees.
-    masks = sequence * 16 / 128**2 if gpu else 4 * (prompt + load.new_tokens)
+    masks = sequence * 16 / 128**2 if gpu else 4 * (prompt + load.new_tokens + event / load.clips)
     step = {
         "activations, language model": tokens * (kept + peak) + twin + dequantised,
-        "encoded videos": load.clips * load.visual_tokens * features * (1 + (load.twin_layers > 0)),
+        "encoded videos": (load.clips * load.visual_tokens * (1 + (load.twin_layers > 0)) + event) * features,
         "logits": float(logits),
-        "attention masks": tokens * masks * (load.rollouts > 0),
+        "attention masks": (tokens + event) * masks * (load.rollouts + load.twin_layers > 0),
     }
     if not s["freeze_vision"]:
         step["activations, vision encoder"] = encoder
