@@ -18,8 +18,8 @@ from data.clips import load_clips
 from data.examples import Preparation, prepare
 from data.packing import Tree, pack
 from data.tiny import build_tiny
-from tests.helpers import degraded, plain_inputs
-from tests.test_videolm import count_calls
+from tests.helpers import degraded, plain_forward, plain_inputs
+from tests.test_videolm import count_calls, states_by_hand
 
 LENGTH = 9
 
@@ -367,3 +367,22 @@ def test_linear_attention_updates_on_separate_sequences(qwen3_5):
         got, _ = lm.log_probs(lm.pack_rollouts(examples, ys), lm.encode_examples(examples))
         want = torch.cat([separate(lm, plain, e, y) for e, group in zip(examples, ys) for y in group])
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_linear_attention_trains_with_twins_apart(qwen3_5, monkeypatch):
+    """Caption loss and the states that the contrastive loss sees are those of whole passes, full and degraded."""
+    lm, plain, examples = qwen3_5
+    assert all(e.source is not None for e in examples) and len({len(e.input_ids) for e in examples}) == 2
+    seen = []
+    monkeypatch.setattr(lm, "contrastive_layer", 1)  # behind it the kinds of layers come in another order
+    monkeypatch.setattr(lm.heads, "forward", lambda h, h_twin, *_: seen.extend((h, h_twin)) or (h.sum() * 0, {}))
+    want = torch.zeros(())
+    with torch.no_grad():
+        out = lm(lm.collate(examples))
+        for got, expected in zip(seen, states_by_hand(lm, examples), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        for e in examples:
+            logits = plain_forward(plain, e).logits[0]
+            at = torch.arange(e.prompt_length, len(e.input_ids))
+            want += F.cross_entropy(logits[at - 1], e.input_ids[at], reduction="sum")
+    torch.testing.assert_close(out.lm_loss, want, rtol=1e-4, atol=1e-4)
