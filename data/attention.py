@@ -1,8 +1,11 @@
 """Attention that transformers does not have: slots of a video in few calls, and branches of a shared prefix."""
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,7 @@ from transformers.vision_utils import (
 )
 
 from data.device import to_device
-from data.packing import Attends
+from data.packing import BLOCK, Attends, Tree, pack
 
 
 def vision_layout(visual: nn.Module, grid: Tensor, device: torch.device) -> dict[str, Tensor | int]:
@@ -183,6 +186,52 @@ def choose_by_mask(config) -> None:
     ALL_ATTENTION_FUNCTIONS.register(name, partial(attend_by_mask, otherwise=before))
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
     config._attn_implementation = name
+
+
+def compare_flex(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> tuple[float, float]:
+    """The largest errors, forward and backward, of `attend_in_blocks` and of `attend_by_branch` on branches of two ragged
+    clips, against the second in float64; relative to the largest entry."""
+    trees = [Tree(), Tree()]
+    for tree, lengths in zip(trees, ((150, 90, 100), (33, 120, 7))):  # a root and two branches that grow from it
+        for parent, n in zip((-1, 0, 0), lengths):
+            ids = torch.zeros(n, dtype=torch.long)
+            tree.grow(parent, ids, ids, ids.expand(3, -1), ids[:0])
+    packed = pack(trees, 0, BLOCK).to(device)
+    B, T = packed.branch.shape
+    g = torch.Generator().manual_seed(0)
+    numbers = [torch.randn(B, heads, T, 128, generator=g, dtype=torch.float64).to(device) for heads in (4, 2, 2, 4)]
+    module = SimpleNamespace(num_key_value_groups=2, training=True)
+
+    def found(blocks: bool, dtype: torch.dtype) -> list[Tensor]:
+        """What is attended, and gradients of queries, keys and values."""
+        *qkv, weight = (x.to(dtype).requires_grad_() for x in numbers)
+        if blocks:
+            attended = attend_in_blocks(*qkv, packed.block_mask(), 0.1)
+        else:
+            attended = attend_by_branch(module, *qkv, packed.branches(), 0.1).transpose(1, 2)
+        return [attended.detach(), *torch.autograd.grad((attended * weight.detach()).sum(), qkv)]
+
+    exact = found(False, torch.float64)
+
+    def error(got: list[Tensor]) -> float:
+        errors = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(got, exact)]
+        return max(math.inf if math.isnan(e) else e for e in errors)
+
+    return error(found(True, dtype)), error(found(False, dtype))
+
+
+@lru_cache
+def flex_works(device: torch.device) -> bool:
+    """Whether flex_attention compiles on this card and is as right there as sdpa. If not, a warning says why."""
+    try:
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):  # wherever it is asked first
+            error, by_branch = compare_flex(device)
+        why = "" if error <= 2 * by_branch + 1e-3 else f"its error is {error:.1e}, that of sdpa {by_branch:.1e}"
+    except Exception as failed:  # no C compiler, a card that is too small, a driver that is too old: all end here
+        why = f"{type(failed).__name__}: {(str(failed).strip().splitlines() or [''])[0][:200]}"
+    if why:
+        warnings.warn(f"flex_attention is not taken, sdpa stands in, which is slower: {why}", stacklevel=2)
+    return not why
 
 
 class RoomyLayer(DynamicLayer):

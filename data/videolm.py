@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache
 
-from data.attention import add_deepstack, choose_by_mask, vision_layout
+from data.attention import add_deepstack, choose_by_mask, flex_works, vision_layout
 from data.batches import (
     TOKENS_AT_ONCE,
     Batch,
@@ -118,8 +118,9 @@ class VideoLM(Generation, nn.Module):
 
     @property
     def flex(self) -> bool:
-        """Whether branches attend by flex_attention, on a GPU, or by a call of sdpa each."""
-        return self.device.type == "cuda" and compute_dtype(self.device) == torch.bfloat16
+        """Whether branches attend by flex_attention, on a GPU where it works, or by a call of sdpa each."""
+        on_gpu = self.device.type == "cuda" and compute_dtype(self.device) == torch.bfloat16
+        return on_gpu and flex_works(self.device)
 
     @property
     def device(self) -> torch.device:

@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch._dynamo.utils import counters
 
@@ -103,6 +104,43 @@ def test_kernels_that_do_not_do_are_replaced(monkeypatch):
         assert takes == {"contrastive": False, "log-probs": False, "reward": True}
     finally:
         dispatch.REPLACED.clear()
+
+
+def dense(query, key, value, mask, scaling: float):
+    """What attend_in_blocks computes, by one mask of all pairs."""
+    B, T = len(query), query.shape[2]
+    b, q, k = torch.meshgrid(*map(torch.arange, (B, T, T)), indexing="ij")
+    pairs = mask.mask_mod(b, 0, q, k)[:, None]
+    return F.scaled_dot_product_attention(query, key, value, pairs, scale=scaling, enable_gqa=True)
+
+
+def test_flex_attention_that_does_not_do_is_replaced(monkeypatch):
+    """Right, it is taken; without a backward pass, or with another mask, it is not, and a warning says why. Branches then
+    attend by sdpa."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(attention, "attend_in_blocks", dense)
+    error, by_branch = attention.compare_flex(device)
+    assert 1e-4 < error < 0.05 and 1e-4 < by_branch < 0.05
+    assert attention.compare_flex(device, torch.float32)[0] < 1e-5
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attention.flex_works.__wrapped__(device)
+
+    def broken(*_):
+        raise RuntimeError("no C compiler\nand so on")
+
+    def causal(query, key, value, mask, scaling):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+
+    for other, message in ((broken, "RuntimeError: no C compiler$"), (causal, "its error is ")):
+        monkeypatch.setattr(attention, "attend_in_blocks", other)
+        with pytest.warns(UserWarning, match=message):
+            assert not attention.flex_works.__wrapped__(device)
+    for works in (True, False):
+        monkeypatch.setattr(videolm, "flex_works", lambda _, works=works: works)
+        monkeypatch.setattr(videolm, "compute_dtype", lambda _: torch.bfloat16)
+        on_card = types.SimpleNamespace(device=torch.device("cuda"))
+        assert videolm.VideoLM.flex.fget(on_card) == works
+        assert not videolm.VideoLM.flex.fget(types.SimpleNamespace(device=device))
 
 
 def test_a_kernel_that_gives_nan_is_wrong():

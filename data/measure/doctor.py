@@ -11,6 +11,7 @@ import platform
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data import videolm
+from data.attention import flex_works
 from data.device import best_device, compute_dtype
 from data.measure.cost import long_example
 from data.run.precision import choose_attention
@@ -98,6 +100,18 @@ def try_kernel(name: str, compare: Callable[..., Errors], device: torch.device) 
     return Finding(f"kernel: {name}", line, "" if found.right else STANDS_IN)
 
 
+def try_flex(device: torch.device) -> Finding:
+    """flex_attention, by which branches attend, against a call of sdpa for each."""
+    if not takes_kernel(None, torch.empty(0, device=device)):
+        return Finding("flex_attention", "not tried: it is taken on an NVIDIA GPU from Ampere on")
+    began = time.perf_counter()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        works = flex_works(device)
+    line = f"works, {time.perf_counter() - began:.1f} s" if works else "; ".join(str(warning.message) for warning in said)
+    return Finding("flex_attention", line, "" if works else "please report this")
+
+
 def step_of_tiny(folder: Path, device: torch.device) -> torch.Tensor:
     """Caption loss, log-probabilities of two packed rollouts, and a gradient, of the tiny model in float32."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -150,6 +164,7 @@ def examine(device: torch.device) -> list[Finding]:
     findings = [Finding("system", platform.platform()), Finding("versions", versions)]
     findings += [*find_card(device), *find_tools()]
     findings += [try_kernel(name, compare, device) for name, compare in COMPARISONS.items()]
+    findings.append(try_flex(device))
     with tempfile.TemporaryDirectory() as folder:
         return [*findings, try_model(Path(folder) / "tiny", device), try_video(Path(folder))]
 
