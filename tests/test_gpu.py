@@ -81,15 +81,17 @@ def test_gpu_presets_need_a_gpu(monkeypatch):
 # --- Kernels that do not do -----------------------------------------------------------------------------------------------
 
 
+def broken(*_):
+    """Something that does not do."""
+    raise RuntimeError("no C compiler\nand so on")
+
+
 def test_kernels_that_do_not_do_are_replaced(monkeypatch):
     """One that does not compile and one that differs: their references are taken, and the third is not touched."""
     monkeypatch.setattr(dispatch, "fits", lambda _: True)
     monkeypatch.setattr(dispatch, "HAS_TRITON", True)
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setattr(dispatch, "FORCED", None)
-
-    def broken(*_):
-        raise RuntimeError("no C compiler\nand so on")
 
     comparisons = {
         "contrastive": broken,
@@ -125,9 +127,6 @@ def test_flex_attention_that_does_not_do_is_replaced(monkeypatch):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert attention.flex_works.__wrapped__(device)
 
-    def broken(*_):
-        raise RuntimeError("no C compiler\nand so on")
-
     def causal(query, key, value, mask, scaling):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
 
@@ -149,13 +148,17 @@ def test_a_kernel_that_gives_nan_is_wrong():
     assert not row.right and check.compare("x", torch.float32, *[[torch.ones(1)]] * 3).right
 
 
-def test_doctor(monkeypatch):
+def test_doctor(monkeypatch, tmp_path):
     """On a CPU everything works but what needs a GPU, which says so."""
     monkeypatch.setattr(doctor, "INTERPRETED", False)
     findings = {finding.what: finding for finding in doctor.examine(torch.device("cpu"))}
     assert {what for what, finding in findings.items() if finding.advice} == {"GPU"}
     assert "8 frames" in findings["video"].found and "not tried" in findings["kernel: reward"].found
     assert "transformers" in findings["versions"].found
+    assert "forward and backward" in findings["tiny model, 4 bits, LoRA"].found
+    monkeypatch.setattr(doctor, "load_trainable", broken)
+    wrong = doctor.try_preset(tmp_path, torch.device("cpu"))
+    assert "no C compiler" in wrong.found and "--quantize none" in wrong.advice
     wrong = doctor.try_kernel("reward", None, torch.device("cpu"))
     assert "not tried" in wrong.found
     console = Console(record=True, width=200)

@@ -25,9 +25,11 @@ from rich.table import Table
 
 from data import videolm
 from data.attention import flex_works
-from data.device import best_device, compute_dtype
+from data.device import autocast, best_device, compute_dtype
 from data.measure.cost import long_example
+from data.run.models import load_trainable
 from data.run.precision import choose_attention
+from data.tiny import build_tiny
 from kernels.check import COMPARISONS, Errors
 from kernels.dispatch import HAS_TRITON, INTERPRETED, takes_kernel
 
@@ -112,33 +114,53 @@ def try_flex(device: torch.device) -> Finding:
     return Finding("flex_attention", line, "" if works else "please report this")
 
 
-def step_of_tiny(folder: Path, device: torch.device) -> torch.Tensor:
-    """Caption loss, log-probabilities of two packed rollouts, and a gradient, of the tiny model in float32."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+def step_of_tiny(hf: torch.nn.Module, folder: Path, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of two packed rollouts of the tiny model, and the gradients of what is trained, on the CPU."""
+    from transformers import AutoProcessor
 
-    lm = videolm.VideoLM(AutoModelForImageTextToText.from_pretrained(folder)).to(device).train()
+    lm = videolm.VideoLM(hf).to(device).train()
     example = long_example(lm, AutoProcessor.from_pretrained(folder), 128)
     ys = [[torch.arange(10, 20), torch.arange(30, 37)]]
     logp, _ = lm.log_probs(lm.pack_rollouts([example], ys).to(device), lm.encode_examples([example]))
     logp.sum().backward()
-    gradient = lm.base.model.language_model.layers[0].self_attn.q_proj.weight.grad
-    return torch.cat([logp.detach(), gradient.flatten() / gradient.abs().max()]).float().cpu()
+    layer = lm.base.model.language_model.layers[0]
+    gradients = torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])
+    return logp.detach().float().cpu(), (gradients / gradients.abs().max()).float().cpu()
 
 
 def try_model(folder: Path, device: torch.device) -> Finding:
-    """Forward and backward of the tiny model on the card against the CPU."""
-    from data.tiny import build_tiny
+    """Forward and backward of the tiny model on the card against the CPU, in float32."""
+    from transformers import AutoModelForImageTextToText
 
-    build_tiny(folder)
-    cpu, began = step_of_tiny(folder, torch.device("cpu")), time.perf_counter()
+    def step(device: torch.device) -> torch.Tensor:
+        return torch.cat(step_of_tiny(AutoModelForImageTextToText.from_pretrained(folder), folder, device))
+
+    began = time.perf_counter()
+    cpu = step(torch.device("cpu"))
     if device.type == "cpu":
         return Finding("tiny model", f"forward and backward, {time.perf_counter() - began:.1f} s")
+    began = time.perf_counter()
     try:
-        difference = (step_of_tiny(folder, device) - cpu).abs().max().item()
+        difference = (step(device) - cpu).abs().max().item()
     except Exception as error:
         return Finding("tiny model", f"{type(error).__name__}: {str(error)[:200]}", "please report this")
     line = f"differs from the CPU by {difference:.1e}, {time.perf_counter() - began:.1f} s"
     return Finding("tiny model", line, "" if difference < 0.05 else "please report this")
+
+
+def try_preset(folder: Path, device: torch.device) -> Finding:
+    """The same as the GPU presets do it: 4 bits, adapters, checkpointing, bfloat16 where the card has it."""
+    what, began = "tiny model, 4 bits, LoRA", time.perf_counter()
+    try:
+        hf = load_trainable(str(folder), "nf4", 4, True, True, device)
+        with autocast(device):
+            logp, gradients = step_of_tiny(hf, folder, device)
+    except Exception as error:
+        advice = "bitsandbytes may be too old for this card; --quantize none does without. Please report this"
+        return Finding(what, f"{type(error).__name__}: {str(error)[:200]}", advice)
+    right = bool(logp.isfinite().all() and gradients.isfinite().all() and len(gradients))
+    line = f"forward and backward, {time.perf_counter() - began:.1f} s"
+    return Finding(what, line if right else "its numbers are not finite", "" if right else "please report this")
 
 
 def try_video(folder: Path) -> Finding:
@@ -166,7 +188,8 @@ def examine(device: torch.device) -> list[Finding]:
     findings += [try_kernel(name, compare, device) for name, compare in COMPARISONS.items()]
     findings.append(try_flex(device))
     with tempfile.TemporaryDirectory() as folder:
-        return [*findings, try_model(Path(folder) / "tiny", device), try_video(Path(folder))]
+        tiny = build_tiny(Path(folder) / "tiny")
+        return [*findings, try_model(tiny, device), try_preset(tiny, device), try_video(Path(folder))]
 
 
 def run_doctor(settings: DoctorSettings, console: Console) -> list[Finding]:
