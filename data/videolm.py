@@ -307,7 +307,7 @@ class VideoLM(Generation, nn.Module):
         (B, T), video = batch.input_ids.shape, self.encode_video(batch)
         first, others = slice(self.contrastive_layer), slice(self.contrastive_layer, None)
         if contrastive and twin_negatives:
-            all_states = self.run_branches(batch.forked, video, by_pairs=True, layers=first)
+            all_states = self.run_branches(batch.forked, video, by_pairs=T <= 256, layers=first)
         else:
             # Padding is on the right, where no token looks: no mask, so that attention takes its causal kernel.
             embedded = self.embed(batch.input_ids, batch.token_types, video)
