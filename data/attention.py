@@ -23,7 +23,7 @@ from transformers.vision_utils import (
 )
 
 from data.device import to_device
-from data.packing import BLOCK, Attends, Tree, pack
+from data.packing import BLOCK, ClipBranches, Tree, pack
 
 
 def vision_layout(visual: nn.Module, grid: Tensor, device: torch.device) -> dict[str, Tensor | int]:
@@ -120,7 +120,7 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask,
 
 
 def attend_by_branch(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, branches: Sequence[tuple[list[int], list[Attends]]],
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, branches: Sequence[ClipBranches],
     scaling: float | None,
 ) -> Tensor:  # fmt: skip
     """What `attend_in_blocks` does, where there is no flex_attention, by a call of sdpa for each branch of each clip.
@@ -130,10 +130,10 @@ def attend_by_branch(
     half of them.
     """
     sdpa, attended = ALL_ATTENTION_FUNCTIONS["sdpa"], []
-    for q, k, v, (lengths, attends) in zip(query, key, value, branches):
-        q, k, v = (x.split(lengths, dim=1) for x in (q, k, v))
+    for q, k, v, clip in zip(query, key, value, branches):
+        q, k, v = (x.split(clip.lengths, dim=1) for x in (q, k, v))
         parts = []
-        for length, sees, mask in attends:
+        for length, sees, mask in clip.calls:
             keys, values = (torch.cat([x[i] for i in sees], 1)[None] for x in (k, v))
             queries = (torch.cat([q[i] for i in sees], 1) if mask is None else q[sees[-1]])[None]
             mask = None if mask is None else mask[None, None].to(queries.dtype)
@@ -145,8 +145,7 @@ def attend_by_branch(
 
 def attend_by_mask(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask | None,
-    otherwise: str, branches: Sequence[tuple[list[int], list[Attends]]] | None = None,
-    wanted_rows: Tensor | None = None, **more,
+    otherwise: str, branches: Sequence[ClipBranches] | None = None, wanted_rows: Tensor | None = None, **more,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """flex_attention under a BlockMask, sdpa by branches or under a mask of token pairs (B, 1, T, S), else `otherwise`.
 

@@ -110,10 +110,10 @@ class Batch:
     input_ids, attention_mask, token_types (B, T); position_ids (3, B, T) or None; pixels, grid (all runs, 3) and
     seconds_per_slot of each run, as in `Example`; num_runs: of each clip. label_rows (L,): rows of the flattened (B*T)
     sequence that predict label_ids.
-    twin_index (V,): the visual token that the twin shows in the place of each. forked: the same sequences with the twins'
-    events behind them, see `caption_trees`; None for generation. key_rows (N,): key-slot tokens as rows of the flattened
-    (B*T) sequence; twin_rows (N,): the twins' as rows of flattened `forked`. keyword_ids (K, W) padded with keyword_mask
-    (K, W). key_tokens: who asks for whom.
+    twin_index (V,), for generation alone: the visual token that the twin shows in the place of each. forked, for training
+    alone: the same sequences with the twins' events behind them, see `caption_trees`. key_rows (N,): key-slot tokens as
+    rows of the flattened (B*T) sequence; twin_rows (N,): the twins' as rows of flattened `forked`. keyword_ids (K, W)
+    padded with keyword_mask (K, W). key_tokens: who asks for whom.
     """
 
     input_ids: Tensor
@@ -126,7 +126,7 @@ class Batch:
     num_runs: list[int]
     label_rows: Tensor
     label_ids: Tensor
-    twin_index: Tensor
+    twin_index: Tensor | None
     forked: Packed | None
     key_rows: Tensor
     twin_rows: Tensor

@@ -35,8 +35,8 @@ def move(record, device: torch.device | str):
     return replace(record, **values)
 
 
-class Attends(NamedTuple):
-    """How many tokens attend together, and which branches they see: numbers in order, their own last.
+class AttentionCall(NamedTuple):
+    """One call of attention: `length` tokens, and the branches that they see: numbers in order, their own last.
 
     mask: (length, tokens of all those), to be added to scores. None: tokens of all those attend, each to itself and what
     came before, and the last `length` results are kept.
@@ -45,6 +45,13 @@ class Attends(NamedTuple):
     length: int
     sees: list[int]
     mask: Tensor | None
+
+
+class ClipBranches(NamedTuple):
+    """The branches of one clip: how many tokens each has, and the calls of attention that together cover all, in order."""
+
+    lengths: list[int]
+    calls: list[AttentionCall]
 
 
 @dataclass
@@ -76,31 +83,31 @@ class Packed:
         clip = torch.arange(len(branch), device=branch.device)[:, None, None]
         return self.ancestors[clip, branch[:, :, None], self.branch[:, None, :]]
 
-    def branches(self) -> list[tuple[list[int], list[Attends]]]:
-        """The lengths of each clip's branches, and how their tokens attend, in order; for `attend_by_branch`.
+    def branches(self) -> list[ClipBranches]:
+        """The branches of each clip; for `attend_by_branch`.
 
         A root and the branch that follows it at once attend as one. A branch that is longer than what it grows from lets
         its ancestors attend again: that is less than to look at every pair and mask what comes later.
         """
         found, counts = [], F.one_hot(self.branch, self.ancestors.shape[-1]).sum(1)  # (B, n)
         for lengths, ancestors in zip(counts.tolist(), self.ancestors.tolist()):
-            attends: list[Attends] = []
-            for i, (length, row) in enumerate(zip(lengths, ancestors)):
+            calls: list[AttentionCall] = []
+            for length, row in zip(lengths, ancestors):
                 if not length:  # another clip of the batch has more branches
                     continue
                 sees, mask = [j for j, seen in enumerate(row) if seen], None
                 total = sum(lengths[j] for j in sees)
-                if i and attends[-1].sees == sees[:-1] and attends[-1].length == total - length:
-                    attends[-1] = Attends(total, sees, None)
+                if calls and calls[-1].sees == sees[:-1] and calls[-1].length == total - length:
+                    calls[-1] = AttentionCall(total, sees, None)
                     continue
                 if length <= total / 2:
                     mask = torch.full((length, total), -torch.inf, device=self.branch.device).triu(total - length + 1)
-                attends.append(Attends(length, sees, mask))
-            found.append((lengths, attends))
+                calls.append(AttentionCall(length, sees, mask))
+            found.append(ClipBranches(lengths, calls))
         return found
 
     def pair_mask(self) -> Tensor:
-        """The same for all tokens of a clip's sequence at once: (B, 1, T, T), to be added to scores."""
+        """One mask of all pairs of a sequence's tokens in place of `branches`: (B, 1, T, T), to be added to scores."""
         sees = self.sees(self.branch).tril()  # (B, T, T): what came before, of itself and its ancestors
         return torch.zeros(sees.shape, device=sees.device).masked_fill(~sees, -torch.inf)[:, None]
 
@@ -219,12 +226,19 @@ def number_visual_tokens(examples: Sequence[Example]) -> list[Tensor]:
     return list(torch.arange(sum(counts)).split(counts))
 
 
-def replaced_places(e: Example) -> tuple[slice, slice]:
+class Replaced(NamedTuple):
     """From the first to the last token that the twin replaces: their places in the sequence, and which visual tokens."""
+
+    places: slice
+    tokens: slice
+
+
+def replaced_part(e: Example) -> Replaced:
+    """What the twin of an example replaces."""
     own = torch.arange(int((e.token_types == 2).sum()))
     changed = (twin_tokens(e, own) != own).nonzero().squeeze(1)[[0, -1]]
     first, last = torch.nonzero(e.token_types == 2).squeeze(1)[changed].tolist()
-    return slice(first, last + 1), slice(int(changed[0]), int(changed[1]) + 1)
+    return Replaced(slice(first, last + 1), slice(int(changed[0]), int(changed[1]) + 1))
 
 
 def cut(e: Example, positions: Tensor, places: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,42 +258,48 @@ def grow_fork(e: Example, positions: Tensor, shown: Tensor) -> tuple[Tree, int, 
     if e.source is None:
         tree, full = grow_prompt(e, positions, shown)
         return tree, full, full
-    tree, (places, tokens) = Tree(), replaced_places(e)
+    tree, (places, tokens) = Tree(), replaced_part(e)
     shared = tree.grow(-1, *cut(e, positions, slice(places.start)), shown[: tokens.start])
     rest = cut(e, positions, slice(places.start, e.prompt_length))
     full, twin = (tree.grow(shared, *rest, video[tokens.start :]) for video in (shown, twin_tokens(e, shown)))
     return tree, full, twin
 
 
+class TwinPlace(NamedTuple):
+    """Where a clip's twin is: in which sequence, and how far from the places where the same tokens of the full one are."""
+
+    sequence: int
+    shift: int
+
+
 def caption_trees(
     examples: Sequence[Example], positions: Tensor, share_prefix: bool = True
-) -> tuple[list[Tree], list[tuple[int, int]]]:
+) -> tuple[list[Tree], list[TwinPlace]]:
     """Clips with their captions, and behind what comes before the event the twin's event, which sees that and itself: its
     tokens from the first replaced slot to the last. What comes later in the twin, nobody asks for.
 
     positions (3, B, T) of the full sequences. Without share_prefix the twins stand in sequences of their own, behind all
-    others. Returns, beside the trees, where each clip's twin is: in which sequence, and how far from the places where the
-    same tokens of the full one are (without a twin: no matter where).
+    others. Returns, beside the trees, where each clip's twin is (without a twin: no matter where).
     """
     trees, twins, found = [], [], []
     for b, (e, shown) in enumerate(zip(examples, number_visual_tokens(examples))):
         at, n, tree = positions[:, b], len(e.input_ids), Tree()
         trees.append(tree)
-        found.append((b, 0))
+        found.append(TwinPlace(b, 0))
         if e.source is None:
             tree.grow(-1, *cut(e, at, slice(n)), shown)
             continue
-        (places, tokens), video = replaced_places(e), twin_tokens(e, shown)
+        (places, tokens), video = replaced_part(e), twin_tokens(e, shown)
         if share_prefix:
             shared = tree.grow(-1, *cut(e, at, slice(places.start)), shown[: tokens.start])
             tree.grow(shared, *cut(e, at, slice(places.start, n)), shown[tokens.start :])
             tree.grow(shared, *cut(e, at, places), video[tokens])
-            found[b] = (b, n - places.start)
+            found[b] = TwinPlace(b, n - places.start)
         else:
             tree.grow(-1, *cut(e, at, slice(n)), shown)
             twins.append(Tree())
             twins[-1].grow(-1, *cut(e, at, slice(places.stop)), video[: tokens.stop])
-            found[b] = (len(examples) + len(twins) - 1, 0)
+            found[b] = TwinPlace(len(examples) + len(twins) - 1, 0)
     return trees + twins, found
 
 

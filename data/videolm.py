@@ -22,7 +22,7 @@ from data.batches import (
 )
 from data.device import compute_dtype, to_device
 from data.generation import Generation
-from data.packing import BLOCK, Packed, caption_trees, pack, rollout_trees, twin_tokens
+from data.packing import BLOCK, Packed, caption_trees, number_visual_tokens, pack, rollout_trees, twin_tokens
 from data.positions import rope_index, use_published_positions
 from kernels.logprob import cross_entropy_from_states, log_probs_from_states, selected_log_probs
 from vp import ContrastiveHeads, Example
@@ -72,6 +72,10 @@ def some_layers(language: nn.Module, layers: slice) -> nn.Module:
         part.config = copy.copy(language.config)
         part.config.layer_types = language.config.layer_types[layers]
     return part
+
+
+# Tokens of a sequence up to which, on a CPU, one mask of all pairs is faster than a call of attention for each branch.
+SHORT = 256
 
 
 class VideoLM(Generation, nn.Module):
@@ -139,7 +143,7 @@ class VideoLM(Generation, nn.Module):
         width, pad_id = max(length), self.pad_id
         input_ids = torch.full((len(examples), width), pad_id)
         attention_mask, token_types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-        label_rows, label_ids, twin_index, visual_places, offset = [], [], [], [], 0
+        label_rows, label_ids, visual_places = [], [], []
         for b, (e, n) in enumerate(zip(examples, length)):
             at = slice(width - n, width) if for_generation else slice(0, n)
             input_ids[b, at], token_types[b, at], attention_mask[b, at] = e.input_ids[:n], e.token_types[:n], 1
@@ -148,12 +152,13 @@ class VideoLM(Generation, nn.Module):
             label_ids.append(e.input_ids[predicts + 1])
             visual = torch.nonzero(e.token_types[:n] == 2).squeeze(1)
             visual_places.append(e.by_slot(visual))
-            twin_index.append(offset + twin_tokens(e, torch.arange(len(visual))))
-            offset += len(visual)
         key_places, keyword_ids, key_tokens = index_keywords(examples, visual_places)
         key_rows = twin_rows = key_tokens.clip * width + key_places
-        position_ids = forked = None
-        if not for_generation:  # generate() works them out for itself
+        position_ids = forked = twin_index = None
+        if for_generation:  # generate() works out positions for itself
+            own = number_visual_tokens(examples)
+            twin_index = torch.cat([twin_tokens(e, shown) for e, shown in zip(examples, own)])
+        else:
             position_ids = self.positions(examples, input_ids, token_types, attention_mask)
             trees, twins = caption_trees(examples, position_ids, self.shares_prefix)
             forked = pack(trees, pad_id, self.block)
@@ -170,7 +175,7 @@ class VideoLM(Generation, nn.Module):
             num_runs=[len(e.runs) for e in examples],
             label_rows=torch.cat(label_rows),
             label_ids=torch.cat(label_ids),
-            twin_index=torch.cat(twin_index),
+            twin_index=twin_index,
             forked=forked,
             key_rows=key_rows,
             twin_rows=twin_rows,
@@ -307,7 +312,7 @@ class VideoLM(Generation, nn.Module):
         (B, T), video = batch.input_ids.shape, self.encode_video(batch)
         first, others = slice(self.contrastive_layer), slice(self.contrastive_layer, None)
         if contrastive and twin_negatives:
-            all_states = self.run_branches(batch.forked, video, by_pairs=T <= 256, layers=first)
+            all_states = self.run_branches(batch.forked, video, by_pairs=T <= SHORT, layers=first)
         else:
             # Padding is on the right, where no token looks: no mask, so that attention takes its causal kernel.
             embedded = self.embed(batch.input_ids, batch.token_types, video)

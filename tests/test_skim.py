@@ -166,7 +166,7 @@ def test_mixed_twin_is_a_gather(lm, plain, mixed):
         full = lm.encode_video(batch)
         sizes = [len(x) for x in full.pooler_output]
         assert sizes == [int((e.token_types == 2).sum()) for e in mixed]
-        picked = lm.gather_video(full, batch.twin_index)
+        picked = lm.gather_video(full, lm.collate(mixed, for_generation=True).twin_index)
         for e, twin in zip(mixed, torch.cat(picked.pooler_output).split(sizes)):
             really = torch.cat(list(plain.model.get_video_features(degraded(e), e.runs).pooler_output))
             torch.testing.assert_close(twin, really, rtol=1e-5, atol=1e-5)
@@ -195,7 +195,7 @@ def test_mixed_contrastive_loss(lm, mixed):
     with torch.no_grad():
         mine, really = lm(lm.collate(mixed), True, True), lm.encode_examples(shown)
         torch.testing.assert_close(mine.contrastive_loss, out.contrastive_loss.detach())
-        gathered = lm.gather_video(lm.encode_examples(mixed), lm.collate(mixed).twin_index)
+        gathered = lm.gather_video(lm.encode_examples(mixed), lm.collate(mixed, for_generation=True).twin_index)
         torch.testing.assert_close(torch.cat(gathered.pooler_output), torch.cat(really.pooler_output), rtol=1e-5, atol=1e-5)
     assert out.contrastive_loss > 0 and out.metrics["positives"] > 0
 

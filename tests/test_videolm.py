@@ -65,7 +65,7 @@ def test_twin_tokens_are_a_gather(lm, plain, ragged):
     with torch.no_grad():
         full = lm.encode_video(batch)
         sizes = [len(x) for x in full.pooler_output]
-        picked = lm.gather_video(full, batch.twin_index)
+        picked = lm.gather_video(full, lm.collate(ragged, for_generation=True).twin_index)
         twin = torch.cat(picked.pooler_output).split(sizes)
         for b, e in enumerate(ragged):
             if e.source is None:
@@ -95,8 +95,11 @@ def states_by_hand(lm: videolm.VideoLM, ragged) -> tuple[torch.Tensor, torch.Ten
     return torch.cat(found["full"]), torch.cat(found["twin"])
 
 
-def test_states_of_full_and_early_exit_twin(lm, ragged, monkeypatch):
-    """The states that reach the loss are those of whole, separate runs of full and degraded clips."""
+@pytest.mark.parametrize("short", [0, 10**6])
+def test_states_of_full_and_twin(lm, ragged, monkeypatch, short):
+    """The states that reach the loss are those of whole, separate runs of full and degraded clips; branch by branch, and
+    under one mask."""
+    monkeypatch.setattr(videolm, "SHORT", short)
     seen = {}
     monkeypatch.setattr(
         lm.heads, "forward", lambda h, h_twin, t, tokens: seen.update(h=h, h_twin=h_twin, t=t) or (h.sum() * 0, {})
