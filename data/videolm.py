@@ -74,8 +74,9 @@ def some_layers(language: nn.Module, layers: slice) -> nn.Module:
     return part
 
 
-# Tokens of a sequence up to which, on a CPU, one mask of all pairs takes the place of a call of attention for each branch: eight short
-# clips are 5 percent faster so. One clip takes as long either way from 128 to 512 tokens, and longer under the mask from 1,024 on.
+# Tokens of a sequence up to which, on a CPU, one mask of all pairs takes the place of a call of attention for each branch:
+# eight short clips are 5 percent faster so. One clip takes as long either way from 128 to 512 tokens, and longer under the
+# mask from 1,024 on.
 SHORT = 256
 
 

@@ -1,5 +1,6 @@
 """What only a GPU does, tested without one: which attention, which kernels, how many variants, what is refused."""
 
+import sys
 import types
 
 import pytest
@@ -49,10 +50,15 @@ def test_attention_by_what_the_card_can_run(capability, version, monkeypatch):
     pretend_card(monkeypatch, capability)
     for number in (2, 3, 4):
         monkeypatch.setattr(precision, f"is_flash_attn_{number}_available", lambda: True)
+        monkeypatch.setitem(sys.modules, precision.FLASH_MODULES[number], types.ModuleType("flash"))
     assert precision.choose_attention() == (f"flash_attention_{version}" if version else "sdpa")
     monkeypatch.setattr(precision, "is_flash_attn_4_available", lambda: False)
     if capability == (9, 0):
         assert precision.choose_attention() == "flash_attention_3"
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # a wheel that does not open: its import fails
+    if version == 2:
+        with pytest.warns(UserWarning, match="flash-attn 2 is installed but does not open"):
+            assert precision.choose_attention() == "sdpa"
 
 
 @pytest.mark.parametrize("capability, dtype", [((7, 0), torch.float32), ((8, 0), torch.bfloat16), ((8, 9), torch.bfloat16)])
