@@ -14,6 +14,7 @@ packed into one sequence behind the prompt that they share.
 The paper's equations and settings are not public. Our deviations are numbered in docs/method.md.
 """
 
+import math
 import sys
 import zlib
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ from data.run.log import Stopwatch
 from data.run.processes import finish_gradients, first_process_first, skip_if_not_finite
 from data.run.rollout_metrics import Totals, reward_metrics, rollout_metrics
 from data.run.run import Run
-from data.run.settings import TrainSettings, by_preset, parse_settings
+from data.run.settings import TrainSettings, by_preset, check_above_zero, check_within, parse_settings
 from data.run.sheets import RolloutGroup, RolloutPage
 from data.texts import Comparison, TextEncoder, embed_texts
 from data.tiny import build_text_encoder
@@ -125,10 +126,10 @@ def resolve(settings: Settings) -> Settings:
     # A copy: what was asked for stays as it was.
     s = replace(settings)
     s.check()
-    s.check_above_zero("steps", "batch_size", "micro_batch_size", "learning_rate", "log_every", "temperature")
-    s.check_above_zero("max_new_tokens", "epochs")
-    if s.hard_prompts < 0:
-        raise ValueError(f"--hard-prompts: got {s.hard_prompts}; give a number above 0, or 0 for all clips")
+    check_above_zero(s, "steps", "batch_size", "micro_batch_size", "learning_rate", "log_every")
+    check_above_zero(s, "max_new_tokens", "temperature", "epochs")
+    check_within(s, 0, math.inf, "weight_decay", "alpha", "margin", "beta", "clip_high", "hard_prompts")
+    check_within(s, 0, 1, "clip_low")
     # An advantage is the distance from the mean of the group: one description alone has none.
     if s.num_rollouts < 2:
         raise ValueError(f"--num-rollouts: got {s.num_rollouts}; a group needs 2 descriptions to compare")

@@ -19,6 +19,7 @@ other layers for the caption loss.
 The paper's equations and settings are not public. Our deviations are numbered in docs/method.md.
 """
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from data.measure.evaluate import EVAL_CLIPS, RunEvaluation, evaluation_panel
 from data.run import checkpoints, memory, models
 from data.run.processes import finish_gradients, skip_if_not_finite
 from data.run.run import Run, counted
-from data.run.settings import TrainSettings, by_preset, parse_settings
+from data.run.settings import TrainSettings, by_preset, check_above_zero, check_within, parse_settings
 from data.run.sheets import draw_sheets
 from data.tiny import BASE, build_tiny
 from data.videolm import VideoLM
@@ -102,16 +103,13 @@ def resolve(settings: Settings) -> Settings:
     # A copy: what was asked for stays as it was.
     s = replace(settings)
     s.check()
-    s.check_above_zero("steps", "batch_size", "micro_batch_size", "learning_rate", "log_every")
+    check_above_zero(s, "steps", "batch_size", "micro_batch_size", "learning_rate", "log_every")
+    check_within(s, 0, math.inf, "weight_decay", "contrastive_weight", "sheets")
+    check_within(s, 0, 1, "decay", "twin_captions")
+    check_within(s, 0.01, 1, "temperature")
     # Every pass has as many clips as any other, so that memory is known and no clip weighs more.
     if s.batch_size % s.micro_batch_size:
         raise ValueError(f"--batch-size {s.batch_size} is not a multiple of --micro-batch-size {s.micro_batch_size}")
-    if s.contrastive_weight < 0:
-        raise ValueError(f"--contrastive-weight: got {s.contrastive_weight}; give 0 or more")
-    if not 0 <= s.decay <= 1:
-        raise ValueError(f"--decay: got {s.decay}; give a share of the steps, 0 to 1")
-    if not 0 <= s.twin_captions <= 1:
-        raise ValueError(f"--twin-captions: got {s.twin_captions}; give a share, 0 to 1")
     # A slot can be replaced only if there is another.
     if s.max_frames < 4:
         raise ValueError(f"--max-frames: got {s.max_frames}; a twin needs two slots, which is 4 frames")

@@ -124,7 +124,15 @@ def test_bad_clips_are_named_and_too_many_stop_the_run(tmp_path, world, qwen2_5)
         (["--steps", "0"], "--steps: got 0"),
         (["--batch-size", "5", "--micro-batch-size", "2"], "not a multiple"),
         (["--contrastive-weight", "-1"], "--contrastive-weight: got -1"),
-        (["--decay", "1.5"], "--decay: got 1.5"),
+        (["--contrastive-weight", "nan"], "--contrastive-weight: got nan; give 0 or more"),
+        (["--temperature", "0"], "--temperature: got 0.0; give 0.01 to 1"),
+        (["--decay", "1.5"], "--decay: got 1.5; give 0 to 1"),
+        (["--weight-decay", "-0.1"], "--weight-decay: got -0.1"),
+        (["--max-bad-share", "2"], "--max-bad-share: got 2.0"),
+        (["--grad-clip", "0"], "--grad-clip: got 0.0; give a number above 0"),
+        (["--seed", "-1"], "--seed: got -1; give 0 to 4294967295"),
+        (["--workers", "-1"], "--workers: got -1"),
+        (["--world-clips", "0"], "--world-clips: got 0"),
         (["--warmup", "1.5"], "--warmup: got 1.5"),
         (["--max-frames", "2"], "a twin needs two slots"),
         (["--model", "nowhere/none", "--data", "none.jsonl"], "none.jsonl: no such file"),
@@ -135,6 +143,22 @@ def test_bad_settings_are_named(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         train_sft.main(parse_settings(train_sft.Settings, "", arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--temperature", "0"], "--temperature: got 0.0; give a number above 0"),
+        (["--clip-low", "1.5"], "--clip-low: got 1.5; give 0 to 1"),
+        (["--beta", "inf"], "--beta: got inf; give 0 or more"),
+        (["--seed", "4294967296"], "--seed: got 4294967296"),
+        (["--num-rollouts", "1"], "a group needs 2"),
+    ],
+)
+def test_bad_settings_of_stage_2_are_named(arguments, message):
+    """The same, in the other script."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train_rl.resolve(parse_settings(train_rl.Settings, "", arguments))
 
 
 @pytest.mark.parametrize("script", [train_sft, train_rl])

@@ -30,7 +30,7 @@ from data.run.memory import EVAL_TOKENS, leave_out_long
 from data.run.models import gathered, load_model
 from data.run.processes import gather
 from data.run.run import Run
-from data.run.settings import FrameSettings, as_trained, check_above_zero
+from data.run.settings import FrameSettings, as_trained, check_above_zero, check_within
 from data.run.sheets import draw_look, printable, warn
 from data.skim import SIDE
 from data.video import PROMPT, Clip, read_clip
@@ -320,10 +320,7 @@ def run_evaluation(settings: EvalSettings, console: Console) -> dict:
     check_above_zero(settings, *numbers)
     if settings.limit < 1 and settings.limit != -1:
         raise ValueError(f"--limit: got {settings.limit}; give a number above 0, or -1 for all")
-    if settings.workers < 0:
-        raise ValueError(f"--workers: got {settings.workers}; give 0 or more")
-    if not settings.temperature >= 0:
-        raise ValueError(f"--temperature: got {settings.temperature}; give 0 (greedy) or more")
+    check_within(settings, 0, math.inf, "workers", "temperature")
     settings.check_frames()
     clips, problems = load_clips(settings.data, settings.root, settings.follow_links)
     lm, processor = load_model(settings.model)

@@ -39,6 +39,15 @@ def check_above_zero(settings: object, *names: str) -> None:
             raise ValueError(f"{flag(name)}: got {value}; give a number above 0")
 
 
+def check_within(settings: object, least: float, most: float, *names: str) -> None:
+    """Raise ValueError for the first of the named fields that is given and not within these (NaN and infinity are not)."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not (least <= value <= most and value < math.inf):
+            allowed = f"{least:g} to {most:.10g}" if most < math.inf else f"{least:g} or more"
+            raise ValueError(f"{flag(name)}: got {value}; give {allowed}")
+
+
 @dataclass(kw_only=True)
 class FrameSettings:
     """Which frames of a clip are shown: settings of both train scripts and of eval.py."""
@@ -157,10 +166,6 @@ class TrainSettings(FrameSettings):
     seed: int = 0
     """Seed of weights, order, jitter and sampling."""
 
-    def check_above_zero(self, *names: str) -> None:
-        """Raise ValueError for the first of the named settings that is given and not above 0."""
-        check_above_zero(self, *names)
-
     def check(self) -> None:
         """Raise ValueError for what no run can be made of."""
         if self.preset != "tiny" and best_device().type == "cpu":
@@ -169,11 +174,13 @@ class TrainSettings(FrameSettings):
                 "would take minutes to hours; give --preset tiny with the settings that you want"
             )
         self.check_frames()
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"--warmup: got {self.warmup}; give a share of the steps, 0 to 1")
+        check_within(self, 0, 1, "warmup", "max_bad_share")
+        check_within(self, 0, math.inf, "workers", "lora_rank")
+        check_within(self, 0, 2**32 - 1, "seed")
         if self.frames == "skim" and self.windows < 2:
             raise ValueError("--windows: got 1; training needs 2 or more, of which one shows no event")
-        self.check_above_zero("time_limit", "max_bad_steps", "max_frames", "max_pixels", "max_text_tokens")
+        check_above_zero(self, "max_frames", "fps", "max_pixels", "max_text_tokens", "world_clips")
+        check_above_zero(self, "grad_clip", "memory_gb", "time_limit", "max_bad_steps")
         if self.shard and self.quantize == "nf4":
             raise ValueError(
                 "--shard with --quantize nf4: FSDP2 damages 4-bit weights (bitsandbytes issue 1945); give one of them"
