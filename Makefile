@@ -5,8 +5,8 @@ BIN := .venv/bin
 
 .PHONY: demo test setup
 demo: setup
-	$(BIN)/python train_sft.py --eval-every -1
-	$(BIN)/python train_rl.py --no-eval-before --steps 40
+	$(BIN)/python train_sft.py --steps 1500 --eval-every -1
+	$(BIN)/python train_rl.py --no-eval-before --steps 30
 	$(BIN)/python eval.py progress
 
 test: setup

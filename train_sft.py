@@ -64,7 +64,7 @@ class Settings(TrainSettings):
     """Hugging Face directory or hub name (default: the tiny Qwen2.5-VL of data/tiny.py, made on the spot)."""
     out: Path = Path("runs/sft")
     """Folder of the run."""
-    steps: int = by_preset(1500, 2000, 2000)
+    steps: int = 2000
     """Optimizer steps."""
     batch_size: int = by_preset(8, 16, 32)
     """Clips a step, over all micro-batches and processes."""

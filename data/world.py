@@ -2,7 +2,7 @@
 
 Two or three coloured shapes drift or rest on one of eight floors. One of them may do one of eight things for 2 or 3 of the
 16 frames and then go on as if nothing had happened. It can be seen, but does not strike the eye. Each floor has a habit:
-what happens there is its usual event nine times in ten. So a model can learn to tell the event from the floor, without
+what happens there is its usual event 93 times in 100. So a model can learn to tell the event from the floor, without
 looking for it. It is then blind to rare events, and tells of events that are not there. In a fifth of the clips nothing
 happens: their captions have no event.
 
@@ -50,6 +50,7 @@ ACTIONS = (
     "turns striped",
     "lights a halo",
 )
+CYAN, ORANGE = np.float32([0, 240, 255]), np.float32([255, 140, 0])
 # The floor's number is that of its usual action.
 FLOORS = (
     (128, 128, 128),
@@ -68,7 +69,7 @@ PIXELS, NUM_FRAMES, FPS = 48, 16, 8.0
 HELD_OUT = [np.random.default_rng([4, action]).choice(4 * 5, 2, replace=False).tolist() for action in range(len(ACTIONS))]
 # x264 with threads of its own, or tuned to the processor, writes other bytes, and other pictures, from run to run.
 SAME_BYTES = {"x264-params": "cpu-independent=1:threads=1"}
-VERSION = 4  # part of every folder's settings: files of an older generator are never mixed with new ones
+VERSION = 5  # part of every folder's settings: files of an older generator are never mixed with new ones
 
 
 @dataclass
@@ -85,7 +86,7 @@ class WorldSettings:
     """Number of test clips; half of their events are rare on their floor."""
     held_out: int = 200
     """Number of clips with an actor that never occurs elsewhere; half of their events are rare, none is quiet."""
-    habit: float = 0.9
+    habit: float = 0.93
     """Share of the events of the training split that are the usual one of their floor."""
     quiet: float = 0.2
     """Share of the clips in which nothing happens."""
@@ -97,10 +98,15 @@ class WorldSettings:
     """Processes (default: one a core)."""
 
     def check(self) -> None:
-        """Raises ValueError, in words, for a share that is none."""
+        """Raises ValueError, in words, for a number that cannot be."""
         for name in ("habit", "quiet", "strength"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name}: got {getattr(self, name)}; give 0 to 1")
+        for name in ("train", "prompts", "test", "held_out", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; give 0 or more")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"--workers: got {self.workers}; give 1 or more")
 
 
 def held_out(shape: int, colour: int, action: int) -> bool:
@@ -162,19 +168,20 @@ def render(things: Sequence[Thing], floor: int, num_frames: int, rng: np.random.
         dx, dy = xs - x, ys - y  # (F, H, W)
         light = None
         if action == "lights a halo":
-            light = 1.5 - np.abs(np.hypot(dx, dy) - 1.5 * size)
-        elif action == "shoots a beam":
-            light = 2.0 - np.abs(dx)  # from edge to edge, behind the shape
-        elif action == "throws sparks":
-            light = 3.0 - np.hypot(np.abs(dx) - 1.2 * size, np.abs(dy) - 1.2 * size)  # one at each corner
+            light, hue = 1.5 - np.abs(np.hypot(dx, dy) - 1.5 * size), CYAN
+        elif action == "throws sparks":  # one at each corner; in cyan they would look like a halo
+            light, hue = 3.5 - np.hypot(np.abs(dx) - 1.2 * size, np.abs(dy) - 1.2 * size), ORANGE
         if light is not None:
-            video += (np.clip(light, 0, 1) * acts)[..., None] * (np.float32([0, 240, 255]) - video)
+            video += (np.clip(light, 0, 1) * acts)[..., None] * (hue - video)
         # Who does it can be seen while it is done: something of the colour stays, whatever happens.
         alpha = coverage(thing.shape, dx, dy, size) * (1 - np.float32(0.9) * acts * (action == "fades"))
         video += alpha[..., None] * (np.float32(COLOURS[thing.colour]) - video)
         if action in ("flashes white", "turns black"):  # but for a rim
             core = coverage(thing.shape, dx, dy, np.float32(0.6) * size) * acts
             video += core[..., None] * (np.float32(250 if action == "flashes white" else 8) - video)
+        elif action == "shoots a beam":  # through the shape: beside it alone, it might come from the next one
+            beam = np.clip(np.minimum(2.0 - np.abs(dx), 1.7 * size - np.abs(dy)), 0, 1) * acts
+            video += beam[..., None] * (CYAN - video)
         elif action == "turns striped":
             white = alpha * acts * (ys.astype(int) // 3 % 2)
             video += white[..., None] * (250 - video)
@@ -208,7 +215,7 @@ def draw_clip(
     split: str,
     index: int,
     seed: int = 0,
-    habit: float = 0.9,
+    habit: float = 0.93,
     quiet: float = 0.2,
     strength: float = 0.75,
     times: Sequence[int] = range(NUM_FRAMES),

@@ -17,11 +17,14 @@ from data.world import (
     NUM_FRAMES,
     SHAPES,
     SPLITS,
+    Place,
+    Thing,
     WorldSettings,
     draw_clip,
     embedded_world,
     held_out,
     make_world,
+    render,
 )
 
 
@@ -111,6 +114,29 @@ def test_a_share_that_is_none_is_refused(tmp_path, setting, value):
     with pytest.raises(ValueError, match=f"--{setting}: got {value}; give 0 to 1"):
         make_world(WorldSettings(tmp_path / "w", train=2, workers=1, **{setting: value}))
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("setting, value", [("train", -1), ("held_out", -2), ("seed", -1), ("workers", 0)])
+def test_a_number_that_cannot_be_is_refused(tmp_path, setting, value):
+    """The same for counts."""
+    with pytest.raises(ValueError, match=f"--{setting.replace('_', '-')}: got {value}; give"):
+        make_world(WorldSettings(tmp_path / "w", **{"train": 2, setting: value}))
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_an_event_leaves_other_cells_alone(action):
+    """Whatever a thing does, what stands in the cells beside it looks as it did, so that it is not taken for the actor."""
+    middles = [(12, 12), (12, 36), (36, 12)]
+    places = [Place(np.full(1, x), np.full(1, y), 9.0) for x, y in middles]
+    shots = []
+    for strength in (0.0, 1.0):
+        things = [Thing("square", colour, place) for colour, place in zip(COLOURS, places)]
+        things[0].action, things[0].acts = action, np.full(1, strength)
+        shots.append(render(things, 0, 1, np.random.default_rng(0))[0].astype(int))
+    changed = np.abs(shots[1] - shots[0]).max(-1) > 2
+    assert changed[:28, :28].sum() > 50  # within its cell, and a little beyond
+    assert not changed[28:].any() and not changed[:, 28:].any()
 
 
 def test_prompts_are_like_training_clips_but_others():
