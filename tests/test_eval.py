@@ -17,7 +17,7 @@ from data.batches import Rollouts
 from data.benchmarks.scoring import event_recall, names, score_description, similarity
 from data.clips import load_clips
 from data.examples import Preparation
-from data.measure import cost, long
+from data.measure import card, cost, long, report
 from data.measure import evaluate as measure
 from data.measure.evaluate import DescribeSettings, EvalSettings, evaluate, markdown_row, run_describe, run_evaluation
 from data.measure.report import event_table
@@ -175,6 +175,35 @@ def test_numbers_are_checked_first(settings, message):
     command = run_evaluation if isinstance(settings, EvalSettings) else run_describe
     with pytest.raises(ValueError, match=message):
         command(settings, Console())
+
+
+@pytest.mark.parametrize(
+    "command, arguments, message",
+    [
+        (report.run_report, report.ReportSettings(seeds=()), "--seeds: got none"),
+        (report.run_report, report.ReportSettings(steps=0), "--steps: got 0"),
+        (report.run_report, report.ReportSettings(data=Path("none.jsonl")), "--data none.jsonl: none.jsonl: no such file"),
+        (cost.run_cost, cost.CostSettings(visual_tokens=40), "--visual-tokens: got 40; give a multiple of 16"),
+        (cost.run_cost, cost.CostSettings(repeats=0), "--repeats: got 0"),
+        (cost.run_cost, cost.CostSettings(rollouts=0), "--rollouts: got 0"),
+        (card.run_card, card.CardSettings(steps=1), "--steps: got 1; give 2 or more"),
+        (long.run_long, long.LongSettings(lengths=()), "--lengths: got none"),
+        (long.run_long, long.LongSettings(lengths=(2, 0)), "--lengths: got 2 0"),
+        (long.run_long, long.LongSettings(seconds=0.0), "--seconds: got 0.0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(tmp_path, monkeypatch, command, arguments, message):
+    """The same of the commands that measure; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        command(arguments, Console())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_the_report_that_fails_ends_it_in_a_line(tmp_path):
+    """Which command it was; what is finished is kept."""
+    with pytest.raises(ValueError, match=r"^train_sft.py --steps 0: ended as said above"):
+        report.run_once(["train_sft.py", "--steps", "0"], tmp_path / "results.json", Console(quiet=True))
 
 
 def test_static_part_leaves_the_event_out():

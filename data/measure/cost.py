@@ -22,6 +22,7 @@ from data.loader import ClipLoader
 from data.run.log import describe_environment
 from data.run.memory import PeakMemory, held_bytes
 from data.run.models import load_model, load_plain
+from data.run.settings import check_above_zero
 from data.tiny import build_tiny
 from data.video import PROMPT
 
@@ -35,7 +36,7 @@ class CostSettings:
     model: str | None = None
     """Qwen2.5-VL checkpoint (default: the tiny one, made on the spot)."""
     visual_tokens: int = 1024
-    """Visual tokens of the clip, a multiple of 16."""
+    """Visual tokens of the clip, a multiple of 16, 48 or more."""
     new_tokens: int = 64
     """Tokens of a description, or of an answer."""
     rollouts: int = 8
@@ -237,6 +238,9 @@ def peak_of_job(settings: CostSettings, name: str) -> float:
 
 def run_cost(settings: CostSettings, console: Console) -> dict:
     """The command `python eval.py cost`."""
+    check_above_zero(settings, "new_tokens", "rollouts", "repeats")
+    if settings.visual_tokens < 48 or settings.visual_tokens % 16:
+        raise ValueError(f"--visual-tokens: got {settings.visual_tokens}; give a multiple of 16, 48 or more")
     settings.model = settings.model or str(build_tiny(settings.out / "tiny"))
     jobs, seconds, results = JOBS[settings.what](settings), {}, {}
     for repeat in range(settings.repeats + 1):

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from data.measure.cost import step_seconds
 from data.measure.report_page import draw_habits, line_of, write_page
+from data.run.settings import check_above_zero
 
 HERE = Path(__file__).parents[2]
 
@@ -76,11 +77,15 @@ COLUMNS = [
 
 
 def run_once(command: Sequence[str], result: Path, console: Console) -> None:
-    """Run a script of this project unless its result is there already; its CPU seconds go beside the result."""
+    """Run a script of this project unless its result is there already; its CPU seconds go beside the result.
+
+    Raises ValueError if the script fails.
+    """
     if not result.exists():
         console.print(" ".join(command), highlight=False, soft_wrap=True)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=True)
+        if subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]]).returncode:
+            raise ValueError(f"{' '.join(command)}: ended as said above; the same report goes on from what is finished")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         result.with_name("cpu_seconds.json").write_text(f"{seconds:.0f}\n")
@@ -151,8 +156,14 @@ def event_table(runs: dict[str, dict[int, Path]]) -> list[str]:
 def run_report(settings: ReportSettings, console: Console) -> str:
     """The command `python eval.py report`."""
     s, lines, runs = settings, [], {}
+    check_above_zero(s, "steps")
+    if not s.seeds:
+        raise ValueError("--seeds: got none; give one or more")
     world = (s.data or Path("runs/world/train.jsonl")).parent
     splits = {split: world / f"{split}.jsonl" for split in ("test", "held-out")}
+    for file in () if s.data is None else (s.data, *splits.values()):
+        if not file.exists():
+            raise ValueError(f"--data {s.data}: {file}: no such file; python -m data.world --out FOLDER makes all")
     steps = [] if s.steps is None else ["--steps", str(s.steps)]
 
     def train(title: str, script: str, arguments: Sequence[str], start: dict[int, Path] | None = None) -> None:
@@ -193,10 +204,10 @@ def run_report(settings: ReportSettings, console: Console) -> str:
         for title, arguments in VARIANTS["lora"].items():
             train(title, "train_sft.py", arguments, start)
     lines += ["", *event_table(runs)]
-    last = next(reversed(runs.values()))[s.seeds[-1]]
-    about = json.loads((last / "settings.json").read_text())
+    abouts = [json.loads((run / "settings.json").read_text()) for of_seed in runs.values() for run in of_seed.values()]
+    commits, about = sorted({x["commit"] for x in abouts}), abouts[-1]  # runs of before are not repeated
     lines.append(
-        f"\nMean (least to most) over seeds {', '.join(map(str, s.seeds))}. Commit {about['commit']}, "
+        f"\nMean (least to most) over seeds {', '.join(map(str, s.seeds))}. Commit {', '.join(commits)}, "
         f"torch {about['torch']}, {about['device']}."
     )
     if s.stage == 1:
