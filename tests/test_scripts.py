@@ -135,14 +135,18 @@ def test_bad_clips_are_named_and_too_many_stop_the_run(tmp_path, world, qwen2_5)
         (["--world-clips", "0"], "--world-clips: got 0"),
         (["--warmup", "1.5"], "--warmup: got 1.5"),
         (["--max-frames", "2"], "a twin needs two slots"),
-        (["--model", "nowhere/none", "--data", "none.jsonl"], "none.jsonl: no such file"),
     ],
 )
-def test_bad_settings_are_named(tmp_path, monkeypatch, arguments, message):
+def test_bad_settings_are_named(arguments, message):
     """The field, its value, what to do."""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises((ValueError, OSError), match=re.escape(message)):
-        train_sft.main(parse_settings(train_sft.Settings, "", arguments))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train_sft.resolve(parse_settings(train_sft.Settings, "", ["--data", "none.jsonl", "--model", "none", *arguments]))
+
+
+def test_data_that_are_not_there_are_named(tmp_path):
+    """Before the model is looked for."""
+    with pytest.raises(ClipError, match=r"none.jsonl: no such file"):
+        train_sft.main(train_sft.Settings(model="nowhere/none", data=Path("none.jsonl"), out=tmp_path / "o"))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +162,7 @@ def test_bad_settings_are_named(tmp_path, monkeypatch, arguments, message):
 def test_bad_settings_of_stage_2_are_named(arguments, message):
     """The same, in the other script."""
     with pytest.raises(ValueError, match=re.escape(message)):
-        train_rl.resolve(parse_settings(train_rl.Settings, "", arguments))
+        train_rl.resolve(parse_settings(train_rl.Settings, "", ["--data", "none.jsonl", "--model", "none", *arguments]))
 
 
 @pytest.mark.parametrize("script", [train_sft, train_rl])
