@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: demo test setup
 demo: setup
 	$(BIN)/python train_sft.py --steps 1500 --eval-every -1
-	$(BIN)/python train_rl.py --no-eval-before --steps 30
+	$(BIN)/python train_rl.py --world-clips 2400 --steps 30 --no-eval-before
 	$(BIN)/python eval.py progress
 
 test: setup

@@ -145,7 +145,7 @@ def resolve(settings: Settings) -> Settings:
         s.text_encoder = str(build_text_encoder(Path("runs/text-encoder")))
     if s.data is None:
         # Clips that stage 1 has not seen: of those that it was trained on, it describes nearly all without a mistake.
-        world = embedded_world(s.world_clips)
+        world = embedded_world("prompts", s.world_clips)
         s.data, s.eval_data = world / "prompts.jsonl", s.eval_data or world / "test.jsonl"
     return s
 

@@ -117,7 +117,7 @@ def resolve(settings: Settings) -> Settings:
     if s.model is None:
         s.model = str(build_tiny(Path("runs/tiny"), seed=s.seed, base=BASE))
     if s.data is None:
-        world = embedded_world(s.world_clips)
+        world = embedded_world("train", s.world_clips)
         s.data, s.eval_data = world / "train.jsonl", s.eval_data or world / "test.jsonl"
     return s
 

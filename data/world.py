@@ -8,7 +8,7 @@ happens: their captions have no event.
 
 Files are real MP4s, read like any other clip: written here, decoded again by `data/decode.py`.
 
-    python -m data.world --out runs/world                      # 6,000 train, 2,400 prompts, 400 test, 200 held-out clips
+    python -m data.world --out runs/world                      # 6,000 train, 6,000 prompts, 400 test, 200 held-out clips
     python -m data.world --out runs/world80k --train 80000     # any size; resumable, one process a core
 
 The clips of the split "prompts" are like those of the training split: stage 2 describes what stage 1 has not seen.
@@ -74,13 +74,13 @@ VERSION = 5  # part of every folder's settings: files of an older generator are 
 
 @dataclass
 class WorldSettings:
-    """Settings of `python -m data.world`."""
+    """Settings of `python -m data.world`. A split of 0 clips is left as it is."""
 
     out: Path = Path("runs/world")
     """Folder to write: an annotation file for each split, such as train.jsonl, and one MP4 a clip."""
     train: int = 6000
     """Number of training clips, of stage 1."""
-    prompts: int = 2400
+    prompts: int = 6000
     """Number of further clips like these, for stage 2."""
     test: int = 400
     """Number of test clips; half of their events are rare on their floor."""
@@ -286,7 +286,7 @@ def stamp(settings: WorldSettings) -> dict:
 
 
 def splits_to_draw(settings: WorldSettings) -> list[tuple[str, int]]:
-    """The splits whose annotation file is not there yet, with their sizes. Raises ValueError if another world is there."""
+    """The splits that are not there yet, with their sizes. Raises ValueError if another world is there."""
     folder, asked = settings.out, stamp(settings)
     if (folder / "world.json").exists() and (there := json.loads((folder / "world.json").read_text())) != asked:
         raise ValueError(
@@ -296,7 +296,7 @@ def splits_to_draw(settings: WorldSettings) -> list[tuple[str, int]]:
     sizes = dict(zip(SPLITS, (settings.train, settings.test, settings.held_out, settings.prompts)))
     files = {split: folder / f"{split}.jsonl" for split in SPLITS}
     whole = {split for split, file in files.items() if file.exists() and sum(1 for _ in file.open()) == sizes[split]}
-    return [(split, size) for split, size in sizes.items() if split not in whole]
+    return [(split, size) for split, size in sizes.items() if size and split not in whole]
 
 
 def make_world(settings: WorldSettings) -> Path:
@@ -316,15 +316,15 @@ def make_world(settings: WorldSettings) -> Path:
     return settings.out
 
 
-def embedded_world(num_train: int, folder: Path = Path("runs/world")) -> Path:
-    """The folder of the world with default settings, drawn if it is not there yet; a small one has few prompts, too.
+def embedded_world(split: str, clips: int, folder: Path = Path("runs/world")) -> Path:
+    """The folder of the world with default settings. What is missing of a split to train on, and of the tests, is drawn.
 
     In a process of its own: it starts one process a core, and each of them would import all of the calling script.
     """
-    prompts = min(num_train, WorldSettings.prompts)
-    if splits_to_draw(WorldSettings(folder, train=num_train, prompts=prompts)):
+    sizes = {"train": 0, "prompts": 0} | {split: clips}
+    if splits_to_draw(WorldSettings(folder, **sizes)):
         command = [sys.executable, "-m", "data.world", "--out", str(folder)]
-        command += ["--prompts", str(prompts), "--train", str(num_train)]
+        command += [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
         subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
     return folder
 

@@ -200,20 +200,21 @@ def test_worlds_are_not_mixed(tmp_path):
 def test_a_world_that_is_there_costs_no_process(tmp_path, monkeypatch):
     """What is there is found; what is missing, or shorter than asked for, is drawn; another version is refused."""
     drawn = []
-    monkeypatch.setattr(world.subprocess, "run", lambda command, **_: drawn.append(command[-1]))
+    monkeypatch.setattr(world.subprocess, "run", lambda command, **_: drawn.append(command[-4:]))
     folder = tmp_path / "w"
-    embedded_world(3, folder)
-    for split, count in (("train", 3), ("prompts", 3), ("test", 400), ("held-out", 200)):
+    embedded_world("train", 3, folder)
+    for split, count in (("train", 3), ("prompts", 2), ("test", 400), ("held-out", 200)):
         folder.mkdir(exist_ok=True)
         (folder / f"{split}.jsonl").write_text("{}\n" * count)
     settings = WorldSettings(folder)
     (folder / "world.json").write_text(json.dumps(world.stamp(settings)))
-    assert embedded_world(3, folder) == folder and drawn == ["3"]
-    embedded_world(4, folder)
-    assert drawn == ["3", "4"]
+    assert embedded_world("train", 3, folder) == embedded_world("prompts", 2, folder) == folder
+    assert drawn == [["--train", "3", "--prompts", "0"]]
+    embedded_world("prompts", 3, folder)
+    assert drawn[1:] == [["--train", "0", "--prompts", "3"]]
     (folder / "world.json").write_text(json.dumps(world.stamp(settings) | {"version": world.VERSION - 1}))
     with pytest.raises(ValueError, match="Delete the folder"):
-        embedded_world(4, folder)
+        embedded_world("train", 3, folder)
 
 
 @pytest.mark.parametrize("index", range(12))

@@ -162,7 +162,7 @@ class TrainSettings(FrameSettings):
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Send metrics there, too."""
     world_clips: int = 6000
-    """Training clips of the embedded world."""
+    """Clips of the embedded world to train on; stage 2 has others than stage 1."""
     seed: int = 0
     """Seed of weights, order, jitter and sampling."""
 
