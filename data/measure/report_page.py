@@ -62,7 +62,7 @@ def draw_habits(runs: Mapping[str, Mapping[int, Path]], path: Path) -> Path:
     axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="event claimed that is not there", ylabel="rare event named")
     axis.set_title("Better is up and to the left. A point is a run.", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="lower left")
+    axis.legend(fontsize=8, loc="upper right")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
