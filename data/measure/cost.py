@@ -36,7 +36,7 @@ class CostSettings:
     model: str | None = None
     """Qwen2.5-VL checkpoint (default: the tiny one, made on the spot)."""
     visual_tokens: int = 1024
-    """Visual tokens of the clip, a multiple of 16, 48 or more."""
+    """Visual tokens of the clip, a multiple of 16, 32 or more."""
     new_tokens: int = 64
     """Tokens of a description, or of an answer."""
     rollouts: int = 8
@@ -239,8 +239,8 @@ def peak_of_job(settings: CostSettings, name: str) -> float:
 def run_cost(settings: CostSettings, console: Console) -> dict:
     """The command `python eval.py cost`."""
     check_above_zero(settings, "new_tokens", "rollouts", "repeats")
-    if settings.visual_tokens < 48 or settings.visual_tokens % 16:
-        raise ValueError(f"--visual-tokens: got {settings.visual_tokens}; give a multiple of 16, 48 or more")
+    if settings.visual_tokens < 32 or settings.visual_tokens % 16:
+        raise ValueError(f"--visual-tokens: got {settings.visual_tokens}; give a multiple of 16, 32 or more")
     settings.model = settings.model or str(build_tiny(settings.out / "tiny"))
     jobs, seconds, results = JOBS[settings.what](settings), {}, {}
     for repeat in range(settings.repeats + 1):
