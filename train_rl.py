@@ -14,12 +14,12 @@ packed into one sequence behind the prompt that they share.
 The paper's equations and settings are not public. Our deviations are numbered in docs/method.md.
 """
 
-import math
 import sys
 import zlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,7 @@ from torch import Tensor
 
 import vp
 from data.batches import Rollouts
+from data.checks import check_above_zero, check_within
 from data.device import to_device, to_host
 from data.loader import ClipLoader
 from data.measure.evaluate import EVAL_CLIPS, RunEvaluation
@@ -41,7 +42,7 @@ from data.run.log import Stopwatch
 from data.run.processes import finish_gradients, first_process_first, skip_if_not_finite
 from data.run.rollout_metrics import Totals, reward_metrics, rollout_metrics
 from data.run.run import Run
-from data.run.settings import TrainSettings, by_preset, check_above_zero, check_within, parse_settings
+from data.run.settings import TrainSettings, by_preset, parse_settings
 from data.run.sheets import RolloutGroup, RolloutPage
 from data.texts import Comparison, TextEncoder, embed_texts
 from data.tiny import build_text_encoder
@@ -128,7 +129,7 @@ def resolve(settings: Settings) -> Settings:
     s.check()
     check_above_zero(s, "steps", "batch_size", "micro_batch_size", "learning_rate", "log_every")
     check_above_zero(s, "max_new_tokens", "temperature", "epochs")
-    check_within(s, 0, math.inf, "weight_decay", "alpha", "margin", "beta", "clip_high", "hard_prompts")
+    check_within(s, 0, inf, "weight_decay", "alpha", "margin", "beta", "clip_high", "hard_prompts")
     check_within(s, 0, 1, "clip_low")
     # An advantage is the distance from the mean of the group: one description alone has none.
     if s.num_rollouts < 2:

@@ -19,20 +19,21 @@ other layers for the caption loss.
 The paper's equations and settings are not public. Our deviations are numbered in docs/method.md.
 """
 
-import math
 import sys
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 import data  # isort: skip  # noqa: F401  first of all: Ctrl-C ends with one word from here on
 
 from data.batches import Batch
+from data.checks import check_above_zero, check_within
 from data.loader import ClipLoader
 from data.measure.evaluate import EVAL_CLIPS, RunEvaluation, evaluation_panel
 from data.run import checkpoints, memory, models
 from data.run.processes import finish_gradients, skip_if_not_finite
 from data.run.run import Run, counted
-from data.run.settings import TrainSettings, by_preset, check_above_zero, check_within, parse_settings
+from data.run.settings import TrainSettings, by_preset, parse_settings
 from data.run.sheets import draw_sheets
 from data.tiny import BASE, build_tiny
 from data.videolm import VideoLM
@@ -104,7 +105,7 @@ def resolve(settings: Settings) -> Settings:
     s = replace(settings)
     s.check()
     check_above_zero(s, "steps", "batch_size", "micro_batch_size", "learning_rate", "log_every")
-    check_within(s, 0, math.inf, "weight_decay", "contrastive_weight", "sheets")
+    check_within(s, 0, inf, "weight_decay", "contrastive_weight", "sheets")
     check_within(s, 0, 1, "decay", "twin_captions")
     check_within(s, 0.01, 1, "temperature")
     # Every pass has as many clips as any other, so that memory is known and no clip weighs more.

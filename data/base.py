@@ -12,9 +12,11 @@ the file is not the same byte for byte.
 
 import hashlib
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, get_cosine_schedule_with_warmup
 
+from data.checks import check_above_zero, check_within
 from data.examples import Preparation, make_example
 from data.tiny import BASE, build_tiny
 from data.video import PROMPT, Clip, Frames
@@ -80,6 +83,8 @@ def still_example(index: int, times: Sequence[int], preparation: Preparation) ->
 
 def main(s: BaseSettings) -> None:
     """Train and write the base."""
+    check_above_zero(s, "steps", "whole_steps", "batch_size", "learning_rate")
+    check_within(s, s.batch_size, inf, "clips", "whole_clips")
     console = Console()
     torch.set_num_threads(1)  # two threads would round in another way
     with tempfile.TemporaryDirectory() as folder:
@@ -117,4 +122,7 @@ def main(s: BaseSettings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(BaseSettings))
+    try:
+        main(tyro.cli(BaseSettings))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

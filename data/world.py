@@ -23,12 +23,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.progress import track
 
+from data.checks import check_above_zero, check_within
 from data.files import write_whole
 from data.workers import worker_context
 
@@ -99,14 +101,9 @@ class WorldSettings:
 
     def check(self) -> None:
         """Raises ValueError, in words, for a number that cannot be."""
-        for name in ("habit", "quiet", "strength"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name}: got {getattr(self, name)}; give 0 to 1")
-        for name in ("train", "prompts", "test", "held_out", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; give 0 or more")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"--workers: got {self.workers}; give 1 or more")
+        check_within(self, 0, 1, "habit", "quiet", "strength")
+        check_within(self, 0, inf, "train", "prompts", "test", "held_out", "seed")
+        check_above_zero(self, "workers")
 
 
 def held_out(shape: int, colour: int, action: int) -> bool:

@@ -200,6 +200,15 @@ def test_what_cannot_be_measured_is_refused(tmp_path, monkeypatch, command, argu
     assert not list(tmp_path.iterdir())
 
 
+def test_a_report_names_the_commits_of_all_its_runs(tmp_path):
+    """Also of those that were there before."""
+    runs = {"a": {0: tmp_path / "a0", 1: tmp_path / "a1"}, "b": {0: tmp_path / "b0"}}
+    for folder, commit in zip([*runs["a"].values(), *runs["b"].values()], ("2b", "1a", "2b")):
+        folder.mkdir()
+        (folder / "settings.json").write_text(json.dumps({"commit": commit, "torch": "2.14", "device": "CPU"}))
+    assert report.where_made(runs) == "Commit 1a, 2b, torch 2.14, CPU"
+
+
 def test_a_run_of_the_report_that_fails_ends_it_in_a_line(tmp_path):
     """Which command it was; what is finished is kept."""
     with pytest.raises(ValueError, match=r"^train_sft.py --steps 0: ended as said above"):

@@ -119,50 +119,41 @@ def test_bad_clips_are_named_and_too_many_stop_the_run(tmp_path, world, qwen2_5)
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "script, arguments, message",
     [
-        (["--steps", "0"], "--steps: got 0"),
-        (["--batch-size", "5", "--micro-batch-size", "2"], "not a multiple"),
-        (["--contrastive-weight", "-1"], "--contrastive-weight: got -1"),
-        (["--contrastive-weight", "nan"], "--contrastive-weight: got nan; give 0 or more"),
-        (["--temperature", "0"], "--temperature: got 0.0; give 0.01 to 1"),
-        (["--decay", "1.5"], "--decay: got 1.5; give 0 to 1"),
-        (["--weight-decay", "-0.1"], "--weight-decay: got -0.1"),
-        (["--max-bad-share", "2"], "--max-bad-share: got 2.0"),
-        (["--grad-clip", "0"], "--grad-clip: got 0.0; give a number above 0"),
-        (["--seed", "-1"], "--seed: got -1; give 0 to 4294967295"),
-        (["--workers", "-1"], "--workers: got -1"),
-        (["--world-clips", "0"], "--world-clips: got 0"),
-        (["--warmup", "1.5"], "--warmup: got 1.5"),
-        (["--max-frames", "2"], "a twin needs two slots"),
+        (train_sft, ["--steps", "0"], "--steps: got 0"),
+        (train_sft, ["--batch-size", "5", "--micro-batch-size", "2"], "not a multiple"),
+        (train_sft, ["--contrastive-weight", "-1"], "--contrastive-weight: got -1"),
+        (train_sft, ["--contrastive-weight", "nan"], "--contrastive-weight: got nan; give 0 or more"),
+        (train_sft, ["--temperature", "0"], "--temperature: got 0.0; give 0.01 to 1"),
+        (train_sft, ["--decay", "1.5"], "--decay: got 1.5; give 0 to 1"),
+        (train_sft, ["--weight-decay", "-0.1"], "--weight-decay: got -0.1"),
+        (train_sft, ["--max-bad-share", "2"], "--max-bad-share: got 2.0"),
+        (train_sft, ["--grad-clip", "0"], "--grad-clip: got 0.0; give a number above 0"),
+        (train_sft, ["--seed", "-1"], "--seed: got -1; give 0 to 4294967295"),
+        (train_sft, ["--workers", "-1"], "--workers: got -1"),
+        (train_sft, ["--world-clips", "0"], "--world-clips: got 0"),
+        (train_sft, ["--eval-clips", "0"], "--eval-clips: got 0; give a number above 0, or -1 for all"),
+        (train_sft, ["--warmup", "1.5"], "--warmup: got 1.5"),
+        (train_sft, ["--max-frames", "2"], "a twin needs two slots"),
+        (train_rl, ["--temperature", "0"], "--temperature: got 0.0; give a number above 0"),
+        (train_rl, ["--clip-low", "1.5"], "--clip-low: got 1.5; give 0 to 1"),
+        (train_rl, ["--beta", "inf"], "--beta: got inf; give 0 or more"),
+        (train_rl, ["--seed", "4294967296"], "--seed: got 4294967296"),
+        (train_rl, ["--num-rollouts", "1"], "a group needs 2"),
     ],
 )
-def test_bad_settings_are_named(arguments, message):
+def test_bad_settings_are_named(script, arguments, message):
     """The field, its value, what to do."""
+    given = ["--data", "none.jsonl", "--model", "none", *arguments]  # nothing is made on the spot
     with pytest.raises(ValueError, match=re.escape(message)):
-        train_sft.resolve(parse_settings(train_sft.Settings, "", ["--data", "none.jsonl", "--model", "none", *arguments]))
+        script.resolve(parse_settings(script.Settings, "", given))
 
 
 def test_data_that_are_not_there_are_named(tmp_path):
     """Before the model is looked for."""
     with pytest.raises(ClipError, match=r"none.jsonl: no such file"):
         train_sft.main(train_sft.Settings(model="nowhere/none", data=Path("none.jsonl"), out=tmp_path / "o"))
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--temperature", "0"], "--temperature: got 0.0; give a number above 0"),
-        (["--clip-low", "1.5"], "--clip-low: got 1.5; give 0 to 1"),
-        (["--beta", "inf"], "--beta: got inf; give 0 or more"),
-        (["--seed", "4294967296"], "--seed: got 4294967296"),
-        (["--num-rollouts", "1"], "a group needs 2"),
-    ],
-)
-def test_bad_settings_of_stage_2_are_named(arguments, message):
-    """The same, in the other script."""
-    with pytest.raises(ValueError, match=re.escape(message)):
-        train_rl.resolve(parse_settings(train_rl.Settings, "", ["--data", "none.jsonl", "--model", "none", *arguments]))
 
 
 @pytest.mark.parametrize("script", [train_sft, train_rl])

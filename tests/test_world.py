@@ -194,7 +194,8 @@ def test_worlds_are_not_mixed(tmp_path):
         make_world(WorldSettings(tmp_path / "w", train=2, test=2, held_out=0, prompts=0, strength=0.5, workers=1))
     with pytest.raises(ValueError, match=r'"seed": 0.*asked for.*"seed": 1'):
         make_world(WorldSettings(tmp_path / "w", train=2, test=2, held_out=0, prompts=0, seed=1, workers=1))
-    assert len([json.loads(line) for line in (tmp_path / "w/train.jsonl").open()]) == 2
+    make_world(WorldSettings(tmp_path / "w", train=0, test=2, held_out=0, prompts=1, workers=1))  # 0: left as it is
+    assert [sum(1 for _ in (tmp_path / f"w/{split}.jsonl").open()) for split in ("train", "prompts")] == [2, 1]
 
 
 def test_a_world_that_is_there_costs_no_process(tmp_path, monkeypatch):

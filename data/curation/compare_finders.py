@@ -3,6 +3,7 @@
 python -m data.curation.compare_finders known.jsonl --root videos
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vp
+from data.checks import check_above_zero
 from data.clips import load_clips, named
 from data.curation.finders import combine, image_text_evidence, peak_level, spans_of
 from data.curation.inspection import Models
@@ -44,6 +46,7 @@ class BenchSettings:
 
 def main(s: BenchSettings) -> None:
     """Print a table, one row a finder; the middle of the clip, and all of it, are what a finder must beat."""
+    check_above_zero(s, "fps", "max_frames")
     wanted = ("motion", *(["self"] if s.model else []), *(["clip"] if s.clip_model else []))
     about = dict(finders=wanted, model=s.model, clip_model=s.clip_model, fps=s.fps, max_frames=s.max_frames)
     models = Models(CurateSettings(s.data, Path(), **about))
@@ -86,4 +89,7 @@ def main(s: BenchSettings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(BenchSettings))
+    try:
+        main(tyro.cli(BenchSettings))
+    except (ClipError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -23,6 +23,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import TimeoutError
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from data.checks import check_above_zero, check_within
 from data.clips import named, parse_line, reason_of
 from data.curation.fingerprints import Seen, file_hash, fingerprint, plain_hash
 from data.curation.inspection import SIDE, Models, Settings, inspect
@@ -324,6 +326,9 @@ def finish(parts: Sequence[Path], s: Settings, console: Console) -> Counter:
 def main(s: Settings, console: Console | None = None) -> Counter:
     """Curate; returns the counts."""
     console = console or Console(emoji=False)
+    check_above_zero(s, "max_keywords", "fps", "max_frames", "target", "time_limit", "part_lines")
+    check_within(s, 0, inf, "workers", "min_seconds", "min_confidence", "min_change", "duplicate_bits", "samples", "seed")
+    check_within(s, 0, 1, "max_key_share")
     check_annotations(s.captions, s.root or s.captions.parent, s.follow_links)
     if not s.finders:
         raise ValueError("--finders: name at least one of motion, clip, self")

@@ -22,11 +22,11 @@ from rich.console import Console
 
 import vp
 from data import videolm
+from data.checks import check_within
 from data.device import autocast, best_device, wait_and_time
 from data.run import memory, models
 from data.run.log import describe_environment
 from data.run.processes import finish_gradients
-from data.run.settings import check_within
 from data.run.sizes import SIZES
 
 HERE = Path(__file__).parents[2]

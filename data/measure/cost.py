@@ -15,6 +15,7 @@ from rich.console import Console
 
 import vp
 from data import videolm
+from data.checks import check_above_zero
 from data.clips import load_clips
 from data.device import best_device, wait_and_time
 from data.examples import Preparation, chat
@@ -22,7 +23,6 @@ from data.loader import ClipLoader
 from data.run.log import describe_environment
 from data.run.memory import PeakMemory, held_bytes
 from data.run.models import load_model, load_plain
-from data.run.settings import check_above_zero
 from data.tiny import build_tiny
 from data.video import PROMPT
 

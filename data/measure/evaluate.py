@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup, get_world_size
 
 import vp
 from data.benchmarks.scoring import score_description
+from data.checks import check_above_zero, check_limit, check_within
 from data.clips import load_clips, named, reason_of
 from data.curation.finders import skim_finder
 from data.device import autocast
@@ -30,7 +31,7 @@ from data.run.memory import EVAL_TOKENS, leave_out_long
 from data.run.models import gathered, load_model
 from data.run.processes import gather
 from data.run.run import Run
-from data.run.settings import FrameSettings, as_trained, check_above_zero, check_within
+from data.run.settings import FrameSettings, as_trained
 from data.run.sheets import draw_look, printable, warn
 from data.skim import SIDE
 from data.video import PROMPT, Clip, read_clip
@@ -318,8 +319,7 @@ def run_evaluation(settings: EvalSettings, console: Console) -> dict:
     """The command `python eval.py`."""
     numbers = ("batch_size", "max_new_tokens", "max_frames", "fps", "max_pixels", "max_text_tokens", "time_limit")
     check_above_zero(settings, *numbers)
-    if settings.limit < 1 and settings.limit != -1:
-        raise ValueError(f"--limit: got {settings.limit}; give a number above 0, or -1 for all")
+    check_limit(settings, "limit")
     check_within(settings, 0, math.inf, "workers", "temperature")
     settings.check_frames()
     clips, problems = load_clips(settings.data, settings.root, settings.follow_links)

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from data.checks import check_above_zero, check_limit
 from data.clips import load_clips
 from data.decode import Video, decode_packets
 from data.examples import Preparation, make_example
@@ -34,7 +35,7 @@ from data.files import ClipError
 from data.look import Look
 from data.measure.evaluate import evaluate
 from data.run.models import load_model
-from data.run.settings import FrameSettings, as_trained, check_above_zero
+from data.run.settings import FrameSettings, as_trained
 from data.skim import choose_windows, motion_curve, skim
 from data.tiny import build_tiny
 from data.video import Clip, Frames, part_of, read_clip, read_frames
@@ -371,8 +372,7 @@ def run_long(settings: LongSettings, console: Console) -> list[dict]:
     check_above_zero(s, "max_frames", "max_pixels", "seconds")
     if not s.lengths or min(s.lengths) < 1:
         raise ValueError(f"--lengths: got {' '.join(map(str, s.lengths)) or 'none'}; give numbers of clips, each 1 or more")
-    if s.limit != -1:
-        check_above_zero(s, "limit")
+    check_limit(s, "limit")
     measure = {"recall": measure_recall, "skim": measure_skim, "step": measure_step, "footage": make_footage,
                "named": measure_named}[s.what]  # fmt: skip
     rows = measure(s, console)

@@ -14,9 +14,9 @@ from typing import Literal
 
 from rich.console import Console
 
+from data.checks import check_above_zero
 from data.measure.cost import step_seconds
 from data.measure.report_page import draw_habits, line_of, write_page
-from data.run.settings import check_above_zero
 
 HERE = Path(__file__).parents[2]
 
@@ -153,6 +153,13 @@ def event_table(runs: dict[str, dict[int, Path]]) -> list[str]:
     return lines
 
 
+def where_made(runs: dict[str, dict[int, Path]]) -> str:
+    """With which commits, torch and devices the runs were made: those of before are not repeated, and may have others."""
+    found = [json.loads((run / "settings.json").read_text()) for of_seed in runs.values() for run in of_seed.values()]
+    commits, torches, devices = (", ".join(sorted({x[name] for x in found})) for name in ("commit", "torch", "device"))
+    return f"Commit {commits}, torch {torches}, {devices}"
+
+
 def run_report(settings: ReportSettings, console: Console) -> str:
     """The command `python eval.py report`."""
     s, lines, runs = settings, [], {}
@@ -161,9 +168,9 @@ def run_report(settings: ReportSettings, console: Console) -> str:
         raise ValueError("--seeds: got none; give one or more")
     world = (s.data or Path("runs/world/train.jsonl")).parent
     splits = {split: world / f"{split}.jsonl" for split in ("test", "held-out")}
-    for file in () if s.data is None else (s.data, *splits.values()):
-        if not file.exists():
-            raise ValueError(f"--data {s.data}: {file}: no such file; python -m data.world --out FOLDER makes all")
+    missing = [file for file in (s.data, *splits.values()) if s.data is not None and not file.exists()]
+    if missing:
+        raise ValueError(f"--data {s.data}: {missing[0]}: no such file; python -m data.world --out FOLDER makes all")
     steps = [] if s.steps is None else ["--steps", str(s.steps)]
 
     def train(title: str, script: str, arguments: Sequence[str], start: dict[int, Path] | None = None) -> None:
@@ -204,12 +211,7 @@ def run_report(settings: ReportSettings, console: Console) -> str:
         for title, arguments in VARIANTS["lora"].items():
             train(title, "train_sft.py", arguments, start)
     lines += ["", *event_table(runs)]
-    abouts = [json.loads((run / "settings.json").read_text()) for of_seed in runs.values() for run in of_seed.values()]
-    commits, about = sorted({x["commit"] for x in abouts}), abouts[-1]  # runs of before are not repeated
-    lines.append(
-        f"\nMean (least to most) over seeds {', '.join(map(str, s.seeds))}. Commit {', '.join(commits)}, "
-        f"torch {about['torch']}, {about['device']}."
-    )
+    lines.append(f"\nMean (least to most) over seeds {', '.join(map(str, s.seeds))}. {where_made(runs)}.")
     if s.stage == 1:
         with_twin, without = step_seconds("runs/tiny", world / "train.jsonl")
         lines.append(f"\nStep with the twin loss {1e3 * with_twin:.0f} ms, caption-only {1e3 * without:.0f} ms, ratio "

@@ -1,17 +1,18 @@
 """Settings that both train scripts share, and how the command line is read."""
 
 import json
-import math
 import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import tyro
 from rich.console import Console
 
+from data.checks import check_above_zero, check_limit, check_within, flag
 from data.device import best_device
 from data.files import changes
 from data.skim import Skim
@@ -24,28 +25,6 @@ Frames = TypeVar("Frames", bound="FrameSettings")
 def by_preset(tiny: object, gpu_24gb: object, gpu_80gb: object):
     """A field whose default depends on --preset."""
     return field(default=tiny, metadata=dict(zip(PRESETS, (tiny, gpu_24gb, gpu_80gb))))
-
-
-def flag(name: str) -> str:
-    """The command-line flag of a field, for messages."""
-    return f"--{name.replace('_', '-')}"
-
-
-def check_above_zero(settings: object, *names: str) -> None:
-    """Raise ValueError for the first of the named fields that is given and not above 0 (NaN and infinity are not)."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{flag(name)}: got {value}; give a number above 0")
-
-
-def check_within(settings: object, least: float, most: float, *names: str) -> None:
-    """Raise ValueError for the first of the named fields that is given and not within these (NaN and infinity are not)."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not (least <= value <= most and value < math.inf):
-            allowed = f"{least:g} to {most:.10g}" if most < math.inf else f"{least:g} or more"
-            raise ValueError(f"{flag(name)}: got {value}; give {allowed}")
 
 
 @dataclass(kw_only=True)
@@ -175,8 +154,9 @@ class TrainSettings(FrameSettings):
             )
         self.check_frames()
         check_within(self, 0, 1, "warmup", "max_bad_share")
-        check_within(self, 0, math.inf, "workers", "lora_rank")
+        check_within(self, 0, inf, "workers", "lora_rank")
         check_within(self, 0, 2**32 - 1, "seed")
+        check_limit(self, "eval_clips")
         if self.frames == "skim" and self.windows < 2:
             raise ValueError("--windows: got 1; training needs 2 or more, of which one shows no event")
         check_above_zero(self, "max_frames", "fps", "max_pixels", "max_text_tokens", "world_clips")
