@@ -150,6 +150,16 @@ def test_bad_settings_are_named(script, arguments, message):
         script.resolve(parse_settings(script.Settings, "", given))
 
 
+@pytest.mark.parametrize("script, split, more", [(train_sft, "train", {}), (train_rl, "prompts", {"text_encoder": "none"})])
+def test_each_stage_draws_clips_of_its_own(tmp_path, monkeypatch, script, split, more):
+    """Without --data: stage 2 describes what stage 1 has not seen; both are tested on the same."""
+    asked = []
+    monkeypatch.setattr(script, "embedded_world", lambda *about: asked.append(about) or tmp_path)
+    s = script.resolve(script.Settings(model="none", world_clips=7, **more))
+    assert asked == [(split, 7)]
+    assert (s.data, s.eval_data) == (tmp_path / f"{split}.jsonl", tmp_path / "test.jsonl")
+
+
 def test_data_that_are_not_there_are_named(tmp_path):
     """Before the model is looked for."""
     with pytest.raises(ClipError, match=r"none.jsonl: no such file"):
