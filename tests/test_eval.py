@@ -209,6 +209,16 @@ def test_a_report_names_the_commits_of_all_its_runs(tmp_path):
     assert report.where_made(runs) == "Commit 1a, 2b, torch 2.14, CPU"
 
 
+def test_a_report_on_clips_without_rare_events_is_refused(tmp_path):
+    """One's own clips have no truth: that is said before anything is trained, not behind the last run."""
+    for split in ("train", "test", "held-out"):
+        (tmp_path / f"{split}.jsonl").write_text('{"video": "a.mp4", "caption": "A man jumps.", "keywords": ["jumps"]}\n')
+    settings = report.ReportSettings(data=tmp_path / "train.jsonl", out=tmp_path / "out")
+    with pytest.raises(ValueError, match=r'test.jsonl: no clip whose "truth" says that it shows a rare event'):
+        report.run_report(settings, Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_of_the_report_that_fails_ends_it_in_a_line(tmp_path):
     """Which command it was; what is finished is kept."""
     with pytest.raises(ValueError, match=r"^train_sft.py --steps 0: ended as said above"):

@@ -15,6 +15,7 @@ from typing import Literal
 from rich.console import Console
 
 from data.checks import check_above_zero
+from data.clips import load_clips
 from data.measure.cost import step_seconds
 from data.measure.report_page import draw_habits, line_of, write_page
 
@@ -171,6 +172,11 @@ def run_report(settings: ReportSettings, console: Console) -> str:
     missing = [file for file in (s.data, *splits.values()) if s.data is not None and not file.exists()]
     if missing:
         raise ValueError(f"--data {s.data}: {missing[0]}: no such file; python -m data.world --out FOLDER makes all")
+    for file in splits.values() if s.data is not None else ():
+        if not any((clip.truth or {}).get("kind") == "rare" for clip in load_clips(file)[0]):
+            raise ValueError(
+                f'{file}: no clip whose "truth" says that it shows a rare event; python -m data.world writes such'
+            )
     steps = [] if s.steps is None else ["--steps", str(s.steps)]
 
     def train(title: str, script: str, arguments: Sequence[str], start: dict[int, Path] | None = None) -> None:
