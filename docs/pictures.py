@@ -53,17 +53,17 @@ def draw_pipeline(clip, frames, example, path: Path) -> None:
     axis.text(1, 53.5, f"caption: {clip.caption}", fontsize=9)
     axis.text(1, 50.5, f"keyword: {clip.keywords[0]}", fontsize=10, weight="bold", color=GREEN)
     for row, (label, order, colour, y) in enumerate(
-        (("full video", range(num_slots), GREEN, 40), ("twin", source, RED, 29))
+        (("full video", range(num_slots), GREEN, 41), ("twin", source, RED, 30))
     ):
-        axis.text(1, y + 3.5, label, fontsize=10, va="center")
+        axis.text(1, y + 2.5, label, fontsize=10, va="center")
         for place, slot in enumerate(order):
             x = 13 + 5.6 * place
-            axis.imshow(shown[slot], extent=(x, x + 5, y, y + 7), aspect="auto", interpolation="nearest", zorder=2)
+            axis.imshow(shown[slot], extent=(x, x + 5, y, y + 5), aspect="auto", interpolation="nearest", zorder=2)
             width, edge = (3, colour) if key[place] else (0.6, "#bbbbbb")
-            axis.add_patch(Rectangle((x, y), 5, 7, fill=False, edgecolor=edge, linewidth=width, zorder=3))
+            axis.add_patch(Rectangle((x, y), 5, 5, fill=False, edgecolor=edge, linewidth=width, zorder=3))
         if row == 0:
-            axis.text(13 + 5.6 * key.index(True) + 2.5, 48, "key slots", fontsize=8, color=GREEN, ha="center")
-    axis.text(13 + 5.6 * key.index(True) + 2.5, 26.6, "shown as their neighbours", fontsize=8, color=RED, ha="center")
+            axis.text(13 + 5.6 * key.index(True) + 2.5, 47, "key slots", fontsize=8, color=GREEN, ha="center")
+    axis.text(13 + 5.6 * key.index(True) + 2.5, 27.6, "shown as their neighbours", fontsize=8, color=RED, ha="center")
     box(axis, 62, 37, 15, 9, "vision encoder\nonce")
     box(axis, 62, 27, 15, 7, "twin: gather\nits tokens", RED)
     arrow(axis, (58.5, 43.5), (62, 43.5))
