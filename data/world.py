@@ -71,7 +71,7 @@ PIXELS, NUM_FRAMES, FPS = 48, 16, 8.0
 HELD_OUT = [np.random.default_rng([4, action]).choice(4 * 5, 2, replace=False).tolist() for action in range(len(ACTIONS))]
 # x264 with threads of its own, or tuned to the processor, writes other bytes, and other pictures, from run to run.
 SAME_BYTES = {"x264-params": "cpu-independent=1:threads=1"}
-VERSION = 6  # part of every folder's settings: files of an older generator are never mixed with new ones
+VERSION = 5  # part of every folder's settings: files of an older generator are never mixed with new ones
 
 
 @dataclass
@@ -92,7 +92,7 @@ class WorldSettings:
     """Share of the events of the training split that are the usual one of their floor."""
     quiet: float = 0.2
     """Share of the clips in which nothing happens."""
-    strength: float = 0.7
+    strength: float = 0.75
     """How plainly an event shows: 0 not at all, 1 strikes the eye."""
     seed: int = 0
     """Same seed, same frames."""
@@ -170,10 +170,8 @@ def render(things: Sequence[Thing], floor: int, num_frames: int, rng: np.random.
             light, hue = 3.5 - np.hypot(np.abs(dx) - 1.2 * size, np.abs(dy) - 1.2 * size), ORANGE
         if light is not None:
             video += (np.clip(light, 0, 1) * acts)[..., None] * (hue - video)
-        # Fading is the hardest to see, since nothing new appears, so it goes furthest. But who does it can be seen while it
-        # is done: something of the colour stays, whatever happens.
-        fading = np.minimum(np.float32(1.15) * acts, np.float32(0.9)) * (action == "fades")
-        alpha = coverage(thing.shape, dx, dy, size) * (1 - fading)
+        # Who does it can be seen while it is done: something of the colour stays, whatever happens.
+        alpha = coverage(thing.shape, dx, dy, size) * (1 - np.float32(0.9) * acts * (action == "fades"))
         video += alpha[..., None] * (np.float32(COLOURS[thing.colour]) - video)
         if action in ("flashes white", "turns black"):  # but for a rim
             core = coverage(thing.shape, dx, dy, np.float32(0.6) * size) * acts
@@ -216,7 +214,7 @@ def draw_clip(
     seed: int = 0,
     habit: float = 0.93,
     quiet: float = 0.2,
-    strength: float = 0.7,
+    strength: float = 0.75,
     times: Sequence[int] = range(NUM_FRAMES),
 ) -> tuple[np.ndarray, dict]:
     """One clip of the world.
