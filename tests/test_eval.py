@@ -214,7 +214,7 @@ def test_a_report_on_clips_without_rare_events_is_refused(tmp_path):
     for split in ("train", "test", "held-out"):
         (tmp_path / f"{split}.jsonl").write_text('{"video": "a.mp4", "caption": "A man jumps.", "keywords": ["jumps"]}\n')
     settings = report.ReportSettings(data=tmp_path / "train.jsonl", out=tmp_path / "out")
-    with pytest.raises(ValueError, match=r'test.jsonl: no clip whose "truth" says that it shows a rare event'):
+    with pytest.raises(ValueError, match=r'test.jsonl: no clip has "kind": "rare" in its "truth"'):
         report.run_report(settings, Console(quiet=True))
     assert not (tmp_path / "out").exists()
 

@@ -169,14 +169,15 @@ def run_report(settings: ReportSettings, console: Console) -> str:
         raise ValueError("--seeds: got none; give one or more")
     world = (s.data or Path("runs/world/train.jsonl")).parent
     splits = {split: world / f"{split}.jsonl" for split in ("test", "held-out")}
-    missing = [file for file in (s.data, *splits.values()) if s.data is not None and not file.exists()]
-    if missing:
-        raise ValueError(f"--data {s.data}: {missing[0]}: no such file; python -m data.world --out FOLDER makes all")
-    for file in splits.values() if s.data is not None else ():
-        if not any((clip.truth or {}).get("kind") == "rare" for clip in load_clips(file)[0]):
-            raise ValueError(
-                f'{file}: no clip whose "truth" says that it shows a rare event; python -m data.world writes such'
-            )
+    if s.data is not None:
+        missing = [file for file in (s.data, *splits.values()) if not file.exists()]
+        if missing:
+            raise ValueError(f"--data {s.data}: {missing[0]}: no such file; python -m data.world --out FOLDER makes all")
+        for file in splits.values():  # the tables need them
+            if not any((clip.truth or {}).get("kind") == "rare" for clip in load_clips(file)[0]):
+                raise ValueError(
+                    f'{file}: no clip has "kind": "rare" in its "truth"; python -m data.world writes such clips'
+                )
     steps = [] if s.steps is None else ["--steps", str(s.steps)]
 
     def train(title: str, script: str, arguments: Sequence[str], start: dict[int, Path] | None = None) -> None:
