@@ -65,7 +65,7 @@ class Settings(TrainSettings):
     """Hugging Face directory or hub name (default: the tiny Qwen2.5-VL of data/tiny.py, made on the spot)."""
     out: Path = Path("runs/sft")
     """Folder of the run."""
-    steps: int = 2000
+    steps: int = 1600
     """Optimizer steps."""
     batch_size: int = by_preset(8, 16, 32)
     """Clips a step, over all micro-batches and processes."""
@@ -75,7 +75,7 @@ class Settings(TrainSettings):
     """Peak learning rate (AdamW, linear warm-up, constant, then a cosine to zero)."""
     decay: float = by_preset(0.25, 1.0, 1.0)
     """Share of the steps behind the warm-up, at the end, over which the learning rate falls to zero."""
-    weight_decay: float = by_preset(0.1, 0.01, 0.01)
+    weight_decay: float = by_preset(0.3, 0.01, 0.01)
     """AdamW's weight decay."""
     contrastive_weight: float = 0.5
     """lambda; 0 is the caption-only baseline and computes nothing of the rest."""

@@ -2,7 +2,7 @@
 
 Two or three coloured shapes drift or rest on one of eight floors. One of them may do one of eight things for 2 or 3 of the
 16 frames and then go on as if nothing had happened. It can be seen, but does not strike the eye. Each floor has a habit:
-what happens there is its usual event 93 times in 100. So a model can learn to tell the event from the floor, without
+what happens there is its usual event 92 times in 100. So a model can learn to tell the event from the floor, without
 looking for it. It is then blind to rare events, and tells of events that are not there. In a fifth of the clips nothing
 happens: their captions have no event.
 
@@ -71,7 +71,7 @@ PIXELS, NUM_FRAMES, FPS = 48, 16, 8.0
 HELD_OUT = [np.random.default_rng([4, action]).choice(4 * 5, 2, replace=False).tolist() for action in range(len(ACTIONS))]
 # x264 with threads of its own, or tuned to the processor, writes other bytes, and other pictures, from run to run.
 SAME_BYTES = {"x264-params": "cpu-independent=1:threads=1"}
-VERSION = 5  # part of every folder's settings: files of an older generator are never mixed with new ones
+VERSION = 6  # part of every folder's settings: files of an older generator are never mixed with new ones
 
 
 @dataclass
@@ -88,11 +88,11 @@ class WorldSettings:
     """Number of test clips; half of their events are rare on their floor."""
     held_out: int = 200
     """Number of clips with an actor that never occurs elsewhere; half of their events are rare, none is quiet."""
-    habit: float = 0.93
+    habit: float = 0.92
     """Share of the events of the training split that are the usual one of their floor."""
     quiet: float = 0.2
     """Share of the clips in which nothing happens."""
-    strength: float = 0.75
+    strength: float = 0.7
     """How plainly an event shows: 0 not at all, 1 strikes the eye."""
     seed: int = 0
     """Same seed, same frames."""
@@ -170,8 +170,10 @@ def render(things: Sequence[Thing], floor: int, num_frames: int, rng: np.random.
             light, hue = 3.5 - np.hypot(np.abs(dx) - 1.2 * size, np.abs(dy) - 1.2 * size), ORANGE
         if light is not None:
             video += (np.clip(light, 0, 1) * acts)[..., None] * (hue - video)
-        # Who does it can be seen while it is done: something of the colour stays, whatever happens.
-        alpha = coverage(thing.shape, dx, dy, size) * (1 - np.float32(0.9) * acts * (action == "fades"))
+        # Fading is the hardest to see, since nothing new appears, so it goes furthest. But who does it can be seen while it
+        # is done: something of the colour stays, whatever happens.
+        fading = np.minimum(np.float32(1.15) * acts, np.float32(0.9)) * (action == "fades")
+        alpha = coverage(thing.shape, dx, dy, size) * (1 - fading)
         video += alpha[..., None] * (np.float32(COLOURS[thing.colour]) - video)
         if action in ("flashes white", "turns black"):  # but for a rim
             core = coverage(thing.shape, dx, dy, np.float32(0.6) * size) * acts
@@ -212,9 +214,9 @@ def draw_clip(
     split: str,
     index: int,
     seed: int = 0,
-    habit: float = 0.93,
+    habit: float = 0.92,
     quiet: float = 0.2,
-    strength: float = 0.75,
+    strength: float = 0.7,
     times: Sequence[int] = range(NUM_FRAMES),
 ) -> tuple[np.ndarray, dict]:
     """One clip of the world.
