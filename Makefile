@@ -1,4 +1,4 @@
-# make demo: set up, train both stages on the embedded world, shortened, print the evaluations (8 minutes on two quiet cores)
+# make demo: set up, train both stages on the embedded world, shortened, print the evaluations (7 minutes on two quiet cores)
 # make test: set up, ruff, pytest in as many processes as there are cores
 PYTHON ?= python3
 BIN := .venv/bin

@@ -140,10 +140,10 @@ def test_a_moving_camera_lowers_the_confidence():
 
 
 def test_on_the_world():
-    """Slot IoU with the truth of at least 0.85 on drawn clips (measured: 0.87; the finder of training has 0.9)."""
+    """Slot IoU with the truth of at least 0.85 on drawn clips (measured: 0.87; 0.82 on the world's, which are fainter)."""
     times, scores = [i / FPS for i in range(NUM_FRAMES)], []
     for index in range(80):
-        frames, line = draw_clip("train", index, habit=0.8, quiet=0.0)
+        frames, line = draw_clip("train", index, habit=0.8, quiet=0.0, strength=0.8)
         found = motion.motion_evidence(torch.from_numpy(frames).permute(0, 3, 1, 2), times)
         got = vp.span_slots(finders.spans_of(found.curve, times, NUM_FRAMES / FPS), times)
         true = vp.span_slots([line["truth"]["span"]], times)

@@ -18,4 +18,4 @@ def test_nothing_crashes_and_nothing_is_lost_unnamed(tmp_path):
     outcomes = fuzz(Settings(lines=60, videos=14, seed=3, minutes=5), tmp_path, fork_script)
     for outcome in outcomes.values():
         assert outcome.faults == []
-        assert outcome.refused + outcome.lost > 5 and outcome.used > 3
+        assert outcome.refused + outcome.lost > 3 and outcome.used > 3
