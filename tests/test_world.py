@@ -5,10 +5,16 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from data import world
-from data.base import still_scene
+from data.base import BaseSettings, still_scene
+from data.base import main as make_base
 from data.clips import load_clips
+from data.tiny import build_tiny
 from data.video import read_frames
 from data.world import (
     ACTIONS,
@@ -237,3 +243,30 @@ def test_the_base_sees_every_shape_in_every_colour():
         name for caption in captions for name in caption.lower().rstrip(".").replace(" and ", ", ").split(", ")
     }
     assert 0.2 < sum(" and " not in caption for caption in captions) / len(captions) < 0.5
+
+
+def test_a_base_that_is_made_loads_and_says_when_it_still_guesses(tmp_path, capsys):
+    """Two steps teach no shapes. A word that the base has never read keeps its random weights."""
+    made, other = tmp_path / "base.safetensors", tmp_path / "other.safetensors"
+    make_base(BaseSettings(made, clips=4, whole_clips=2, steps=2, whole_steps=1, batch_size=2))
+    assert "still guesses" in capsys.readouterr().out
+
+    def weights(base):
+        tiny = AutoModelForImageTextToText.from_pretrained(build_tiny(tmp_path / "tiny", seed=5, base=base))
+        return {name: weight.clone() for name, weight in tiny.named_parameters()}
+
+    random, loaded = weights(None), weights(made)
+    saved = load_file(made)
+    assert saved.keys() == loaded.keys() and all(torch.equal(loaded[name], saved[name].float()) for name in saved)
+    with safe_open(made, "pt") as file:
+        tokens = json.loads(file.metadata()["tokens"])
+    row, embedding = tokens.index("Ġpurple"), "model.language_model.embed_tokens.weight"
+    renamed = ["Ġlilac" if token == "Ġpurple" else token for token in tokens]
+    turned = saved | {
+        embedding: saved[embedding].flip(0).contiguous()
+    }  # rows are found by their words, not by their numbers
+    save_file(turned, other, {"tokens": json.dumps(renamed[::-1])})
+    without, loaded, random = (found[embedding] for found in (weights(other), loaded, random))
+    others = [i for i in range(len(tokens)) if i != row]
+    assert torch.equal(without[row], random[row]) and not torch.equal(without[row], loaded[row])
+    assert torch.equal(without[others], loaded[others])
