@@ -262,9 +262,8 @@ def test_a_base_that_is_made_loads_and_says_when_it_still_guesses(tmp_path, caps
         tokens = json.loads(file.metadata()["tokens"])
     row, embedding = tokens.index("Ġpurple"), "model.language_model.embed_tokens.weight"
     renamed = ["Ġlilac" if token == "Ġpurple" else token for token in tokens]
-    turned = saved | {
-        embedding: saved[embedding].flip(0).contiguous()
-    }  # rows are found by their words, not by their numbers
+    # Rows are found by their words, not by their numbers.
+    turned = saved | {embedding: saved[embedding].flip(0).contiguous()}
     save_file(turned, other, {"tokens": json.dumps(renamed[::-1])})
     without, loaded, random = (found[embedding] for found in (weights(other), loaded, random))
     others = [i for i in range(len(tokens)) if i != row]
