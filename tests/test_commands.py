@@ -52,6 +52,7 @@ SMALLER = {
     "eval.py long": "--lengths 1 2",
     "-m data.curation.curate": "--workers 0 --samples 1",
     "-m data.world": "--train 3 --prompts 2 --test 2 --held-out 2 --workers 1",
+    "-m docs.other_world": "--train 3 --test 2 --held-out 2",
 }
 # What the commands of a page need, those of earlier pages have made.
 ORDER = ("README", "long-videos", "long-runs", "data", "benchmarks", "results", "gpu")

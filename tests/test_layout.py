@@ -25,6 +25,7 @@ SCRIPTS = (
     "kernels/fit.py",
     "docs/pictures.py",
     "docs/counts.py",
+    "docs/other_world.py",
 )
 
 
