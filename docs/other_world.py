@@ -8,6 +8,7 @@ are those of data/world.py; a frame changes about as much when something happens
     python eval.py report --stage 1 --seeds 0 --data runs/other-95/train.jsonl --out runs/report-other-95
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,14 +121,20 @@ def replace_the_world() -> None:
 
 def main(s: Settings) -> None:
     """Write the clips and the annotation files."""
+    settings = WorldSettings(s.out, s.train, test=s.test, held_out=s.held_out, habit=s.habit)
+    settings.check()
+    if s.out.exists():  # its clips would be kept, whatever world they are of
+        raise ValueError(f"{s.out}: is there already; delete it, or name another folder with --out")
+    s.out.mkdir(parents=True)
     replace_the_world()
     torch.set_num_threads(1)
-    settings = WorldSettings(s.out, habit=s.habit)
-    settings.check()
     for split, count in (("train", s.train), ("test", s.test), ("held-out", s.held_out)):
         lines = [write_clip((settings, split, i)) for i in track(range(count), f"drawing another world ({split})")]
         (s.out / f"{split}.jsonl").write_text("".join(line + "\n" for line in lines))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    try:
+        main(tyro.cli(Settings))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
