@@ -29,9 +29,11 @@ from data.world import (
     draw_clip,
     embedded_world,
     held_out,
+    in_cells,
     make_world,
     render,
 )
+from docs import other_world
 
 
 def combination(line: dict) -> tuple[str, str, str]:
@@ -269,3 +271,36 @@ def test_a_base_that_is_made_loads_and_says_when_it_still_guesses(tmp_path, caps
     others = [i for i in range(len(tokens)) if i != row]
     assert torch.equal(without[row], random[row]) and not torch.equal(without[row], loaded[row])
     assert torch.equal(without[others], loaded[others])
+
+
+@pytest.mark.parametrize("drawn", [world, other_world])
+def test_events_of_both_worlds_are_about_as_plain(drawn):
+    """Over a hundred scenes a frame changes by a distance of 1,000 to 2,300, whatever happens; by 0 if nothing does."""
+    for action in drawn.ACTIONS:
+        distances = []
+        for seed in range(100):
+            rng = np.random.default_rng(seed)
+            (place,) = in_cells(np.array([False]), np.arange(1), rng)
+            shape, colour, floor = rng.choice(drawn.SHAPES), rng.choice(sorted(COLOURS)), int(rng.integers(8))
+            things = (
+                Thing(shape, colour, place),
+                Thing(shape, colour, place, action),
+                Thing(shape, colour, place, action, 0.7),
+            )
+            still, before, during = (drawn.render([t], floor, 1, np.random.default_rng(seed)).astype(float) for t in things)
+            assert np.array_equal(still, before)
+            distances.append(np.linalg.norm(during - before))
+        assert 1000 < np.mean(distances) < 2300, (action, np.mean(distances))
+
+
+def test_another_world_has_its_own_words_and_actors(monkeypatch):
+    """Captions name its shapes and actions; its held-out actors occur nowhere else; a floor has one usual action."""
+    for name in ("SHAPES", "ACTIONS", "FLOORS", "HELD_OUT", "coverage", "render"):
+        monkeypatch.setattr(world, name, getattr(world, name))  # put back afterwards
+    other_world.replace_the_world()
+    train, new = lines_of("train", 1500, quiet=0.0, habit=0.6), lines_of("held-out", 200)
+    known = {combination(line) for line in train}
+    assert {actor[0] for actor in known} == set(other_world.SHAPES)
+    assert {line["keywords"][0] for line in train} == set(other_world.ACTIONS)
+    assert not known & {combination(line) for line in new}
+    assert 0.55 < np.mean([line["truth"]["kind"] == "usual" for line in train]) < 0.65
